@@ -1,0 +1,34 @@
+"""Nodes x accelerators x links, and who is whose neighbour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clusters.hardware import Accelerator, Calibration, Host, Link
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """A homogeneous cluster: num_nodes nodes of gpus_per_node accelerators."""
+
+    name: str
+    accelerator: Accelerator
+    num_nodes: int
+    gpus_per_node: int
+    intra_node: Link
+    inter_node: Link
+    host: Host
+    """Of each node."""
+    usd_per_gpu_hour: float | None = None
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_nodes < 1 or self.gpus_per_node < 1:
+            raise ValueError(f"a cluster has at least one node of one GPU, got {self.num_nodes} x {self.gpus_per_node}")
+
+    @property
+    def num_gpus(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.gpus_per_node

@@ -1,0 +1,97 @@
+"""What an engine is to the training loop: it builds a session from a module and a strategy, and the session steps.
+
+An engine receives modules and weight maps as arguments and knows no job, no file and no scheduler.
+B micro batch, S sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """One forward pass of one replica."""
+
+    input_ids_BS: Tensor
+    target_ids_BS: Tensor
+    """Target of each position; -100 where it does not count."""
+    weight_B: Tensor
+    """1 for a real sequence, 0 for one that only fills up the last micro batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: float
+    """Sum over the target tokens of the global batch divided by their number, nats per token."""
+    gradient_norm: float
+    """Global, before clipping."""
+    skipped: bool = False
+    """The loss scaler met an overflow: samples consumed, weights unchanged."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerSettings:
+    """AdamW; the learning rate comes with every step."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clip: float | None = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """What the rooms pass from one to the next while a module is split; realized once, after the last room.
+
+    `requests` are wishes of an earlier room to a later one (offload asks zero for its CPU policy, say)."""
+
+    module: nn.Module
+    strategy: Strategy
+    precision: str
+    device: torch.device
+    mesh: Any = None
+    """torch DeviceMesh with the axis names of Strategy.mesh_order, or None for a world of one."""
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    requests: Mapping[str, Any] = field(default_factory=dict)
+    step_hooks: tuple[Callable[[int], None], ...] = ()
+    deterministic: bool = False
+
+
+class Session(Protocol):
+    """A module that trains under one strategy, on one rank. All calls are collective over the world."""
+
+    module: nn.Module
+
+    def step(self, micro_batches: Sequence[MicroBatch], *, num_target_tokens: int, learning_rate: float) -> StepResult:
+        """Forward, loss, backward, clip, optimizer. num_target_tokens counts the whole global batch.
+
+        Raises FloatingPointError where the loss is not finite (and no loss scaler handles it), weights unchanged."""
+
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
+        """(sum of the loss in nats, number of target tokens) over all ranks, no gradient."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sharded state for torch.distributed.checkpoint: `model.NAME`, `optimizer.exp_avg.NAME`, ... DTensors or
+        replicated tensors under names and global shapes that no strategy changes, in the dtype of the master copy,
+        so that any strategy and world size loads any other's. Plus scalars: `optimizer.step`, `scaler.scale`."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes what state_dict() gave, filled in place by the reader."""
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """The long-lived local tensors by plan component: parameters, master_weights, gradients, optimizer_states,
+        communication_buffers. What is not in it and alive is activations, gathered parameters or temporary."""
+
+    def close(self) -> None:
+        """Frees groups and temporary files."""
