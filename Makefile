@@ -1,0 +1,61 @@
+# Two commands do all the set-up: `make quickstart` and `make test`. TORCH_INDEX=URL chooses torch's build (a CPU or CUDA index).
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# One thread a worker: torch's own threads and the workers would fight over the cores.
+export OMP_NUM_THREADS ?= 1
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: install quickstart test check fix parity chaos bench gpu oracle trace clean
+.DEFAULT_GOAL := test
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install --quiet --index-url $(TORCH_INDEX) 'torch>=2.11$(comma)<2.14')
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+comma := ,
+
+install: $(INSTALLED)
+
+quickstart: $(INSTALLED)  ## a small OPT learns real text on this machine: plan, Ray, two workers, checkpoint, report
+	$(BIN)/python examples/make_corpus.py examples/corpus/stdlib.jsonl
+	$(BIN)/shardwise prepare examples/quickstart.yaml
+	$(BIN)/shardwise plan examples/quickstart.yaml
+	$(BIN)/shardwise run examples/quickstart.yaml
+	$(BIN)/shardwise generate runs/quickstart --prompt 'def ' --max-tokens 200
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m 'not slow'
+
+check: $(INSTALLED)  ## format, lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+parity: $(INSTALLED)  ## every strategy against one process, as a table
+	$(BIN)/python -m benchmarks.parity
+
+chaos: $(INSTALLED)  ## kill -9 at 20 random moments: always resumes, same losses bit for bit
+	$(BIN)/python -m benchmarks.chaos
+
+bench: $(INSTALLED)  ## speed against Hugging Face, overhead, start-up, prediction against measurement
+	$(BIN)/python -m benchmarks.bench
+
+oracle: $(INSTALLED)  ## the planner against published measurements, cross-validated
+	$(BIN)/python -m benchmarks.oracle
+
+trace: $(INSTALLED)  ## closed form against the traced step, as a table
+	$(BIN)/python -m benchmarks.trace
+
+gpu:  ## native ZeRO on the GPUs present, one JSON; needs torch, numpy, PyYAML and pydantic alone
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+
+clean:
+	rm -rf $(VENV) runs examples/corpus
