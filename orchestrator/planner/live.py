@@ -1,7 +1,7 @@
 """Bytes of live tensor storages by component, on real and on fake tensors.
 
 A dispatch mode sees every storage that an operation makes; a weak reference sees it go. FSDP2 resizes storages instead
-of making new ones, so `UntypedStorage.resize_` is watched as well. Only storages made while the mode is on, and those it
+of making new ones, so `UntypedStorage.resize_` is watched too. Only storages made while the mode is on, and those it
 was told of, are counted: buffers inside a collective's own implementation are not tensors and are not seen.
 """
 
@@ -108,7 +108,7 @@ class LiveBytes(TorchDispatchMode):
     def __enter__(self) -> Self:
         def resize(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
             before = storage.nbytes()
-            result = self._resize(storage, size)
+            self._resize(storage, size)
             key = storage._cdata
             if key in self._known and before != storage.nbytes():
                 reference, num_bytes, component = self._known[key]
@@ -120,7 +120,7 @@ class LiveBytes(TorchDispatchMode):
             elif key not in self._known:
                 self._add(storage, "gathered_parameters")
                 self._note_peak()
-            return result
+            return storage
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
         super().__enter__()
