@@ -158,9 +158,10 @@ def section_of(kind: type[T], mapping: Mapping[str, Any], name: str, where: str)
     ]
     if missing:
         raise ValueError(f"{where}: {', '.join(missing)} missing")
-    values = {key: number(section, key, where, zero=True) if "_per_s" in key else part for key, part in section.items()}
-    if "bytes_per_s" in values and values["bytes_per_s"] <= 0:
-        raise ValueError(f"{where}: bytes_per_s must be above 0, got {values['bytes_per_s']:g}")
+    values = {key: _typed(section, key, str(known[key].type), where) for key in section}
+    for key in ("bytes_per_s", "memory_bytes", "memory_bytes_per_s"):
+        if key in values and not values[key]:
+            raise ValueError(f"{where}: {key} must be above 0, got 0")
     if "curves" in values:
         try:
             values["curves"] = {
@@ -170,6 +171,27 @@ def section_of(kind: type[T], mapping: Mapping[str, Any], name: str, where: str)
         except (AttributeError, TypeError, ValueError):
             raise ValueError(f"{where}: curves must be name: [[size, rate], ...]") from None
     return kind(**values)
+
+
+def _typed(section: Mapping[str, Any], key: str, annotation: str, where: str) -> Any:
+    """The value, if it is what the field's annotation says."""
+    value = section[key]
+    if annotation.startswith(("int", "float")):
+        exact = number(section, key, where, zero=True)
+        if annotation == "int" and exact != int(exact):
+            raise ValueError(f"{where}: {key} must be a whole number, got {value!r}")
+        return int(exact) if annotation == "int" else exact
+    if annotation == "Mapping[str, float]":
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where}: {key} must hold names and numbers, got {value!r}")
+        return {str(name): number(value, name, f"{where}: {key}") for name in value}
+    if annotation == "bool" and not isinstance(value, bool):
+        raise ValueError(f"{where}: {key} must be true or false, got {value!r}")
+    if annotation == "str" and not isinstance(value, str):
+        raise ValueError(f"{where}: {key} must be text, got {value!r}")
+    if annotation.startswith("Literal") and f"'{value}'" not in annotation.replace('"', "'"):
+        raise ValueError(f"{where}: {key} must be one of {annotation[8:-1]}, got {value!r}")
+    return value
 
 
 def unknown_keys(mapping: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -62,22 +62,25 @@ class Calibration:
     matmul_flops: Mapping[str, float] = field(default_factory=dict)
     """Best sustained FLOP/s by dtype, every accelerator of the node at work."""
     memory_bytes_per_s: float | None = None
-    """Bytes read and written per second by one accelerator while all of the node are at work."""
+    """Bytes read and written per second by one accelerator while all of the node are at work, into memory in hand."""
     elementwise_bytes_per_s: float | None = None
-    """The same for torch's out-of-place element-wise operations on activations that leave the caches, allocation of
-    the result included: what a ReLU, a residual addition or a norm pays."""
+    """The same for an out-of-place element-wise operation on 8 MiB, its new tensor's page faults included."""
     optimizer_bytes_per_s: float | None = None
-    """Bytes of parameter, gradient and two moments (16 a parameter in fp32) that a fused AdamW step passes per second."""
+    """Parameter, gradient and two moments (16 bytes a parameter in fp32) that a fused AdamW step passes per second."""
     op_overhead_s: float | None = None
-    """Host time to launch one small operation: the floor of any kernel's time."""
+    """Time of one tiny operation under autograd, forward or backward: what a kernel costs at least."""
     collective_latency_s: Mapping[str, float] = field(default_factory=dict)
     """Time of the smallest collective, by the name of its curve: all_reduce_2, ..."""
     curves: Mapping[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
     """Measured curves by name: points (size, rate), size ascending, read by log-linear interpolation. Names in use:
-    matmul_fp32, matmul_bf16, matmul_fp64 (rows*k*n volume -> FLOP/s of one accelerator, all of the node at work);
-    matmul_fp32_alone, ... (the same with one at work); attention_fp32, attention_bf16 (FLOPs of one call, causal
-    counted as half -> FLOP/s, forward and backward together); all_reduce_N, reduce_scatter_N, all_gather_N (bytes of
-    the whole buffer -> bus bytes/s over N ranks of one node, nccl-tests' convention)."""
+
+    - matmul_fp32, matmul_bf16, matmul_fp16, matmul_fp64: rows*k*n of a linear layer -> FLOP/s over its forward and both
+      backward products, every accelerator of the node at work; with `_alone` appended, one at work;
+    - attention_fp32, attention_bf16: sequence length s -> model FLOP/s of causal scaled_dot_product_attention, forward
+      and backward together: 12 * heads * head size * s^2 / 2 a sequence (recompute inside the kernel not counted);
+    - elementwise: bytes of the result -> bytes read and written per second, the result newly allocated;
+    - all_reduce_N, reduce_scatter_N, all_gather_N: bytes of the whole buffer -> bus bytes/s over N ranks of one node
+      (nccl-tests' convention: bytes / time * 2(N-1)/N for all_reduce, (N-1)/N for the others)."""
     disk_write_bytes_per_s: float | None = None
     disk_read_bytes_per_s: float | None = None
     """Of the folder that runs are kept in; writes are synchronised to the disk."""

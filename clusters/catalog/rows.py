@@ -16,8 +16,8 @@ GIB = 2**30
 BYTES_PER_S_PER_GBPS = 1e9 / 8
 
 LATENCY_S = {"nvlink": 20e-6, "pcie": 25e-6, "network": 30e-6}
-"""Smallest NCCL collective over two neighbours: launch, handshake and flight. nccl-tests prints 15 to 25 us inside a node
-and 25 to 40 us across InfiniBand; a training stack's own numbers are higher (45 to 67 us on two A100, vTrain's tables)."""
+"""Assumed until calibrated: the smallest NCCL collective over two neighbours. Published training stacks show more for
+whole calls (45 to 67 us on two A100 over NVLink: vTrain's and Galvatron's tables), launch and sync included."""
 
 
 @lru_cache(maxsize=1)
@@ -80,7 +80,7 @@ def intra_node(name: str, kind: str | None = None) -> Link:
 
 def node_share(name: str, gpus_per_node: int) -> float:
     """The part of the usual node that so many of its GPUs are sold with."""
-    return min(1.0, gpus_per_node / row(name)["node"]["gpus"])
+    return float(min(1.0, gpus_per_node / row(name)["node"]["gpus"]))
 
 
 def inter_node(name: str, gpus_per_node: int) -> Link:

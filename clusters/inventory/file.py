@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 
 from clusters import describe
 from clusters.cluster import Cluster
+from clusters.files import write_atomically
 from clusters.yaml_text import read_yaml
 
 MAX_FILE_BYTES = 4 * 2**20
@@ -46,16 +46,6 @@ def write_cluster(path: str | Path, cluster: Cluster) -> None:
 
 def write_mapping(path: str | Path, mapping: Mapping[str, Any]) -> None:
     """Atomic: a reader sees the old file or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    try:
-        with part.open("w", encoding="utf-8") as stream:
-            stream.write(HEADER)
-            yaml.dump(dict(mapping), stream, dumper, sort_keys=False, width=120, default_flow_style=None)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    text = yaml.dump(dict(mapping), None, dumper, sort_keys=False, width=120, default_flow_style=None)
+    write_atomically(Path(path), HEADER + text)

@@ -1,0 +1,57 @@
+"""What finished runs teach a cluster file: how wrong its plans have been."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clusters.files import locked
+from clusters.inventory.file import read_mapping, write_mapping
+
+PRIOR_ERROR = {"tokens_per_second": 0.15, "peak_bytes": 0.10}
+"""Relative error expected before any run was seen: a time model is 3 to 13 % off on a training stack it was not fitted to,
+and its fit is tighter than a stranger's machine."""
+PRIOR_RUNS = 3
+"""How many runs the prior counts for: one lucky run does not make a model exact."""
+FIELDS = {"tokens_per_second": "throughput_error", "peak_bytes": "memory_error"}
+KEPT_RUNS = 1000
+
+
+def stated_error(errors: Sequence[float], *, prior: float, prior_runs: int = PRIOR_RUNS) -> float:
+    """Root mean square of the relative errors, shrunk towards the prior: sqrt((m p^2 + sum e^2) / (m + n))."""
+    return math.sqrt((prior_runs * prior**2 + math.fsum(error**2 for error in errors)) / (prior_runs + len(errors)))
+
+
+def with_run(
+    mapping: Mapping[str, Any], predicted: Mapping[str, float], measured: Mapping[str, float], *, time_unix_s: int
+) -> dict[str, Any]:
+    """Pure: the cluster file's mapping with one more run, its stated errors computed anew from all of them."""
+    usable = [name for name in FIELDS if predicted.get(name) and measured.get(name)]
+    if not usable:
+        raise ValueError(f"a finished run tells predicted and measured of {' or '.join(FIELDS)}, above 0")
+    run = {
+        "time_unix_s": time_unix_s,
+        "predicted": {name: float(predicted[name]) for name in usable},
+        "measured": {name: float(measured[name]) for name in usable},
+    }
+    runs = [*mapping.get("runs", ()), run][-KEPT_RUNS:]
+    calibration = dict(mapping.get("calibration", {})) | {"num_runs": len(runs)}
+    for name, field in FIELDS.items():
+        errors = [
+            run["measured"][name] / run["predicted"][name] - 1
+            for run in runs
+            if name in run["measured"] and name in run["predicted"]
+        ]
+        if errors:
+            calibration[field] = round(stated_error(errors, prior=PRIOR_ERROR[name]), 4)
+    return {**mapping, "calibration": calibration, "runs": runs}
+
+
+def append_run(cluster_file: str | Path, predicted: Mapping[str, float], measured: Mapping[str, float]) -> None:
+    """Append a finished run (tokens_per_second, peak_bytes: predicted and measured) to the file of its cluster."""
+    path = Path(cluster_file)
+    with locked(path):
+        write_mapping(path, with_run(read_mapping(path), predicted, measured, time_unix_s=int(time.time())))
