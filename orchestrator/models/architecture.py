@@ -43,9 +43,9 @@ class Traits:
         return self.activation in ("swiglu", "geglu")
 
 
-# Sources: OPT arXiv:2205.01068 and its Hugging Face configs; GPT-3 arXiv:2005.14165; MPT mosaicml/mpt-7b config (no_bias, alibi,
-# low_precision_layernorm without bias); LLaMA arXiv:2302.13971; BLOOM arXiv:2211.05100; GLM-130B arXiv:2210.02414 (DeepNorm:
-# post-norm with scaled residuals, and a final norm all the same).
+# Sources: OPT arXiv:2205.01068 and its Hugging Face configs; GPT-3 arXiv:2005.14165; MPT the config of mosaicml/mpt-7b
+# (no_bias, alibi, low_precision_layernorm); LLaMA arXiv:2302.13971; BLOOM arXiv:2211.05100; GLM-130B arXiv:2210.02414
+# (DeepNorm: post-norm with scaled residuals; its checkpoints hold a final norm all the same).
 TRAITS: Mapping[Family, Traits] = {
     "opt": Traits(activation="relu", positions="learned", bias=True, position_offset=2, vocab_size=50272),
     "gpt": Traits(activation="gelu", positions="learned", bias=True),
@@ -124,8 +124,8 @@ class Architecture:
             )
         if self.traits.positions == "rotary" and self.head_dim % 2:
             raise ValueError(
-                f"hidden_size / num_heads is {self.head_dim}: {self.family} rotates pairs (rotary positions), so it must be "
-                f"even; hidden_size {2 * self.num_heads * (self.head_dim // 2 + 1)} would do"
+                f"hidden_size / num_heads is {self.head_dim}: {self.family} rotates pairs of them, so it "
+                f"must be even; hidden_size {2 * self.num_heads * (self.head_dim // 2 + 1)} would do"
             )
 
     @property
@@ -203,7 +203,9 @@ def make_architecture(
     post_norm: bool | None = None,
     dropout: float = 0.0,
 ) -> Architecture:
-    """An architecture with what was left out as its family publishes it. ValueError says what does not fit and what would."""
+    """An architecture, with what was left out as its family publishes it.
+
+    Raises ValueError that says what does not fit and what would."""
     traits = TRAITS.get(family)  # type: ignore[call-overload]
     if traits is None:
         traits = TRAITS["opt"]  # Architecture refuses the family below, with advice
@@ -271,7 +273,7 @@ _SIZES: dict[str, tuple[Family, int, int, int, dict[str, int | bool]]] = {
     "gpt2-medium": ("gpt", 24, 1024, 16, _GPT2),
     "gpt2-large": ("gpt", 36, 1280, 20, _GPT2),
     "gpt2-xl": ("gpt", 48, 1600, 25, _GPT2),
-    # arXiv:2005.14165, table 2.1, in two rows with a shape that its own columns allow: 1.3B prints 24 heads of 128 for a
+    # arXiv:2005.14165, table 2.1, two rows changed to what their own columns allow: 1.3B prints 24 heads of 128 for a
     # width of 2048 (16 here), 13B a width of 5140 for 40 heads of 128 (5120 here).
     "gpt3-125m": ("gpt", 12, 768, 12, {}),
     "gpt3-350m": ("gpt", 24, 1024, 16, {}),
