@@ -47,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self, state: Mapping[str, Iterable[torch.Tensor]], *, vocab_size: int | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.vocab_size = vocab_size
         self.live: dict[str, int] = defaultdict(int)
         self.peak: dict[str, int] = {}
@@ -123,9 +123,9 @@ class LiveBytes(TorchDispatchMode):
             return storage
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign, assignment]
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]

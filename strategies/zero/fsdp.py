@@ -55,7 +55,7 @@ class FsdpStates:
                 whole = weights(name, parameter.shape)
                 local.copy_(whole[min(rank * rows, whole.shape[0]) : min((rank + 1) * rows, whole.shape[0])])
         # Uneven shards move into padded storage at the first use; the optimizer must hold what is there afterwards.
-        root_state: Any = self.root._get_fsdp_state()
+        root_state: Any = FSDPModule._get_fsdp_state(self.root)  # type: ignore[arg-type]
         root_state._lazy_init()
         self.locals: dict[str, nn.Parameter] = {
             name: nn.Parameter(parameter.to_local().detach(), requires_grad=False)
