@@ -1,0 +1,78 @@
+"""What a command answers with: exit codes, and how an error is shown."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+import traceback
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    DONE = 0
+    FAILED = 1
+    BAD_INPUT = 2
+    DOES_NOT_FIT = 3
+    LOST_CLUSTER = 4
+    CANCELLED = 5
+    NOT_FOUND = 6
+    NOT_ALLOWED = 7
+
+
+class CommandError(Exception):
+    """A command that cannot go on: what, where, and how to fix it. Shown without a traceback."""
+
+    def __init__(self, message: str, fix: str = "", exit_code: int = ExitCode.BAD_INPUT, *, where: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.fix = fix
+        self.exit_code = exit_code
+
+
+def show(message: str, *, where: str = "", fix: str = "") -> None:
+    """Error: what / where / to fix: ..., on standard error."""
+    lines = [f"Error: {message}"]
+    lines += [f"  {line.strip()}" for line in where.splitlines()]
+    if fix:
+        first, *rest = fix.splitlines()
+        lines += [f"  to fix: {first}", *(f"    {line.strip()}" for line in rest)]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def answer(error: BaseException) -> int:
+    """Shows what went wrong; the exit code that it means."""
+    from orchestrator.spec.errors import SpecError, place
+
+    if isinstance(error, SpecError):
+        for entry in error.errors:
+            show(entry["message"], where=place(entry), fix=entry["fix"])
+        if len(error.errors) > 1:
+            print(f"{len(error.errors)} errors in {error.errors[0]['file']}", file=sys.stderr)
+        return ExitCode.BAD_INPUT
+    if isinstance(error, CommandError):
+        show(error.message, where=error.where, fix=error.fix)
+        return int(error.exit_code)
+    planning = sys.modules.get("orchestrator.planner.plan")  # loaded already if a PlanError can be here
+    if planning is not None and isinstance(error, planning.PlanError):
+        message, _, rest = str(error).partition("\n")
+        where, _, fix = rest.partition("to fix: ")
+        show(message, where=where.strip(), fix=fix.strip())
+        return int(getattr(error, "exit_code", ExitCode.BAD_INPUT))
+    return _unexpected(error)
+
+
+def _unexpected(error: BaseException) -> int:
+    """One line for the user; the traceback goes into a file that a report can carry."""
+    prefix = f"shardwise-{time.strftime('%Y%m%d-%H%M%S')}-"
+    with tempfile.NamedTemporaryFile("w", prefix=prefix, suffix=".log", delete=False, encoding="utf-8") as log:
+        log.write(f"{sys.argv}\n")
+        log.writelines(traceback.format_exception(error))
+    text = str(error).splitlines()
+    show(
+        f"{type(error).__name__}: {text[0] if text else 'no message'}",
+        where="this is a fault of shardwise, not of your job",
+        fix=f"report it with {log.name}, where the traceback is",
+    )
+    return ExitCode.FAILED

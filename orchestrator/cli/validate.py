@@ -1,0 +1,45 @@
+"""shardwise validate JOB: every fault of a job, with its place and its fix."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from orchestrator.cli.errors import ExitCode
+from orchestrator.spec import Job, SpecError, load_job
+
+
+@click.command("validate")
+@click.argument("job")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print {valid, name, errors[{file, line, column, message, fix}]}."
+)
+def command(job: str, as_json: bool) -> int:
+    """Checks JOB, a YAML file, and shows all of its faults at once. Nothing is planned or started."""
+    if not as_json:
+        click.echo(_summary(load_job(job)))
+        return ExitCode.DONE
+    try:
+        loaded = load_job(job)
+    except SpecError as error:
+        click.echo(json.dumps({"valid": False, "name": None, "errors": error.errors}, indent=1))
+        return error.exit_code
+    click.echo(json.dumps({"valid": True, "name": loaded.name, "errors": []}, indent=1))
+    return ExitCode.DONE
+
+
+def _summary(job: Job) -> str:
+    from orchestrator.models.architecture import num_parameters
+
+    cluster, steps = job.resolved_cluster, job.num_steps
+    where = f"{cluster.name} ({cluster.num_gpus} GPUs)" if cluster else "whatever this machine has"
+    length = f"{steps:,} steps" if steps else "no length yet"
+    pins = len(job.strategy.model_fields_set)
+    return (
+        f"{job.file} is a valid job: {job.name}\n"
+        f"  model     {job.architecture.name or job.architecture.family}, {num_parameters(job.architecture):,} parameters\n"
+        f"  batch     {job.batch.global_batch_size:,} sequences of {job.batch.sequence_length:,} tokens, {length}\n"
+        f"  cluster   {where}\n"
+        f"  strategy  {f'{pins} choices pinned, the rest auto' if pins else 'auto'}"
+    )

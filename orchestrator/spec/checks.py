@@ -1,0 +1,208 @@
+"""What each key may say alone, but not together. Each check takes what it needs and gives faults; what is merely slow
+or wasteful (a padded vocabulary, uneven stages, an idle GPU) is priced by the planner, with a note."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from orchestrator.models.architecture import Architecture
+from orchestrator.spec.errors import Fault
+from orchestrator.spec.job import BatchSpec, ClusterSpec, DataSpec, ModelSpec, StrategySpec, TrainingSpec
+from orchestrator.spec.resolve import NEEDED, SHAPE
+from strategies.strategy import MESH_ORDER
+
+if TYPE_CHECKING:
+    from clusters.cluster import Cluster
+
+
+def check_model(model: ModelSpec) -> Iterator[Fault]:
+    """One way of saying the model, and all of it."""
+    shape = [word for word in SHAPE if getattr(model, word) is not None]
+    ways = [f"`{word}`" for word in ("name", "path") if getattr(model, word) is not None]
+    ways += [f"a shape (`{shape[0]}`, ...)"] if shape else []
+    if len(ways) > 1:
+        yield Fault(
+            path=("model",),
+            message=f"`model` says what it is in {len(ways)} ways, {' and '.join(ways)}; which one holds is open",
+            fix="keep one of them: a catalog name, a path, or a shape",
+        )
+    elif not ways:
+        yield Fault(
+            path=("model",),
+            message="`model` names no model",
+            fix="write a catalog name (`model: opt-1.3b`), a `path`, or a shape (`family`, `num_layers`, ...)",
+        )
+    elif shape:
+        missing = [word for word in NEEDED if word not in shape]
+        if missing:
+            yield Fault(
+                path=("model",),
+                message=f"`model` gives a shape without {', '.join(f'`{word}`' for word in missing)}",
+                fix=f"add {' and '.join(f'`{word}:`' for word in missing)}, or use a catalog name (`model: opt-1.3b`)",
+            )
+    if model.initialize == "weights" and model.path is None and len(ways) == 1:
+        yield Fault(
+            path=("model", "initialize"),
+            message="`model.initialize` is weights, but there are no weights: `model` has no `path`",
+            fix="give `path: FOLDER`, or `initialize: random`",
+        )
+
+
+def check_data(data: DataSpec) -> Iterator[Fault]:
+    if isinstance(data.validation, tuple) and set(data.validation) & set(data.train):
+        both = sorted(set(data.validation) & set(data.train))[0]
+        yield Fault(
+            path=("data", "validation"),
+            message=f"`data.validation` holds {both}, which is trained on: its loss would say nothing",
+            fix="name other files, or a fraction such as 0.005",
+        )
+
+
+def check_training(training: TrainingSpec) -> Iterator[Fault]:
+    if training.steps is not None and training.tokens is not None:
+        yield Fault(
+            path=("training", "tokens"),
+            message="`training` gives both `steps` and `tokens`; which one ends the run is open",
+            fix="keep one of the two lines",
+        )
+
+
+def check_cluster(cluster: ClusterSpec) -> Iterator[Fault]:
+    if cluster.inter_node_gbps is not None and cluster.inter_node_measured_gbps is not None:
+        yield Fault(
+            path=("cluster", "inter_node_measured_gbps"),
+            message="`cluster` gives both a line rate and a measured rate between nodes; they exclude each other",
+            fix="keep `inter_node_gbps` (line rate) or `inter_node_measured_gbps` (used as it is)",
+        )
+
+
+def check_precision(training: TrainingSpec, cluster: Cluster) -> Iterator[Fault]:
+    gpu = cluster.accelerator
+    if gpu.kind != "cuda" or not gpu.peak_flops or training.precision in gpu.peak_flops:
+        return
+    usual = next((dtype for dtype in ("bf16", "fp16", "fp32") if dtype in gpu.peak_flops), "fp32")
+    default = "" if training.wrote("precision") else ", the default,"
+    yield Fault(
+        path=("training", "precision"),
+        message=f"`training.precision` is {training.precision}{default} which {gpu.name} has no units for",
+        fix=f"write `precision: {usual}`, or choose another cluster",
+    )
+
+
+def check_shape(batch: BatchSpec, shape: Architecture) -> Iterator[Fault]:
+    if batch.sequence_length > shape.max_position and shape.traits.positions == "learned":
+        yield Fault(
+            path=("batch", "sequence_length"),
+            message=f"`batch.sequence_length` is {batch.sequence_length}, but {shape.name or 'the model'} has learned "
+            f"positions for {shape.max_position} tokens; the rest would have none",
+            fix=f"write `sequence_length: {shape.max_position}` or less, or give the shape inline with a larger `max_position`",
+        )
+
+
+def check_split(strategy: StrategySpec, shape: Architecture) -> Iterator[Fault]:
+    """Heads and layers over the GPUs that share them."""
+    tensor, pipeline = strategy.tensor_parallel_degree or 1, strategy.pipeline_parallel_degree or 1
+    if shape.num_heads % tensor:
+        good = [degree for degree in range(1, min(shape.num_heads, 64) + 1) if shape.num_heads % degree == 0]
+        yield Fault(
+            path=("strategy", "tensor_parallel_degree"),
+            message=f"`strategy.tensor_parallel_degree` is {tensor}, which does not divide the {shape.num_heads} heads of "
+            f"{shape.name or 'the model'}; a head cannot be shared",
+            fix=f"write one of {', '.join(map(str, good))}, or delete the line and let the planner choose",
+        )
+    stages = pipeline * (strategy.num_virtual_stages or 1)
+    if stages > shape.num_layers:
+        key = "pipeline_parallel_degree" if pipeline > 1 else "num_virtual_stages"
+        yield Fault(
+            path=("strategy", key),
+            message=f"`strategy` cuts {shape.num_layers} layers into {stages} pipeline stages; some would hold none",
+            fix=f"keep pipeline_parallel_degree x num_virtual_stages at {shape.num_layers} or less",
+        )
+    layers = strategy.num_checkpointed_layers_per_stage
+    if layers is not None and layers > shape.num_layers:
+        yield Fault(
+            path=("strategy", "num_checkpointed_layers_per_stage"),
+            message=f"`strategy.num_checkpointed_layers_per_stage` is {layers}, but the model has {shape.num_layers} layers",
+            fix="delete the line to recompute all of them",
+        )
+
+
+def check_degrees(strategy: StrategySpec, cluster: Cluster) -> Iterator[Fault]:
+    """What is pinned must fit on the GPUs there are."""
+    words = [
+        word
+        for word in ("data_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree")
+        if getattr(strategy, word) is not None
+    ]
+    product = 1
+    for word in words:
+        product *= getattr(strategy, word)
+    if product > cluster.num_gpus:
+        yield Fault(
+            path=("strategy", max(words, key=lambda word: getattr(strategy, word))),
+            message=f"`strategy` needs {' x '.join(str(getattr(strategy, word)) for word in words)} = {product} GPUs "
+            f"({' x '.join(words)}), but {cluster.name} has {cluster.num_gpus}",
+            fix=f"lower one of them so that the product is at most {cluster.num_gpus}, or delete one and let the planner choose",
+        )
+
+
+def check_mesh(strategy: StrategySpec) -> Iterator[Fault]:
+    order = strategy.mesh_order
+    if order is not None and sorted(order) != sorted(MESH_ORDER):
+        yield Fault(
+            path=("strategy", "mesh_order"),
+            message=f"`strategy.mesh_order` is [{', '.join(order)}]; it must hold each axis once",
+            fix=f"write [{', '.join(MESH_ORDER)}] in the order you want, farthest neighbours first",
+        )
+    group, data = strategy.zero_group_size, strategy.data_parallel_degree
+    if group is not None and data is not None and data % group:
+        yield Fault(
+            path=("strategy", "zero_group_size"),
+            message=f"`strategy.zero_group_size` is {group}, which does not divide data_parallel_degree {data}; "
+            "some ranks would have no group",
+            fix=f"write `zero_group_size: {_near_divisor(data, group)}`, or delete the line to share over all {data}",
+        )
+
+
+def check_batch(strategy: StrategySpec, batch: BatchSpec, num_gpus: int | None) -> Iterator[Fault]:
+    """global <= micro x accumulation x dp < global + micro x dp: the last micro batch of a replica may be short, none may
+    be empty on all of them. Two of the three leave the third to be found."""
+    total, accumulation = batch.global_batch_size, strategy.gradient_accumulation_steps
+    micro, data = strategy.micro_batch_size, strategy.data_parallel_degree
+    if accumulation is None:
+        return
+    pinned = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation, "data_parallel_degree": data}
+    said = " x ".join(f"{word} {value}" for word, value in pinned.items() if value is not None)
+    pass_size = (micro or 1) * (data or 1)  # sequences of one micro batch over all replicas, as far as pinned
+    if micro is None or data is None:
+        pass_size *= -(-total // (accumulation * pass_size))  # the free one, at its smallest
+    if pass_size * (accumulation - 1) >= total:
+        wanted = -(-total // pass_size)
+        yield Fault(
+            path=("strategy", "gradient_accumulation_steps"),
+            message=f"`strategy` pins {said}, more than global_batch_size {total} needs: whole micro batches would be empty",
+            fix=f"write `gradient_accumulation_steps: {wanted}`, or delete the line and let it follow",
+        )
+    elif pass_size * accumulation < total:
+        wanted = -(-total // pass_size)
+        yield Fault(
+            path=("strategy", "gradient_accumulation_steps"),
+            message=f"`strategy` pins {said} = {pass_size * accumulation} sequences a step, fewer than "
+            f"global_batch_size {total}; the rest would never be read",
+            fix=f"write `gradient_accumulation_steps: {wanted}`, or delete the line and let it follow",
+        )
+    elif micro is not None and data is None and num_gpus is not None:
+        others = (strategy.tensor_parallel_degree or 1) * (strategy.pipeline_parallel_degree or 1)
+        replicas = pass_size // micro
+        if replicas * others > num_gpus:
+            yield Fault(
+                path=("strategy", "gradient_accumulation_steps"),
+                message=f"`strategy` pins {said}: global_batch_size {total} then needs {replicas} replicas on "
+                f"{replicas * others} GPUs, and there are {num_gpus}",
+                fix="delete `gradient_accumulation_steps` and let it follow",
+            )
+
+
+def _near_divisor(whole: int, part: int) -> int:
+    return max(divisor for divisor in range(1, min(whole, part) + 1) if whole % divisor == 0)

@@ -1,0 +1,136 @@
+"""A job file or mapping -> Job, or all of its faults at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from orchestrator.spec import checks
+from orchestrator.spec.errors import MAPPING, ErrorEntry, Fault, SpecError
+from orchestrator.spec.job import ClusterSpec, Job
+from orchestrator.spec.resolve import SHAPE, resolve_cluster, resolve_model
+
+if TYPE_CHECKING:
+    from clusters.cluster import Cluster
+    from orchestrator.models.architecture import Architecture
+
+
+def load_job(path: str | os.PathLike[str]) -> Job:
+    """The job in a YAML file. SpecError holds every fault with its line and column."""
+    from orchestrator.spec.source import read_document
+
+    document = read_document(Path(path))
+    job, faults = _job(document.value, Path(path).parent, str(path), document.faults)
+    if job is not None and not faults:
+        return job
+    errors = []
+    for fault in faults:
+        line, column = document.spot(fault)
+        errors.append(ErrorEntry(file=str(path), line=line, column=column, message=fault.message, fix=fault.fix))
+    raise SpecError(sorted(errors, key=lambda error: (error["line"] or 0, error["column"] or 0)))
+
+
+def parse_job(mapping: Mapping[str, Any], *, directory: str | os.PathLike[str] = "") -> Job:
+    """The job in a mapping, as load_job reads it; its relative paths start at `directory`."""
+    if not isinstance(mapping, Mapping):
+        raise SpecError([_entry(Fault(message=f"a job is a mapping, not {mapping!r:.60}", fix="pass a dict"))])
+    job, faults = _job(dict(mapping), Path(directory), MAPPING, [])
+    if job is not None and not faults:
+        return job
+    raise SpecError([_entry(fault) for fault in faults])
+
+
+def _entry(fault: Fault) -> ErrorEntry:
+    return ErrorEntry(file=MAPPING, line=None, column=None, message=fault.message, fix=fault.fix)
+
+
+def _job(mapping: dict[str, Any], directory: Path, file: str, found: list[Fault]) -> tuple[Job | None, list[Fault]]:
+    """The job, and what is wrong with it; where a part cannot be read, the others are still held against each other."""
+    try:
+        job = Job.model_validate(mapping)
+    except ValidationError as error:
+        from orchestrator.spec.messages import fault_of
+        from orchestrator.spec.salvage import salvage
+
+        faults = [fault_of(detail) for detail in error.errors(include_url=False)]
+        sections, shaky = salvage(mapping, error)
+        faults += _checks(sections, directory, shaky)
+        return None, list({(fault.path, fault.message): fault for fault in (*found, *faults)}.values())
+    private = job.__pydantic_private__
+    assert private is not None
+    private["_directory"], private["_file"] = directory, file
+    return job, [*found, *_checks(job.__dict__, directory, set())]
+
+
+def _checks(sections: dict[str, Any], directory: Path, shaky: set[str]) -> Iterator[Fault]:
+    """The faults of what the sections say together; a section that could not be read is absent, one that lost keys is
+    `shaky`. What the names stand for is kept in `sections`, under the names of the job's cached properties."""
+    get = sections.get
+    batch, training, strategy, data, cluster = (
+        get("batch"), get("training"), get("strategy"), get("data"), get("cluster"),
+    )  # fmt: skip
+    shape: Architecture | None = yield from _model(sections, directory, "model" in shaky)
+    where: Cluster | None = yield from _cluster(sections, directory)
+    if isinstance(cluster, ClusterSpec):
+        yield from checks.check_cluster(cluster)
+    if data is not None:
+        yield from checks.check_data(data)
+    if training is not None:
+        yield from checks.check_training(training)
+        if where is not None:
+            yield from checks.check_precision(training, where)
+    if batch is not None and shape is not None:
+        yield from checks.check_shape(batch, shape)
+    if strategy is None or not strategy.model_fields_set:
+        return
+    yield from checks.check_mesh(strategy)
+    if shape is not None:
+        yield from checks.check_split(strategy, shape)
+    if where is not None:
+        yield from checks.check_degrees(strategy, where)
+    if batch is not None:
+        yield from checks.check_batch(strategy, batch, where.num_gpus if where else None)
+
+
+def _model(sections: dict[str, Any], directory: Path, shaky: bool) -> Generator[Fault, None, Architecture | None]:
+    model = sections.get("model")
+    if model is None:
+        return None
+    if faults := list(checks.check_model(model)):
+        if not shaky:  # otherwise they follow from the keys that could not be read
+            yield from faults
+        return None
+    try:
+        shape = sections["architecture"] = resolve_model(model, directory)
+    except ValueError as error:
+        message, _, fix = str(error).partition(": ")
+        if model.path is not None:
+            path: tuple[str, ...] = ("model", "path")
+            message, fix = str(error), "name a folder with a config.json, or give the shape inline"
+        else:
+            named = [word for word in SHAPE if word in message.split()]
+            path = ("model", named[-1] if named else "name")
+        yield Fault(path=path, message=message, fix=fix)
+        return None
+    return shape
+
+
+def _cluster(sections: dict[str, Any], directory: Path) -> Generator[Fault, None, Cluster | None]:
+    cluster = sections.get("cluster")
+    if cluster is None:
+        return None
+    try:
+        where = sections["resolved_cluster"] = resolve_cluster(cluster, directory)
+    except ValueError as error:
+        head, _, advice = str(error).partition("\n")
+        message, _, guess = head.partition("; did you mean ")
+        fix = " ".join(line.strip().removeprefix("to fix: ") for line in advice.splitlines())
+        fix = f"did you mean {guess} {fix}".strip() if guess else fix or "see the cluster catalog: shardwise schema"
+        path = ("cluster", "gpu") if isinstance(cluster, ClusterSpec) and "GPU" in message else ("cluster",)
+        yield Fault(path=path, message=message, fix=fix)
+        return None
+    return where

@@ -1,0 +1,127 @@
+"""The JSON Schema and the reference page of a job, both from job.py: its fields, and the text under each.
+
+python -m orchestrator.spec.reference      writes docs/reference/job.schema.json and docs/reference/job.md
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from orchestrator.spec import job as job_module
+from orchestrator.spec.errors import dotted
+from orchestrator.spec.job import Job, Section
+from orchestrator.spec.messages import flow, known_keys, sections
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+FOLDER = Path(__file__).parents[2] / "docs" / "reference"
+
+
+@cache
+def field_texts() -> dict[tuple[str, str], str]:
+    """(class, field) -> the docstring under the field."""
+    texts = {}
+    for node in ast.parse(inspect.getsource(job_module)).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+                assert isinstance(text.value, ast.Constant)
+                texts[node.name, field.target.id] = " ".join(str(text.value.value).split())
+    return texts
+
+
+def json_schema() -> dict[str, Any]:
+    """Draft 2020-12. What only holds together (degrees and GPUs, say) is left to `shardwise validate`."""
+    schema = Job.model_json_schema(by_alias=True)
+    classes = {section.__name__: section for _, section in sections()}
+    for name, part in {"Job": schema, **schema["$defs"]}.items():
+        section = classes[name]
+        part["description"] = " ".join((section.__doc__ or "").split())
+        for key, field in known_keys(section).items():
+            described = part["properties"][key]
+            described["description"] = field_texts()[section.__name__, field]
+            described.pop("title", None)
+            if name == "StrategySpec":
+                described["anyOf"] = [{"const": "auto"}, *described["anyOf"]]
+        part.pop("title", None)
+        if words := _bare_words(section):
+            keys = {key: part.pop(key) for key in list(part) if key != "description"}
+            part["anyOf"] = [words, keys]
+    return {"$schema": DIALECT, "title": "Shardwise job", **schema}
+
+
+def _bare_words(section: type[Section]) -> dict[str, Any]:
+    if section is job_module.ModelSpec:
+        from orchestrator.models.architecture import CATALOG
+
+        return {"type": "string", "enum": list(CATALOG)}
+    if section is job_module.StrategySpec:
+        return {"const": "auto"}
+    if section is job_module.OffloadSpec:
+        return {"enum": ["none", "optimizer", "parameters", "activations"]}
+    return {}
+
+
+def reference() -> str:
+    """docs/reference/job.md"""
+    lines = [
+        "# The job file",
+        "",
+        "Made from `orchestrator/spec/job.py` by `python -m orchestrator.spec.reference`. Numbers follow YAML 1.2 (`1e-5` and",
+        "`300e9` are numbers, `1:30` and `017` are text); a duration is a whole number and `s`, `m`, `h` or `d`. Unknown keys,",
+        "wrong types and impossible combinations are errors with their line and column: `shardwise validate JOB`.",
+        "",
+    ]
+    for path, section in sections():
+        lines += _section(path, section)
+    return "\n".join(lines)
+
+
+def _section(path: tuple[str | int, ...], section: type[Section]) -> Iterator[str]:
+    yield f"## {f'`{dotted(path)}`' if path else 'Top level'}"
+    yield ""
+    yield " ".join((section.__doc__ or "").split())
+    if section.bare_words:
+        yield f"In place of the keys: {section.bare_words}."
+    yield ""
+    yield "| key | default | example | meaning |"
+    yield "|---|---|---|---|"
+    for key, name in known_keys(section).items():
+        field = section.model_fields[name]
+        default = "required" if field.is_required() else _default(section, name)
+        example = flow((field.examples or [""])[0]).replace("|", "\\|")
+        text = field_texts()[section.__name__, name] + _words(section, name)
+        yield f"| `{key}` | {default} | `{example}` | {text} |"
+    yield ""
+
+
+def _default(section: type[Section], name: str) -> str:
+    default = section.model_fields[name].default
+    if section.model_fields[name].default_factory is not None:
+        return "its defaults"
+    if default is None:
+        return "auto" if section is job_module.StrategySpec else "absent"
+    return f"`{flow(list(default) if isinstance(default, tuple) else default)}`"
+
+
+def _words(section: type[Section], name: str) -> str:
+    from orchestrator.spec.messages import choices_of
+
+    words = [word for word in choices_of(section, (name,)) if isinstance(word, str)]
+    return f" One of {', '.join(f'`{word}`' for word in words)}." if len(words) > 1 else ""
+
+
+def write(folder: Path = FOLDER) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "job.schema.json").write_text(json.dumps(json_schema(), indent=1) + "\n", encoding="utf-8")
+    (folder / "job.md").write_text(reference(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

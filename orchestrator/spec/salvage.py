@@ -1,0 +1,49 @@
+"""What can still be read of a job that is not right, so that all of its faults are found at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from orchestrator.spec.job import Job
+from orchestrator.spec.messages import Path, known_keys, section_at
+
+
+def salvage(mapping: Mapping[str, Any], error: ValidationError) -> tuple[dict[str, Any], set[str]]:
+    """The sections that can be read once the faulty keys are left out, and the names of those that lost something."""
+    faulty = {tuple(part for part in detail["loc"] if not str(part).startswith("<")) for detail in error.errors()}
+    shaky = {str(path[0]) for path in faulty if path}
+    sections: dict[str, Any] = {}
+    for name, field in Job.model_fields.items():
+        if (name,) in faulty:
+            continue
+        if name not in mapping:
+            if not field.is_required():
+                sections[name] = field.get_default(call_default_factory=True)
+            continue
+        value = _without(mapping[name], (name,), faulty)
+        section = section_at((name,))
+        if (section is not None and not isinstance(value, str | None)) or name in ("model", "strategy"):
+            assert section is not None
+            try:
+                value = section.model_validate(value)
+            except ValidationError:
+                continue
+        sections[name] = value
+    return sections, shaky
+
+
+def _without(value: Any, path: Path, faulty: set[Path]) -> Any:
+    """The value without the keys that lead to a fault; a list with a faulty item goes as a whole."""
+    if not isinstance(value, Mapping):
+        return value
+    aliases = known_keys(section) if (section := section_at(path)) else {}
+    return {
+        key: _without(part, (*path, key), faulty)
+        for key, part in value.items()
+        if (*path, key) not in faulty
+        and (*path, aliases.get(key, key)) not in faulty
+        and not (isinstance(part, list) and any(bad[:-1] == (*path, key) for bad in faulty))
+    }
