@@ -29,6 +29,23 @@ Loader.add_implicit_resolver(
 )
 
 
+MAX_DEPTH = 32
+
+
 def read_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError."""
+    """A text of ours. Raises yaml.YAMLError."""
     return yaml.load(text, Loader)
+
+
+def read_foreign_yaml(text: str) -> Any:
+    """A text of a user's: nesting past MAX_DEPTH (which takes libyaml's loader down) and aliases (which may unfold into
+    gigabytes) are refused before anything is built. Raises yaml.YAMLError."""
+    depth = 0
+    event: Any
+    for event in yaml.parse(text, Loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem="nested too deep", problem_mark=event.start_mark)
+        if isinstance(event, yaml.AliasEvent):
+            raise yaml.MarkedYAMLError(problem="aliases are not read here", problem_mark=event.start_mark)
+    return read_yaml(text)

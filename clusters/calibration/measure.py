@@ -47,7 +47,7 @@ def cpu_calibration(
     num_workers: int, *, quick: bool = True, fresh: bool = False, say: Say | None = None
 ) -> Calibration:
     """What one core does while `num_workers` of them work. Cached by processor, cores, torch and worker environment."""
-    path = cache_folder() / f"cpu-{_digest(machine_key(num_workers))}.json"
+    path = _cache_file(num_workers)
     if not fresh and (found := _cached(path, quick)):
         return found
     with _one_at_a_time(path):
@@ -59,6 +59,11 @@ def cpu_calibration(
         )
         _store(path, {"key": machine_key(num_workers), "quick": quick, "calibration": describe.plain(calibration)})
         return calibration
+
+
+def is_measured(num_workers: int) -> bool:
+    """Whether `cpu_calibration` answers at once."""
+    return _cached(_cache_file(num_workers), quick=True) is not None
 
 
 def cuda_cluster(cluster: Cluster, *, quick: bool = True, say: Say | None = None) -> Cluster:
@@ -126,6 +131,7 @@ def run_child(module: str, num_workers: int, *, quick: bool, folder: Path, say: 
         finally:
             too_long.cancel()
             _end(child)
+            child.stdout.close()
         errors.seek(0)
         tail = errors.read()[-2000:]
     if code or result is None:
@@ -175,6 +181,10 @@ def torch_version() -> str:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return "none"
+
+
+def _cache_file(num_workers: int) -> Path:
+    return cache_folder() / f"cpu-{_digest(machine_key(num_workers))}.json"
 
 
 def _source(quick: bool) -> str:

@@ -12,8 +12,8 @@ from clusters.files import locked
 from clusters.inventory.file import read_mapping, write_mapping
 
 PRIOR_ERROR = {"tokens_per_second": 0.15, "peak_bytes": 0.10}
-"""Relative error expected before any run was seen: a time model is 3 to 13 % off on a training stack it was not fitted to,
-and its fit is tighter than a stranger's machine."""
+"""Relative error expected before any run was seen. Time models are 3 to 13 % off on published rows of a training stack
+that they were not fitted to, and a new machine is further away than those."""
 PRIOR_RUNS = 3
 """How many runs the prior counts for: one lucky run does not make a model exact."""
 FIELDS = {"tokens_per_second": "throughput_error", "peak_bytes": "memory_error"}

@@ -11,7 +11,7 @@ import yaml
 from clusters import describe
 from clusters.cluster import Cluster
 from clusters.files import write_atomically
-from clusters.yaml_text import read_yaml
+from clusters.yaml_text import read_foreign_yaml
 
 MAX_FILE_BYTES = 4 * 2**20
 HEADER = "# Written by `shardwise calibrate`; finished runs append to `runs`. Units: bytes, seconds, FLOPs.\n"
@@ -23,7 +23,7 @@ def read_mapping(path: str | Path) -> Mapping[str, Any]:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ValueError(f"{path}: larger than {MAX_FILE_BYTES // 2**20} MiB: this is no cluster file")
-        mapping = read_yaml(path.read_text(encoding="utf-8"))
+        mapping = read_foreign_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"{path}: cannot read the cluster file: {reason}\n  to fix: a path that exists") from None
@@ -32,9 +32,7 @@ def read_mapping(path: str | Path) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
-        raise ValueError(f"{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
-    except RecursionError:
-        raise ValueError(f"{path}: nested too deep") from None
+        raise ValueError(f"{place}: not read as YAML: {getattr(error, 'problem', None) or error}") from None
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{path}: a cluster file holds keys and values (gpu, nodes, gpus_per_node, ...)")
     return mapping

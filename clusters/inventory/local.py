@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,22 +201,22 @@ def _visible(nvml: Any, handles: Sequence[Any]) -> Iterator[Any]:
 
 
 def _device(nvml: Any, handle: Any) -> Device:
-    def ask(question: Callable[[], Any], otherwise: Any) -> Any:
+    def ask(question: str, *arguments: Any, otherwise: Any, **options: Any) -> Any:
         try:
-            return question()
-        except Exception:  # NVML says NotSupported by device and by driver
+            return getattr(nvml, question)(handle, *arguments, **options)
+        except Exception:  # NVML says NotSupported by device and by driver; an old pynvml lacks the function
             return otherwise
 
     # Version 2 tells what the driver keeps for itself, which CUDA does not count into its total.
     version_2 = getattr(nvml, "nvmlMemory_v2", None)
-    memory = ask(lambda: nvml.nvmlDeviceGetMemoryInfo(handle, version=version_2), None)
-    reserved = int(memory.reserved) if memory is not None else 0
+    memory = ask("nvmlDeviceGetMemoryInfo", version=version_2, otherwise=None)
+    reserved = int(memory.reserved) if memory is not None and version_2 else 0
     memory = memory or nvml.nvmlDeviceGetMemoryInfo(handle)
-    clock_mhz = ask(lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_MEM), 0)
-    bus_bits = ask(lambda: nvml.nvmlDeviceGetMemoryBusWidth(handle), 0)
-    cores = ask(lambda: nvml.nvmlDeviceGetNumGpuCores(handle), 0)
-    capability = tuple(ask(lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle), (8, 0)))
-    links = (ask(partial(nvml.nvmlDeviceGetNvLinkState, handle, i), 0) for i in range(18))
+    clock_mhz = ask("nvmlDeviceGetMaxClockInfo", getattr(nvml, "NVML_CLOCK_MEM", 2), otherwise=0)
+    bus_bits = ask("nvmlDeviceGetMemoryBusWidth", otherwise=0)
+    cores = ask("nvmlDeviceGetNumGpuCores", otherwise=0)
+    capability = tuple(ask("nvmlDeviceGetCudaComputeCapability", otherwise=(8, 0)))
+    links = (ask("nvmlDeviceGetNvLinkState", link, otherwise=0) for link in range(18))
     return Device(
         name=_text(nvml.nvmlDeviceGetName(handle)),
         memory_bytes=int(memory.total) - reserved,

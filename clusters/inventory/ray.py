@@ -9,9 +9,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from clusters.calibration.measure import Say
 from clusters.catalog import rows
 from clusters.cluster import Cluster
-from clusters.inventory.local import Say, cpu_cluster
+from clusters.inventory.local import cpu_cluster
 
 ACCELERATOR_PREFIX = "accelerator_type:"
 AMBIGUOUS = {"A100": "a100-40gb", "V100": "v100-16gb", "H100": "h100-80gb"}
@@ -28,7 +29,8 @@ def discover(address: str, *, gpu: str | None = None, say: Say | None = None) ->
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise ValueError(
-                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}\n  to fix: ray status --address {address}"
+                f"no Ray cluster answers at {address}: {str(error).splitlines()[0]}\n"
+                f"  to fix: ray status --address {address}"
             ) from None
     try:
         return cluster_of_nodes(ray.nodes(), address=address, gpu=gpu, say=say)
@@ -121,7 +123,8 @@ def _gpu_name(accelerator_type: str, gpu: str | None, address: str) -> tuple[str
     )
     raise ValueError(
         f"the Ray cluster at {address}: {said}, which is not in the catalog\n"
-        f"  to fix: name the cluster in the job, as in cluster: a100-80gb-8x8; known: {', '.join(rows.accelerator_names())}"
+        "  to fix: name the cluster in the job, as in cluster: a100-80gb-8x8; "
+        f"known: {', '.join(rows.accelerator_names())}"
     )
 
 

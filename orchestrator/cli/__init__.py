@@ -15,6 +15,8 @@ from orchestrator.cli.errors import ExitCode, answer, show
 VERBS: Mapping[str, tuple[str, str, str]] = {
     # verb: (module, attribute that holds its click.Command, what `shardwise --help` says)
     "validate": ("orchestrator.cli.validate", "command", "Check a job and show all of its faults."),
+    "calibrate": ("orchestrator.cli.calibrate", "command", "Measure this machine, for plans that rest on its numbers."),
+    "doctor": ("orchestrator.cli.doctor", "command", "Check whether this machine is fit to plan and to run."),
     "schema": ("orchestrator.cli.schema", "command", "Print the JSON Schema of a job."),
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from clusters.cluster import Cluster
+from orchestrator.cli.errors import CommandError, ExitCode
 
 
 @click.command(
@@ -18,7 +19,7 @@ from clusters.cluster import Cluster
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="Also write a cluster file for a job.")
 @click.option("--quick", is_flag=True, help="20 seconds in place of one or two minutes.")
 @click.option("--json", "as_json", is_flag=True, help="Print the cluster as JSON.")
-def command(output: Path | None, quick: bool, as_json: bool) -> None:
+def command(output: Path | None, quick: bool, as_json: bool) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -36,10 +37,11 @@ def command(output: Path | None, quick: bool, as_json: bool) -> None:
         write(output, cluster)
     if as_json:
         click.echo(json.dumps(describe.to_mapping(cluster), indent=2))
-        return
+        return ExitCode.DONE
     Console().print(table(cluster))
     if output is not None:
         click.echo(f"wrote {output}; in a job: cluster: {output}")
+    return ExitCode.DONE
 
 
 def measured_cluster(*, quick: bool, say: Any) -> Cluster:
@@ -55,9 +57,12 @@ def measured_cluster(*, quick: bool, say: Any) -> Cluster:
         calibration = measure.cpu_calibration(cores, quick=quick, fresh=True, say=say)
         return local.describe_cpu(calibration, cores=cores, memory_bytes=local.available_memory_bytes())
     except RuntimeError as error:
-        raise click.ClickException(
-            f"{error}\n  to fix: shardwise doctor says what is wrong with this machine"
-        ) from None
+        what, _, where = str(error).partition("\n")
+        fix = "shardwise doctor says what is wrong with this machine"
+        raise CommandError(what, fix, ExitCode.FAILED, where=where) from None
+    except ValueError as error:
+        what, _, fix = str(error).partition("\n  to fix: ")
+        raise CommandError(what, fix) from None
 
 
 def write(output: Path, cluster: Cluster) -> None:
@@ -67,7 +72,10 @@ def write(output: Path, cluster: Cluster) -> None:
 
     mapping = describe.to_mapping(cluster)
     if output.exists():
-        before = read_mapping(output)
+        try:
+            before = read_mapping(output)
+        except ValueError as error:
+            raise CommandError(str(error), "--output FILE: a new file, or one that calibrate wrote") from None
         kept = before.get("calibration", {})
         for name in ("throughput_error", "memory_error", "num_runs"):
             if name in kept:
@@ -77,7 +85,8 @@ def write(output: Path, cluster: Cluster) -> None:
     try:
         write_mapping(output, mapping)
     except OSError as error:
-        raise click.ClickException(f"{output}: cannot be written: {error.strerror}") from None
+        fix = "--output FILE in a folder that you may write"
+        raise CommandError(f"{output} cannot be written: {error.strerror}", fix, ExitCode.FAILED) from None
 
 
 def table(cluster: Cluster) -> Any:

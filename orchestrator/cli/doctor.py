@@ -16,6 +16,8 @@ from typing import Literal
 
 import click
 
+from orchestrator.cli.errors import ExitCode
+
 GIB = 2**30
 OLDEST_TORCH, FIRST_UNTRIED_TORCH = (2, 11), (2, 14)
 OLDEST_RAY = (2, 40)
@@ -33,12 +35,14 @@ class Check:
     fix: str = ""
 
 
-@click.command(help="Check this machine: Python, torch, Ray, GPUs, memory, disk, network. Exit code 1 where one fails.")
+@click.command(
+    "doctor", help="Check this machine: Python, torch, Ray, GPUs, memory, disk, network. Exit code 1 where one fails."
+)
 @click.option(
     "--directory", type=click.Path(path_type=Path), default=Path("runs"), show_default=True, help="Of the runs."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the checks as JSON.")
-def command(directory: Path, as_json: bool) -> None:
+def command(directory: Path, as_json: bool) -> int:
     checks = examine(directory)
     failed = any(check.status == "fail" for check in checks)
     if as_json:
@@ -49,7 +53,7 @@ def command(directory: Path, as_json: bool) -> None:
             click.echo(f"{click.style(f'{check.status:4}', fg=colour[check.status])}  {check.name:14} {check.detail}")
             if check.fix:
                 click.echo(f"{'':21}to fix: {check.fix}")
-    sys.exit(1 if failed else 0)
+    return ExitCode.FAILED if failed else ExitCode.DONE
 
 
 def examine(directory: Path) -> list[Check]:
