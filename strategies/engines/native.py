@@ -35,7 +35,7 @@ def build_session(
     deterministic: bool = False,
     z_loss: float = 0.0,
 ) -> NativeSession:
-    """Splits a module that stands on the meta device and fills it, a parameter at a time.
+    """Splits a module that stands on the meta device and fills it, a parameter at a time: split_session, then fill.
 
     Args:
         module: has .embed, .blocks and .head; module(input_ids_BS) -> logits_BSV.
@@ -43,6 +43,30 @@ def build_session(
         precision: bf16, fp16, fp32 or fp64.
 
     Raises ValueError, with the field's name, for a strategy that this engine has not built."""
+    session = split_session(
+        module,
+        strategy=strategy,
+        precision=precision,
+        optimizer=optimizer,
+        device=device,
+        deterministic=deterministic,
+        z_loss=z_loss,
+    )
+    session.states.fill(weights)
+    return session
+
+
+def split_session(
+    module: nn.Module,
+    *,
+    strategy: Strategy,
+    precision: str,
+    optimizer: OptimizerSettings | None = None,
+    device: torch.device | str = "cpu",
+    deterministic: bool = False,
+    z_loss: float = 0.0,
+) -> NativeSession:
+    """A session without storages: what a trace fills under fake tensors. See build_session."""
     for field, built in (
         ("tensor_parallel_degree", 1),
         ("pipeline_parallel_degree", 1),
@@ -64,7 +88,7 @@ def build_session(
         torch.use_deterministic_algorithms(True)
     for room in ROOMS:
         build = room(build)
-    states: States = build.requests["states"](build, weights)
+    states: States = build.requests["states"](build)
     if strategy.compile:
         blocks: Any = build.module.blocks
         for block in blocks:

@@ -30,8 +30,8 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 class Bucket:
     """Parameters that are reduced together. Shards are rows of dimension 0, as torch.chunk cuts them (FSDP2's rule)."""
 
-    def __init__(self, parameters: list[tuple[str, nn.Parameter]], num_shards: int, index: int) -> None:
-        self.parameters, self.num_shards, self.index = parameters, num_shards, index
+    def __init__(self, parameters: list[tuple[str, nn.Parameter]], num_shards: int) -> None:
+        self.parameters, self.num_shards = parameters, num_shards
         first = parameters[0][1]
         self.gradients = torch.zeros(sum(p.numel() for _, p in parameters), dtype=first.dtype, device=first.device)
         offset = 0
@@ -70,20 +70,25 @@ class Bucket:
 class BucketStates:
     """States of ZeRO 0 and 1 on one rank."""
 
-    def __init__(self, build: Build, weights: Weights) -> None:
+    def __init__(self, build: Build) -> None:
         strategy = build.strategy
-        self.sharded = strategy.zero_stage == 1
-        self.mesh = build.mesh
-        names = build.mesh.mesh_dim_names if build.mesh is not None else ()
-        self.shard_group = build.mesh["shard"].get_group() if self.sharded and build.mesh is not None else None
-        self.replica_group = build.mesh["replicate"].get_group() if "replicate" in names else None
-        self.all_group = None if build.mesh is None else build.requests["data_group"]
-        self.num_shards = strategy.zero_group_size if self.sharded and build.mesh is not None else 1
-        self.rank = build.mesh["shard"].get_local_rank() if self.num_shards > 1 else 0
-        self.dtype = DTYPES[build.precision]
+        self.build = build
+        alone = build.mesh is None
+        replicated = not alone and "replicate" in build.mesh.mesh_dim_names
+        sharded = strategy.zero_stage == 1 and not alone
+        self.shard_mesh = build.mesh["shard"] if sharded else None
+        self.shard_group = self.shard_mesh.get_group() if self.shard_mesh is not None else None
+        self.replica_group = build.mesh["replicate"].get_group() if sharded and replicated else None
+        self.data_group = None if alone else build.requests["data_group"]
+        self.num_shards = strategy.zero_group_size if sharded else 1
+        self.rank = self.shard_mesh.get_local_rank() if self.shard_mesh is not None else 0
         self.has_master = build.precision in ("bf16", "fp16") and strategy.states != "pure"
-        build.module.to(self.dtype).to_empty(device=build.device)
-        self.buckets = [Bucket(parameters, self.num_shards, i) for i, parameters in enumerate(_units(build.module))]
+        build.module.to(DTYPES[build.precision])
+
+    def fill(self, weights: Weights) -> None:
+        build = self.build
+        build.module.to_empty(device=build.device)
+        self.buckets = [Bucket(parameters, self.num_shards) for parameters in _units(build.module)]
         self.masters: dict[str, nn.Parameter] = {}
         with torch.no_grad():
             for name, parameter, bucket in self._all():
@@ -92,14 +97,10 @@ class BucketStates:
                 parameter.copy_(whole)
                 local = bucket.shard(whole, self.rank).to(build.device, torch.float32) if self.has_master else rows
                 self.masters[name] = nn.Parameter(local.detach(), requires_grad=False)
-        self.adam = Adam(
-            [
-                (name, self.masters[name], parameter.dim())
-                for name, parameter, _ in self._all()
-                if self.masters[name].numel()
-            ],
-            build.optimizer,
-        )
+        steps = [
+            (self.masters[name], parameter.dim()) for name, parameter, _ in self._all() if self.masters[name].numel()
+        ]
+        self.adam = Adam(steps, build.optimizer)
         self.local: dict[str, Tensor] = {}
 
     def _all(self) -> list[tuple[str, nn.Parameter, Bucket]]:
@@ -116,8 +117,8 @@ class BucketStates:
         for bucket in reversed(self.buckets):
             grads = [p.grad for _, p in bucket.parameters if p.grad is not None]
             if self.num_shards == 1:
-                if self.all_group is not None:
-                    dist.all_reduce(bucket.gradients, group=self.all_group)
+                if self.data_group is not None:
+                    dist.all_reduce(bucket.gradients, group=self.data_group)
                 mine = [bucket.shard(grad, 0) for grad in grads]
             else:
                 rank_major = bucket.to_rank_major(grads)
@@ -179,7 +180,7 @@ class BucketStates:
             return local
         stride = torch.empty(parameter.shape, device="meta").stride()
         return DTensor.from_local(
-            local, self.mesh["shard"], [Shard(0)], run_check=False, shape=parameter.shape, stride=stride
+            local, self.shard_mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=stride
         )
 
     def loaded(self, step: int) -> None:

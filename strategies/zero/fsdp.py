@@ -23,8 +23,9 @@ from strategies.zero.states import DTYPES, Adam, Weights, squared_norm
 class FsdpStates:
     """States of ZeRO 2 and 3 on one rank."""
 
-    def __init__(self, build: Build, weights: Weights) -> None:
+    def __init__(self, build: Build) -> None:
         strategy = build.strategy
+        self.build = build
         if build.mesh is None:
             raise ValueError(f"zero_stage {strategy.zero_stage} needs an initialised process group, a world of one too")
         self.gather_per_step, self.reduce_per_step = strategy.gather == "per_step", strategy.reduce == "per_step"
@@ -44,27 +45,28 @@ class FsdpStates:
             # Gradients are sums: the loss is already divided by the tokens of the whole global batch.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+        shard = build.mesh["shard"] if "shard" in build.mesh.mesh_dim_names else build.mesh
+        self.shard_group, self.num_shards, self.rank = shard.get_group(), shard.size(), shard.get_local_rank()
+
+    def fill(self, weights: Weights) -> None:
+        build = self.build
         build.module.to_empty(device=build.device)
         self.parameters: dict[str, Any] = dict(build.module.named_parameters())
-        shard = build.mesh["shard"] if "shard" in build.mesh.mesh_dim_names else build.mesh
-        self.shard_group, self.num_shards, rank = shard.get_group(), shard.size(), shard.get_local_rank()
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 local = parameter.to_local()
                 rows = -(-parameter.shape[0] // self.num_shards)
                 whole = weights(name, parameter.shape)
-                local.copy_(whole[min(rank * rows, whole.shape[0]) : min((rank + 1) * rows, whole.shape[0])])
+                local.copy_(whole[min(self.rank * rows, len(whole)) : min((self.rank + 1) * rows, len(whole))])
         # Uneven shards move into padded storage at the first use; the optimizer must hold what is there afterwards.
-        root_state: Any = FSDPModule._get_fsdp_state(self.root)  # type: ignore[arg-type]
+        root_state: Any = FSDPModule._get_fsdp_state(self.root)
         root_state._lazy_init()
         self.locals: dict[str, nn.Parameter] = {
             name: nn.Parameter(parameter.to_local().detach(), requires_grad=False)
             for name, parameter in self.parameters.items()
         }
-        self.adam = Adam(
-            [(name, local, self.parameters[name].dim()) for name, local in self.locals.items() if local.numel()],
-            build.optimizer,
-        )
+        steps = [(local, self.parameters[name].dim()) for name, local in self.locals.items() if local.numel()]
+        self.adam = Adam(steps, build.optimizer)
 
     def begin(self) -> None:
         for parameter in self.parameters.values():

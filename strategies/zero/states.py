@@ -19,6 +19,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 class States(Protocol):
     """Parameters, gradients and optimizer states of one rank. All calls but `tensors` are collective."""
 
+    def fill(self, weights: Weights) -> None:
+        """Makes the storages and fills in the first values; the constructor only splits what stands on the meta device."""
+
     def begin(self) -> None:
         """Before the first micro batch: no gradients."""
 
@@ -47,10 +50,10 @@ class Adam:
 
     Matrices decay, vectors (biases, norms) do not."""
 
-    def __init__(self, masters: Sequence[tuple[str, nn.Parameter, int]], settings: OptimizerSettings) -> None:
-        """Args: masters: (name, local tensor that is stepped, dimensions of the whole parameter)."""
-        decayed = [tensor for _, tensor, dims in masters if dims >= 2]
-        others = [tensor for _, tensor, dims in masters if dims < 2]
+    def __init__(self, masters: Sequence[tuple[nn.Parameter, int]], settings: OptimizerSettings) -> None:
+        """Args: masters: (local tensor that is stepped, dimensions of the whole parameter)."""
+        decayed = [tensor for tensor, dims in masters if dims >= 2]
+        others = [tensor for tensor, dims in masters if dims < 2]
         groups = [
             {"params": tensors, "weight_decay": decay}
             for tensors, decay in ((decayed, settings.weight_decay), (others, 0.0))
@@ -61,7 +64,7 @@ class Adam:
             self.optimizer = torch.optim.AdamW(
                 groups, lr=0.0, betas=settings.betas, eps=settings.epsilon, fused=True, foreach=False
             )
-            for _, tensor, _ in masters:
+            for tensor, _ in masters:
                 self.optimizer.state[tensor] = {
                     "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
                     "exp_avg": torch.zeros_like(tensor, memory_format=torch.preserve_format),
