@@ -1,0 +1,276 @@
+"""Why: what a plan's reader should know, why the others lost, what would fit, what a slower link would change. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.planner.problem import Choice, PlanError, Problem
+from orchestrator.planner.search import GIB, Found, SearchResult, TooLarge, told_excess
+from orchestrator.planner.solve import Solution, solve
+from orchestrator.planner.time import Price
+from strategies.strategy import Offload, Strategy, without_effect
+
+MAX_TOO_LARGE = 5
+"""Families that do not fit among the alternatives; the rest of the list are strategies that could run."""
+MOST_GPUS = 16384
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loser:
+    """A family's best, and the one reason that it was not taken."""
+
+    strategy: Strategy
+    price: Price
+    peak_bytes: int
+    tokens_per_second_per_gpu: float
+    fits: bool
+    because: str
+
+
+def notes(solution: Solution) -> list[str]:
+    """Idle GPUs, padding, uneven stages, tensor groups across nodes, settings without effect."""
+    return [*_notes(solution)]
+
+
+def _notes(solution: Solution) -> Iterator[str]:
+    strategy, problem = solution.strategy, solution.problem
+    yield from problem.cluster.notes
+    idle = problem.cluster.num_gpus - strategy.num_gpus
+    if idle:
+        yield f"{idle} of {problem.cluster.num_gpus} GPUs stay idle: {_why_idle(problem, strategy)}"
+    slots = strategy.micro_batch_size * strategy.gradient_accumulation_steps * strategy.data_parallel_degree
+    if slots > problem.global_batch_size:
+        yield (
+            f"the batch of {problem.global_batch_size} does not divide: {slots - problem.global_batch_size} of {slots} places in "
+            "a step's micro batches stay empty"
+        )
+    layers = {stage.num_layers for stage in strategy.stages}
+    if len(layers) > 1:
+        yield f"pipeline stages hold {min(layers)} to {max(layers)} layers"
+    if strategy.tensor_parallel_degree * strategy.degrees.stride("tensor") > problem.cluster.gpus_per_node:
+        yield f"a tensor group of {strategy.tensor_parallel_degree} leaves its node"
+    kv_heads = problem.arch.num_kv_heads
+    if strategy.tensor_parallel_degree > kv_heads:
+        yield f"{kv_heads} key and value heads are copied to a tensor group of {strategy.tensor_parallel_degree}"
+    if problem.arch.vocab_size % strategy.tensor_parallel_degree:
+        yield f"the vocabulary of {problem.arch.vocab_size} is padded to a multiple of {strategy.tensor_parallel_degree}"
+    if problem.pins.get("num_checkpointed_layers_per_stage", 0) > max(layers):
+        yield f"a stage has {max(layers)} layers at most: all of them are computed again"
+    for rule in without_effect(strategy):
+        yield rule.told(strategy)
+
+
+def _why_idle(problem: Problem, strategy: Strategy) -> str:
+    product = strategy.tensor_parallel_degree * strategy.pipeline_parallel_degree
+    if "data_parallel_degree" in problem.pins and product * (strategy.data_parallel_degree + 1) <= problem.num_gpus:
+        return "the pinned degrees use fewer"
+    if strategy.data_parallel_degree >= problem.global_batch_size:
+        return f"a batch of {problem.global_batch_size} has work for no more replicas"
+    if problem.objective != "fastest":
+        return f"more would not be {'cheaper a token' if problem.objective == 'cheapest' else 'fewer'}"
+    if product * (strategy.data_parallel_degree + 1) <= problem.num_gpus:
+        return "more would not save a micro batch, or would miss a target"
+    return f"they do not make another replica of {product}"
+
+
+# Losers ---------------------------------------------------------------------------------------------------------------
+
+
+def losers(solution: Solution, *, limit: int) -> list[Loser]:
+    """The best of each other family, fastest first; among them the nearest families that would need more memory."""
+    found = solution.search
+    if found is None or limit < 1:
+        return []
+    others = [family for family in found.families if found.best is None or family.choice != found.best.choice]
+    rows = [_slower(solution, other) for other in others[:limit]]
+    rows += [_larger(solution, other) for other in _closest(solution, found)]
+    rows.sort(key=lambda row: -row.tokens_per_second_per_gpu)
+    return rows[:limit]
+
+
+def _slower(solution: Solution, found: Found) -> Loser:
+    strategy = solution.problem.strategy(found.choice)
+    price = solution.problem.price(strategy)
+    return _loser(solution, strategy, price, True, _because(solution, strategy, price))
+
+
+def _larger(solution: Solution, found: TooLarge) -> Loser:
+    strategy = solution.problem.strategy(found.choice)
+    price = solution.problem.price(strategy)
+    away = f"{_offload_word(strategy.offload)}, " if strategy.offload.any else ""
+    return _loser(solution, strategy, price, False, f"{away}ZeRO {strategy.zero_stage}: {told_excess(price.memory)}")
+
+
+def _closest(solution: Solution, found: SearchResult) -> list[TooLarge]:
+    """Of what was too large, the families that look most like the chosen one: simpler ZeRO, smaller degrees."""
+    chosen, seen, rows = solution.strategy, set(), []
+
+    def distance(row: TooLarge) -> tuple[int, int, int]:
+        c: Choice = row.choice
+        degrees = abs(c.tensor - chosen.tensor_parallel_degree) + abs(c.pipeline - chosen.pipeline_parallel_degree)
+        return degrees, abs(c.zero - chosen.zero_stage), c.offload != chosen.offload
+
+    for row in sorted(found.too_large, key=distance):
+        family = row.choice.tensor, row.choice.pipeline, row.choice.zero, row.choice.offload
+        if family not in seen:
+            seen.add(family)
+            rows.append(row)
+    return rows[:MAX_TOO_LARGE]
+
+
+def _loser(solution: Solution, strategy: Strategy, price: Price, fits: bool, because: str) -> Loser:
+    tokens = solution.problem.global_batch_size * solution.problem.sequence_length
+    return Loser(
+        strategy=strategy,
+        price=price,
+        peak_bytes=price.memory.peak_bytes,
+        tokens_per_second_per_gpu=tokens / price.time.step_s / strategy.num_gpus,
+        fits=fits,
+        because=because,
+    )
+
+
+def _because(solution: Solution, strategy: Strategy, price: Price) -> str:
+    """The part of the step that grew most against the chosen strategy, as a share of the loser's own step."""
+    best, step_s = solution.price.time, price.time.step_s
+    parts = {
+        "offload_s": (f"offload of {_offload_word(strategy.offload)}", "on the host link"),
+        "pipeline_bubble_s": (f"pipeline {strategy.pipeline_parallel_degree}", "bubble"),
+        "tensor_parallel_s": (f"tensor {strategy.tensor_parallel_degree}", "messages"),
+        "data_parallel_exposed_s": (
+            f"ZeRO {strategy.zero_stage} over {strategy.data_parallel_degree}",
+            "waiting for replicas",
+        ),
+        "recompute_s": (f"{strategy.activation_checkpointing} recompute", "forward again"),
+        "pipeline_transfer_s": (f"pipeline {strategy.pipeline_parallel_degree}", "transfers"),
+        "optimizer_s": (f"ZeRO {strategy.zero_stage}", "optimizer"),
+        "compute_s": (f"micro batch {strategy.micro_batch_size}", "less efficient products"),
+    }
+    grown = {name: getattr(price.time, name) - getattr(best, name) for name in parts}
+    name = max(grown, key=lambda part: grown[part])
+    if grown[name] <= 0 or step_s <= best.step_s:
+        if strategy.num_gpus != solution.strategy.num_gpus:
+            return f"uses {strategy.num_gpus} GPUs, {step_s:.3g} s a step"
+        return "as fast, and less simple"
+    what, how = parts[name]
+    slower = step_s / best.step_s - 1
+    if name == "compute_s":
+        cause = (
+            what if strategy.micro_batch_size != solution.strategy.micro_batch_size else "uneven or smaller products"
+        )
+        if strategy.num_gpus < solution.strategy.num_gpus:
+            cause = f"leaves {solution.strategy.num_gpus - strategy.num_gpus} more GPUs idle"
+        return f"{cause}: compute {grown[name] / best.step_s:.1%} longer, step {slower:.1%} slower"
+    return f"{what}: {how} {getattr(price.time, name) / step_s:.0%} of the step, {slower:.1%} slower"
+
+
+def _offload_word(offload: Offload) -> str:
+    kinds = [kind for kind in ("optimizer", "parameters", "activations") if getattr(offload, kind) != "none"]
+    places = {getattr(offload, kind) for kind in kinds}
+    return f"{' and '.join(kinds)} to {' and '.join(sorted(places))}" if kinds else "nothing"
+
+
+# What would fit -------------------------------------------------------------------------------------------------------
+
+
+def nearest(solution: Solution) -> list[dict[str, Any]]:
+    """Changes that would make the job fit, one at a time, each planned: free one pin, shorten, add GPUs."""
+    rows = []
+    for change, problem in _changes(solution):
+        try:
+            found = solve(problem)
+        except PlanError:
+            continue
+        if found.fits:
+            rows.append(_near(change, found))
+    return sorted(rows, key=lambda row: (row["num_gpus"], -row["tokens_per_second_per_gpu"]))
+
+
+def _near(change: str, found: Solution) -> dict[str, Any]:
+    from orchestrator.planner.document import strategy_dict
+
+    return {
+        "change": change,
+        "num_gpus": found.strategy.num_gpus,
+        "sequence_length": found.problem.sequence_length,
+        "strategy": strategy_dict(found.strategy, stages=False),
+        "peak_bytes": found.price.memory.peak_bytes,
+        "tokens_per_second_per_gpu": found.tokens_per_second_per_gpu,
+    }
+
+
+def _changes(solution: Solution) -> Iterator[tuple[str, Problem]]:
+    problem, pins = solution.problem, solution.problem.pins
+    freed = {
+        "micro_batch_size": ("micro_batch_size", "gradient_accumulation_steps"),
+        "activation_checkpointing": ("activation_checkpointing", "num_checkpointed_layers_per_stage"),
+        "zero_stage": ("zero_stage", "zero_group_size", "states", "gather", "reduce"),
+        "offload": ("offload",),
+    }
+    one = {name: names for name, names in freed.items() if name in pins}
+    if solution.search is None:
+        problem = problem.changed(pins=_filled(problem, solution.strategy))
+    for name, names in one.items():
+        yield f"leave out {name}", problem.without_pins(*names)
+    if len(one) > 1:
+        yield f"leave out {', '.join(one)}", problem.without_pins(*(name for names in one.values() for name in names))
+    if "offload" not in pins:
+        yield "offload", problem
+    length = problem.sequence_length // 2
+    while length >= 128:
+        shorter = problem.changed(sequence_length=length)
+        if solve(shorter).fits:
+            yield f"sequence_length {length}", shorter
+            break
+        length //= 2
+    yield from _larger_clusters(problem)
+
+
+def _filled(problem: Problem, strategy: Strategy) -> dict[str, Any]:
+    """Pins that keep everything as it was but what is freed."""
+    return dict(problem.pins) | {"gather": strategy.gather, "reduce": strategy.reduce}
+
+
+def _larger_clusters(problem: Problem) -> Iterator[tuple[str, Problem]]:
+    """The smallest cluster, in doublings of the nodes, that holds the job with the same pins; replicas are free to grow."""
+    free = problem.without_pins("data_parallel_degree", "zero_group_size", "gradient_accumulation_steps")
+    nodes = problem.cluster.num_nodes * 2
+    while nodes * problem.cluster.gpus_per_node <= MOST_GPUS:
+        larger = free.changed(cluster=replace(problem.cluster, num_nodes=nodes), objective="fastest")
+        if solve(larger).fits:
+            yield f"{nodes} nodes of {problem.cluster.gpus_per_node}", larger
+            return
+        nodes *= 2
+
+
+# Sensitivity ----------------------------------------------------------------------------------------------------------
+
+
+def sensitivity(solution: Solution, *, slower: float = 0.9) -> list[dict[str, Any]]:
+    """What would be picked if a link had 10 % less bandwidth than stated, and what the plan would then lose by not changing."""
+    rows = []
+    for name in ("intra_node", "inter_node"):
+        cluster = solution.problem.cluster
+        link = getattr(cluster, name)
+        weaker = replace(cluster, **{name: replace(link, bytes_per_s=link.bytes_per_s * slower)})
+        problem = solution.problem.changed(cluster=weaker)
+        other = solve(problem)
+        kept = problem.price(solution.strategy).time.step_s
+        rows.append(
+            {
+                "link": link.name,
+                "where": name,
+                "bandwidth_factor": slower,
+                "same_choice": other.strategy == solution.strategy,
+                "strategy": other.strategy,
+                "step_s": kept,
+                "best_step_s": other.price.time.step_s,
+            }
+        )
+    return rows
+
+
+def told_bytes(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.1f} GiB"

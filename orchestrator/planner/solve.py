@@ -1,0 +1,79 @@
+"""A problem's answer: its one pinned strategy, or the best of the search. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.planner.problem import PlanError, Problem, check, check_batch, check_rules
+from orchestrator.planner.search import SearchResult, Wanted, search
+from orchestrator.planner.space import Space, require_candidates
+from orchestrator.planner.time import Price
+from strategies.catalog import Limit, unbuilt
+from strategies.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Solution:
+    """A priced strategy. `search` is None where everything was pinned."""
+
+    problem: Problem
+    strategy: Strategy
+    price: Price
+    search: SearchResult | None = None
+
+    @property
+    def fits(self) -> bool:
+        return self.price.memory.fits
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.problem.global_batch_size * self.problem.sequence_length / self.price.time.step_s
+
+    @property
+    def tokens_per_second_per_gpu(self) -> float:
+        return self.tokens_per_second / self.strategy.num_gpus
+
+
+def solve(problem: Problem, *, wanted: Wanted | None = None, num_families: int = 1) -> Solution:
+    """The strategy to take. Where nothing fits, the one that is over by least. PlanError where nothing can be at all."""
+    check(problem)
+    space = Space(problem)
+    single = space.single()
+    if single is not None:
+        check_batch(problem, data=single.data, micro=single.micro)
+        strategy = problem.strategy(single)
+        check_rules(strategy)
+        if problem.built_only and (limit := unbuilt(strategy)) is not None:
+            raise _not_built(limit, getattr(strategy, limit.field))
+        return Solution(problem=problem, strategy=strategy, price=problem.price(strategy))
+    if problem.built_only:
+        _check_built(problem)
+    require_candidates(space)
+    found = search(problem, wanted=wanted, num_families=num_families)
+    choice = found.best.choice if found.best else found.closest.choice if found.closest else None
+    assert choice is not None, "a space with candidates has a best or a closest one"
+    strategy = problem.strategy(choice)
+    return Solution(problem=problem, strategy=strategy, price=problem.price(strategy), search=found)
+
+
+def _check_built(problem: Problem) -> None:
+    """PlanError where a pinned choice alone is not built."""
+    names = ("engine", "tensor_parallel_degree", "pipeline_parallel_degree", "offload", "compile")
+    for name in names:
+        if name in problem.pins:
+            limit = unbuilt(Strategy(**{name: problem.pins[name]}))
+            if limit is not None:
+                raise _not_built(limit, problem.pins[name])
+    if "states" in problem.pins:
+        limits = [unbuilt(Strategy(zero_stage=zero, states=problem.pins["states"])) for zero in range(4)]
+        if all(limit is not None for limit in limits) and limits[0] is not None:
+            raise _not_built(limits[0], problem.pins["states"])
+
+
+def _not_built(limit: Limit, value: object) -> PlanError:
+    if limit.field == "offload":
+        value = "of " + ", ".join(k for k in ("optimizer", "parameters", "activations") if getattr(value, k) != "none")
+    return PlanError(
+        f"strategy.{limit.field} {value} cannot run: {limit.reason}\n"
+        f"  to fix: leave {limit.field} out and let the planner choose; `shardwise plan` still prices it"
+    )

@@ -1,0 +1,355 @@
+"""The space of strategies that one problem leaves open: each field's values, in the order of the search. Pure.
+
+A pinned field has one value. Values that can only waste are not in the space: a micro batch that neither divides a replica's
+share of the batch nor is a power of two, a data-parallel degree that leaves GPUs idle without saving a micro batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from itertools import product
+from typing import Any, NamedTuple
+
+from orchestrator.planner.problem import Choice, PlanError, Problem
+from strategies.catalog import unbuilt
+from strategies.strategy import INTERLEAVED, Offload, Schedule, Strategy
+
+
+class Shape(NamedTuple):
+    """The degrees."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+class Sharding(NamedTuple):
+    """What the data-parallel ranks share, and how often they talk."""
+
+    zero: int
+    group: int
+    gather: str
+    reduce: str
+
+
+class Core(NamedTuple):
+    """What decides the time of a micro batch and of the pipeline."""
+
+    shape: Shape
+    sequence_parallel: bool
+    micro: int
+    schedule: Schedule
+    virtual: int
+
+
+PER_MICRO_BATCH, PER_STEP = "per_micro_batch", "per_step"
+
+
+class Space:
+    """Every combination of values of the fields that a problem leaves open."""
+
+    def __init__(self, problem: Problem, *, every_size: bool = False) -> None:
+        """`every_size`: smaller data-parallel degrees are candidates too, for objectives that may prefer fewer GPUs."""
+        self.problem, self.pins = problem, problem.pins
+        self.every_size = every_size
+
+    def _kept(self, values: list[Any], field: str) -> list[Any]:
+        """Under built_only, the values that the engine carries out; the pinned ones are judged by plan.py, by name."""
+        if not self.problem.built_only:
+            return values
+        return [value for value in values if unbuilt(Strategy(**{field: value})) is None]
+
+    @cached_property
+    def offloads(self) -> list[Offload]:
+        """Simplest first. Parameters leave only together with the optimizer states that are larger."""
+        if "offload" in self.pins:
+            return [self.pins["offload"]]
+        places = ["none", "host"] + (["nvme"] if self.problem.cluster.host.nvme_bytes else [])
+        options = [
+            Offload(optimizer=optimizer, parameters=parameters, activations=activations)  # type: ignore[arg-type]
+            for activations, parameters, optimizer in product(("none", "host"), places, places)
+            if places.index(parameters) <= places.index(optimizer)
+        ]
+        return self._kept(options, "offload")
+
+    @cached_property
+    def tensors(self) -> list[int]:
+        if "tensor_parallel_degree" in self.pins:
+            return [self.pins["tensor_parallel_degree"]]
+        heads, most = self.problem.arch.num_heads, self.problem.num_gpus
+        return self._kept([n for n in range(1, min(heads, most) + 1) if heads % n == 0], "tensor_parallel_degree")
+
+    def pipelines(self, tensor: int) -> list[int]:
+        if "pipeline_parallel_degree" in self.pins:
+            return [self.pins["pipeline_parallel_degree"]]
+        most = min(self.problem.arch.num_layers, self.problem.num_gpus // tensor)
+        return self._kept(list(range(1, most + 1)), "pipeline_parallel_degree")
+
+    def datas(self, tensor: int, pipeline: int) -> list[int]:
+        room = self.problem.num_gpus // (tensor * pipeline)
+        if "data_parallel_degree" in self.pins:
+            pinned = self.pins["data_parallel_degree"]
+            return [pinned] if pinned <= room else []
+        if room == 0:
+            return []
+        batch = self.problem.global_batch_size
+        most = min(room, batch)
+        if not self.every_size:
+            degrees = {most, _tight(batch, most)}
+        elif most <= 64:
+            degrees = {most} | {_tight(batch, degree) for degree in range(1, most + 1)}
+        else:
+            degrees = {most, _tight(batch, most)} | {2**i for i in range(most.bit_length())}
+        group = self.pins.get("zero_group_size", 1)
+        return sorted(degree for degree in degrees if degree % group == 0)
+
+    def shapes(self) -> Iterator[Shape]:
+        for tensor in self.tensors:
+            for pipeline in self.pipelines(tensor):
+                for data in self.datas(tensor, pipeline):
+                    yield Shape(tensor, pipeline, data)
+
+    def sequence_parallels(self, tensor: int) -> list[bool]:
+        if "sequence_parallel" in self.pins:
+            return [self.pins["sequence_parallel"]]
+        return [False, True] if tensor > 1 else [False]
+
+    def micros(self, data: int) -> list[int]:
+        """Divisors of a replica's share of the batch, and powers of two."""
+        problem, pins = self.problem, self.pins
+        share = -(-problem.global_batch_size // data)
+        accumulation = pins.get("gradient_accumulation_steps")
+        if "micro_batch_size" in pins:
+            values = [pins["micro_batch_size"]]
+        elif accumulation is not None:
+            values = [-(-share // accumulation)]
+        else:
+            values = _micros(share)
+        if accumulation is not None:
+            values = [micro for micro in values if problem.accumulation(data, micro) == accumulation]
+        return values
+
+    def schedules(self, pipeline: int, accumulation: int) -> list[tuple[Schedule, int]]:
+        """(schedule, stages per pipeline rank), simplest first."""
+        pins, layers = self.pins, self.problem.arch.num_layers
+        pinned: Schedule | None = pins.get("pipeline_schedule")
+        virtual: int | None = pins.get("num_virtual_stages")
+        if pipeline == 1:
+            return [(pinned or "1f1b", virtual or 1)]
+        options = _schedules(layers, pipeline)
+        if pinned is not None and virtual is not None:
+            options = [(pinned, virtual)]
+        return [
+            (schedule, stages)
+            for schedule, stages in options
+            if (pinned is None or schedule == pinned)
+            and (virtual is None or stages == virtual)
+            and (stages == 1 or schedule not in INTERLEAVED or accumulation % pipeline == 0)
+        ]
+
+    def shardings(self, tensor: int, data: int, accumulation: int) -> list[Sharding]:
+        pins = self.pins
+        stages = [pins["zero_stage"]] if "zero_stage" in pins else [0, 1, 2, 3] if data > 1 else [0]
+        if self.problem.built_only:
+            states = self.problem.states
+            stages = [zero for zero in stages if unbuilt(Strategy(zero_stage=zero, states=states(zero))) is None]
+        return [
+            Sharding(zero, group, gather, reduce)
+            for zero in stages
+            for group in self._groups(zero, tensor, data)
+            for gather, reduce in self._frequencies(zero, accumulation)
+        ]
+
+    def _groups(self, zero: int, tensor: int, data: int) -> list[int]:
+        """Ranks that share one copy: all replicas, or those of one node."""
+        if "zero_group_size" in self.pins:
+            return [self.pins["zero_group_size"]]
+        if zero == 0 or data == 1:
+            return [1]
+        near = max(1, self.problem.cluster.gpus_per_node // tensor)
+        inside = next(n for n in range(min(near, data), 0, -1) if data % n == 0)
+        return [data, inside] if 1 < inside < data else [data]
+
+    def _frequencies(self, zero: int, accumulation: int) -> list[tuple[str, str]]:
+        gathers, reduces = [PER_MICRO_BATCH], [PER_MICRO_BATCH if zero >= 2 else PER_STEP]
+        if accumulation > 1:
+            gathers = [PER_MICRO_BATCH, PER_STEP] if zero == 3 else gathers
+            reduces = [PER_MICRO_BATCH, PER_STEP] if zero >= 2 else reduces
+        gathers = [self.pins["gather"]] if "gather" in self.pins else gathers
+        reduces = [self.pins["reduce"]] if "reduce" in self.pins else reduces
+        return list(product(gathers, reduces))
+
+    def recomputes(self, pipeline: int, virtual: int) -> tuple[list[str], list[int | None]]:
+        """(none and selective as far as open, numbers of layers for full: None is all of them)."""
+        kind = self.pins.get("activation_checkpointing")
+        pinned: int | None = self.pins.get("num_checkpointed_layers_per_stage")
+        if kind is not None:
+            return ([kind], []) if kind != "full" else ([], [pinned])
+        if pinned is not None:
+            return ["none"], [pinned]
+        stages = pipeline * (virtual if pipeline > 1 else 1)
+        most = -(-self.problem.arch.num_layers // stages)
+        return ["none", "selective"], [*range(1, most), None]
+
+    def num_recomputes(self, pipeline: int, virtual: int) -> int:
+        kinds, counts = self.recomputes(pipeline, virtual)
+        return len(kinds) + len(counts)
+
+    def cores(self, shape: Shape) -> Iterator[Core]:
+        for micro in self.micros(shape.data):
+            accumulation = self.problem.accumulation(shape.data, micro)
+            for schedule, virtual in self.schedules(shape.pipeline, accumulation):
+                for sequence_parallel in self.sequence_parallels(shape.tensor):
+                    yield Core(shape, sequence_parallel, micro, schedule, virtual)
+
+    def core_size(self, core: Core) -> int:
+        """Candidates that share these choices."""
+        shape = core.shape
+        accumulation = self.problem.accumulation(shape.data, core.micro)
+        shardings = len(self.shardings(shape.tensor, shape.data, accumulation))
+        return shardings * len(self.offloads) * self.num_recomputes(shape.pipeline, core.virtual)
+
+    def shape_size(self, shape: Shape) -> int:
+        """Candidates that share these degrees."""
+        total = 0
+        sequence = len(self.sequence_parallels(shape.tensor))
+        for micro in self.micros(shape.data):
+            accumulation = self.problem.accumulation(shape.data, micro)
+            shardings = len(self.shardings(shape.tensor, shape.data, accumulation))
+            schedules = self.schedules(shape.pipeline, accumulation)
+            total += shardings * sum(self.num_recomputes(shape.pipeline, virtual) for _, virtual in schedules)
+        return total * sequence * len(self.offloads)
+
+    def __iter__(self) -> Iterator[Choice]:
+        """Every candidate, one by one: for small spaces and for the tests."""
+        for shape in self.shapes():
+            for core in self.cores(shape):
+                accumulation = self.problem.accumulation(shape.data, core.micro)
+                kinds, counts = self.recomputes(shape.pipeline, core.virtual)
+                recomputes = [(kind, self.layers_of(kind)) for kind in kinds] + [("full", count) for count in counts]
+                shardings = self.shardings(shape.tensor, shape.data, accumulation)
+                for sharding, offload, (kind, layers) in product(shardings, self.offloads, recomputes):
+                    yield point(core, sharding, offload, kind, layers)
+
+    def layers_of(self, kind: str) -> int | None:
+        """A pinned number of checkpointed layers counts for `selective` too."""
+        layers: int | None = self.pins.get("num_checkpointed_layers_per_stage") if kind == "selective" else None
+        return layers
+
+    def single(self) -> Choice | None:
+        """The one candidate of a fully pinned strategy, None where a choice is left. How often ZeRO gathers and reduces is
+        searched with other choices only: alone it takes what its published stacks do."""
+        pins = self.pins
+        if any(f"{axis}_parallel_degree" not in pins for axis in ("data", "tensor", "pipeline")):
+            return None
+        tensor, pipeline, data = (pins[f"{axis}_parallel_degree"] for axis in ("tensor", "pipeline", "data"))
+        if "activation_checkpointing" not in pins or "offload" not in pins:
+            return None
+        if tensor > 1 and "sequence_parallel" not in pins:
+            return None
+        micros = self.micros(data)
+        stages = (pins["zero_stage"],) if "zero_stage" in pins else (0,) if data == 1 else ()
+        if len(micros) != 1 or not stages:
+            return None
+        groups = self._groups(stages[0], tensor, data)
+        schedules = self.schedules(pipeline, self.problem.accumulation(data, micros[0]))
+        if len(groups) != 1 or len(schedules) != 1:
+            return None
+        gather, reduce = self._frequencies(stages[0], 1)[0]
+        return Choice(
+            tensor=tensor,
+            pipeline=pipeline,
+            data=data,
+            sequence_parallel=pins.get("sequence_parallel", False),
+            schedule=schedules[0][0],
+            virtual=schedules[0][1],
+            micro=micros[0],
+            zero=stages[0],
+            group=groups[0],
+            gather=gather,
+            reduce=reduce,
+            offload=pins["offload"],
+            recompute=pins["activation_checkpointing"],
+            layers=pins.get("num_checkpointed_layers_per_stage"),
+        )
+
+
+def point(core: Core, sharding: Sharding, offload: Offload, recompute: str, layers: int | None) -> Choice:
+    """One candidate from the parts of the space."""
+    shape = core.shape
+    return Choice(
+        tensor=shape.tensor,
+        pipeline=shape.pipeline,
+        data=shape.data,
+        sequence_parallel=core.sequence_parallel,
+        schedule=core.schedule,
+        virtual=core.virtual,
+        micro=core.micro,
+        zero=sharding.zero,
+        group=sharding.group,
+        gather=sharding.gather,
+        reduce=sharding.reduce,
+        offload=offload,
+        recompute=recompute,
+        layers=layers,
+    )
+
+
+def simplicity(choice: Choice) -> tuple[Any, ...]:
+    """Smaller is simpler; decides between strategies of the same speed."""
+    offload = choice.offload
+    return (
+        (offload.optimizer, offload.parameters, offload.activations).count("none") * -1,
+        (offload.optimizer, offload.parameters, offload.activations).count("nvme"),
+        choice.num_gpus,
+        choice.pipeline,
+        choice.tensor,
+        choice.zero,
+        choice.schedule != "1f1b",
+        choice.virtual,
+        choice.recompute != "none",
+        choice.recompute == "full",
+        choice.sequence_parallel,
+        -choice.group,
+        choice.gather != PER_MICRO_BATCH,
+        choice.reduce != PER_STEP,
+        choice.schedule,
+        -1 if choice.layers is None else choice.layers,
+        choice.micro,
+    )
+
+
+def _tight(batch: int, data: int) -> int:
+    """The smallest degree that leaves no replica more sequences than `data` does."""
+    return -(-batch // -(-batch // data))
+
+
+@lru_cache(maxsize=1024)
+def _micros(share: int) -> list[int]:
+    divisors = {n for n in range(1, min(share, 4096) + 1) if share % n == 0} | {share}
+    return sorted(divisors | {2**i for i in range(share.bit_length())})
+
+
+@lru_cache(maxsize=4096)
+def _schedules(layers: int, pipeline: int) -> list[tuple[Schedule, int]]:
+    most = layers // pipeline
+    virtual = [v for v in range(2, most + 1) if layers % (pipeline * v) == 0 or v == 2]
+    options: list[tuple[Schedule, int]] = [("1f1b", 1), ("gpipe", 1)]
+    options += [("interleaved_1f1b", v) for v in virtual]
+    options += [("interleaved_zero_bubble", v) for v in [1, *virtual]]
+    return options + ([("zbv", 2)] if most >= 2 else [])
+
+
+def require_candidates(space: Space) -> None:
+    """PlanError where the pins leave nothing to price."""
+    if next(iter(space), None) is None:
+        pinned = ", ".join(f"{key} {value}" for key, value in space.pins.items() if key != "offload")
+        raise PlanError(
+            f"no strategy has all that is pinned ({pinned}) on {space.problem.num_gpus} GPUs with a global batch of "
+            f"{space.problem.global_batch_size}\n  to fix: leave one of them out and let the planner choose it"
+        )

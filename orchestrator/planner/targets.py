@@ -1,0 +1,69 @@
+"""A job's targets: as limits for the search, and held against what was found. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.planner.search import Wanted
+from orchestrator.planner.solve import Solution, solve
+
+if TYPE_CHECKING:
+    from orchestrator.spec import Job
+
+
+def wanted_of(job: Job, usd_per_gpu_hour: float | None) -> Wanted:
+    """The targets as limits on the seconds of a step and on its GPU-seconds."""
+    targets = job.targets
+    step_s = gpu_s = float("inf")
+    if targets.tokens_per_second_per_gpu is not None:
+        gpu_s = job.tokens_per_step / (targets.tokens_per_second_per_gpu * (1 - targets.tolerance))
+    if job.num_steps:
+        if targets.finish_within is not None:
+            step_s = targets.finish_within / job.num_steps
+        if targets.budget_usd is not None and usd_per_gpu_hour:
+            gpu_s = min(gpu_s, targets.budget_usd / usd_per_gpu_hour * 3600 / job.num_steps)
+    return Wanted(step_s=step_s, gpu_s=gpu_s)
+
+
+def judged(job: Job, solution: Solution, cost: dict[str, float | None]) -> list[dict[str, Any]]:
+    """[{name, wanted, got, met}]; got is None where the job's length or the price is unknown, and that counts as missed."""
+    targets = job.targets
+    rows: list[dict[str, Any]] = []
+
+    def add(name: str, wanted: float | None, got: float | None, met: bool) -> None:
+        if wanted is not None:
+            rows.append({"name": name, "wanted": float(wanted), "got": got, "met": met})
+
+    speed, goal = solution.tokens_per_second_per_gpu, targets.tokens_per_second_per_gpu
+    add("tokens_per_second_per_gpu", goal, speed, goal is None or speed >= goal * (1 - targets.tolerance) * (1 - 1e-9))
+    for name, key in (("budget_usd", "usd"), ("finish_within", "wall_s")):
+        limit, got = getattr(targets, name), cost[key]
+        add(name, limit, got, limit is not None and got is not None and got <= limit * (1 + 1e-9))
+    return rows
+
+
+def would_meet(
+    solution: Solution, wanted: Wanted, *, sizes: tuple[float, ...] = (2, 4, 8, 0.5, 0.25, 0.125)
+) -> str | None:
+    """The nearest cluster size on which all targets are met, each tried by planning; None: not within a factor of 8."""
+    from dataclasses import replace
+
+    problem = solution.problem
+    cluster = problem.cluster
+    for factor in sorted(sizes, key=lambda size: max(size, 1 / size)):
+        nodes = cluster.num_nodes * factor
+        per_node = cluster.gpus_per_node
+        if nodes < 1:
+            per_node, nodes = int(per_node * nodes), 1
+        if per_node < 1 or nodes != int(nodes):
+            continue
+        other = replace(cluster, num_nodes=int(nodes), gpus_per_node=per_node)
+        free = problem.without_pins("data_parallel_degree", "zero_group_size", "gradient_accumulation_steps")
+        pins = free.pins
+        if other.num_gpus < pins.get("tensor_parallel_degree", 1) * pins.get("pipeline_parallel_degree", 1):
+            continue
+        found = solve(free.changed(cluster=other), wanted=wanted)
+        step_s, num_gpus = found.price.time.step_s, found.strategy.num_gpus
+        if found.fits and wanted.met(step_s, num_gpus):
+            return f"{num_gpus} GPUs: {found.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {step_s:.3g} s a step"
+    return None

@@ -1,0 +1,98 @@
+"""The rooms in their order, and what each engine can do. Core: the apply doors are strings that only a worker resolves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from strategies.strategy import Strategy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Room:
+    """One strategy's two doors."""
+
+    name: str
+    cost: str
+    """Module of the arithmetic."""
+    apply: str
+    """Module of what is done to a torch module; imported by workers alone."""
+
+
+# Each works on what the one before it left. `cut` and `schedule` are the two acts of pipeline/.
+ROOMS: tuple[Room, ...] = tuple(
+    Room(name=name, cost=f"strategies.{folder}.cost", apply=f"strategies.{folder}.apply")
+    for name, folder in (
+        ("cut", "pipeline"),
+        ("tensor", "tensor"),
+        ("recompute", "recompute"),
+        ("zero", "zero"),
+        ("offload", "offload"),
+        ("schedule", "pipeline"),
+    )
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limit:
+    """One thing that an engine does not do."""
+
+    field: str
+    applies: Callable[[Strategy], bool]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Capability:
+    """What an engine is built to do; what no limit names, it does."""
+
+    built: bool
+    semantics: str
+    """Whose cost doors price it; empty where its steps differ from every priced one."""
+    limits: tuple[Limit, ...] = ()
+
+
+ENGINES: dict[str, Capability] = {
+    "native": Capability(
+        built=True,
+        semantics="native",
+        limits=(
+            Limit(
+                field="tensor_parallel_degree",
+                applies=lambda s: s.tensor_parallel_degree > 1,
+                reason="tensor parallelism is priced, not built yet",
+            ),
+            Limit(
+                field="pipeline_parallel_degree",
+                applies=lambda s: s.pipeline_parallel_degree > 1,
+                reason="pipeline parallelism is priced, not built yet",
+            ),
+            Limit(
+                field="offload",
+                applies=lambda s: s.offload.any,
+                reason="offload is priced, not built yet",
+            ),
+            Limit(
+                field="states",
+                applies=lambda s: s.states not in (("mixed", "full") if s.zero_stage < 2 else ("sharded_fp32", "full")),
+                reason="the native engine keeps `mixed` at ZeRO 0 and 1, `sharded_fp32` at 2 and 3, `full` in fp32 and fp64",
+            ),
+            Limit(
+                field="compile",
+                applies=lambda s: s.compile,
+                reason="torch.compile under a strategy is priced, not built yet",
+            ),
+        ),
+    ),
+    "colossalai": Capability(built=False, semantics=""),
+    "fairscale": Capability(built=False, semantics=""),
+}
+"""ColossalAI's Gemini chunks and fairscale's flat parameters hold other bytes than the native rooms: nothing prices them yet."""
+
+
+def unbuilt(strategy: Strategy) -> Limit | None:
+    """The first choice that the strategy's engine does not carry out yet; None where it is built."""
+    capability = ENGINES[strategy.engine]
+    if not capability.built:
+        return Limit(field="engine", applies=lambda _: True, reason=f"the {strategy.engine} engine is not built yet")
+    return next((limit for limit in capability.limits if limit.applies(strategy)), None)
