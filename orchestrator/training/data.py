@@ -1,0 +1,224 @@
+"""Prepared tokens as sequences, and the order in which a run sees them.
+
+A folder that `prepare` made holds index.json, the tokenizer, and per input file the tokens of each split as plain
+little-endian integers. The splits are read as one long stream each: sample i is tokens [i S, i S + S], its targets are
+its inputs one further.
+B micro batch, S sequence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+INDEX = "index.json"
+FORMAT = 1
+ENTROPY_TOKENS = 2**28
+"""Tokens that an entropy looks at; beyond, evenly spaced parts of the stream stand for all of it."""
+
+
+class DataError(ValueError):
+    """Text, tokens or a tokenizer that cannot be used: the message says which, where, and what to do."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """One input file, as it was when it was tokenized."""
+
+    path: str
+    split: Split
+    """Where its text went; from a train file a fraction goes to validation."""
+    bytes: int
+    mtime_ns: int
+    sha256: str
+    num_documents: int
+    shards: Mapping[Split, tuple[str, int]]
+    """Split -> (file in the folder, tokens in it)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataIndex:
+    """What a folder of prepared tokens says of itself."""
+
+    directory: Path
+    dtype: Literal["uint16", "uint32"]
+    tokenizer: Mapping[str, Any]
+    """kind, vocab_size, end_of_text, fingerprint."""
+    sources: tuple[Source, ...]
+    fingerprint: str
+    """Changes when a token, its place or its split changes; the same on every machine."""
+    unigram_entropy: float
+    """Of the train split, nats per token: the loss of a model that knows only how frequent each token is."""
+
+    def num_tokens(self, split: Split) -> int:
+        return sum(source.shards[split][1] for source in self.sources if split in source.shards)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(source.num_documents for source in self.sources)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer["vocab_size"])
+
+    def to_mapping(self) -> dict[str, Any]:
+        mapping = asdict(self)
+        del mapping["directory"]
+        return {"format": FORMAT, **mapping}
+
+
+def read_index(directory: Path) -> DataIndex:
+    """The index of a prepared folder, its files' sizes checked. DataError where there is none or it is torn."""
+    advice = f"delete {directory} and run `shardwise prepare` again"
+    try:
+        mapping = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+        if mapping.pop("format") != FORMAT:
+            raise DataError(f"{directory} was prepared by another version of shardwise: {advice}")
+        mapping["sources"] = tuple(
+            Source(**{**source, "shards": {split: tuple(shard) for split, shard in source["shards"].items()}})
+            for source in mapping["sources"]
+        )
+        index = DataIndex(directory=directory, **mapping)
+    except FileNotFoundError:
+        raise DataError(f"{directory} holds no prepared tokens: run `shardwise prepare JOB`") from None
+    except OSError as error:
+        raise DataError(f"{directory / INDEX} cannot be read ({error.strerror})") from None
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+        raise DataError(f"{directory / INDEX} is damaged: {advice}") from None
+    width = np.dtype(index.dtype).itemsize
+    for source in index.sources:
+        for name, num_tokens in source.shards.values():
+            file = directory / name
+            if not file.is_file() or file.stat().st_size != num_tokens * width:
+                raise DataError(f"{file} is missing or not {num_tokens * width} bytes long: {advice}")
+    return index
+
+
+class TokenDataset:
+    """Sequences of one split, memory-mapped; any worker may read any of them."""
+
+    def __init__(self, directory: Path | str, split: Split, sequence_length: int) -> None:
+        """DataError where the split does not fill one sequence."""
+        self.index = read_index(Path(directory))
+        self.split, self.sequence_length = split, sequence_length
+        shards = [source.shards[split] for source in self.index.sources if split in source.shards]
+        self._shards = [
+            np.memmap(self.index.directory / name, dtype=np.dtype(self.index.dtype).newbyteorder("<"), mode="r")
+            for name, num_tokens in shards
+            if num_tokens
+        ]
+        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        self.num_tokens = int(self._ends[-1]) if len(self._ends) else 0
+        self.num_samples = max(0, (self.num_tokens - 1) // sequence_length)
+        if not self.num_samples:
+            raise DataError(
+                f"the {split} split in {directory} holds {self.num_tokens} tokens, and one sequence needs "
+                f"{sequence_length + 1}: add text to data.{split}, or lower batch.sequence_length"
+            )
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def sequences(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(input_ids_BS, target_ids_BS), each its own memory."""
+        tokens = np.empty((len(indices), self.sequence_length + 1), dtype=np.int64)
+        for row, index in enumerate(indices):
+            if not 0 <= index < self.num_samples:
+                raise IndexError(f"sample {index} of {self.num_samples}")
+            self._read(int(index) * self.sequence_length, tokens[row])
+        return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+    def _read(self, first: int, out: NDArray[np.int64]) -> None:
+        """Fills `out` with the stream's tokens from `first` on, over the ends of files."""
+        shard = int(np.searchsorted(self._ends, first, side="right"))
+        filled = 0
+        while filled < len(out):
+            start = first + filled - (int(self._ends[shard - 1]) if shard else 0)
+            part = self._shards[shard][start : start + len(out) - filled]
+            out[filled : filled + len(part)] = part
+            filled += len(part)
+            shard += 1
+
+
+def open_datasets(directory: Path | str, sequence_length: int) -> tuple[TokenDataset, TokenDataset | None]:
+    """(train, validation); None where the held-out text does not fill one sequence."""
+    train = TokenDataset(directory, "train", sequence_length)
+    held_out = train.index.num_tokens("validation") > sequence_length
+    return train, TokenDataset(directory, "validation", sequence_length) if held_out else None
+
+
+# The order of samples ------------------------------------------------------------------------------------------------
+
+
+def batch_indices(seed: int, step: int, global_batch_size: int, num_samples: int) -> NDArray[np.int64]:
+    """Samples of the global batch of a step, counted from 0: a function of its arguments alone.
+
+    The run goes through the samples epoch by epoch, each epoch in an order of its own, without storing any: an epoch's
+    order is a Feistel network on the sample's place (Luby and Rackoff 1988), a permutation of the next power of 4, walked
+    until it lands below num_samples (Black and Rogaway 2002). Every sample comes once an epoch; batches run over the
+    seam between epochs."""
+    if num_samples < 1 or global_batch_size < 1 or step < 0:
+        raise ValueError(f"step {step}, global_batch_size {global_batch_size}, num_samples {num_samples}")
+    first = step * global_batch_size
+    epochs, places = np.divmod(np.arange(first, first + global_batch_size, dtype=np.int64), num_samples)
+    indices = np.empty(global_batch_size, dtype=np.int64)
+    for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+        of_epoch = epochs == epoch
+        indices[of_epoch] = _permuted(places[of_epoch].astype(np.uint64), num_samples, seed, epoch)
+    return indices
+
+
+_NUM_ROUNDS = 6
+_WORD = 2**64 - 1
+
+
+def _permuted(places: NDArray[np.uint64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    half = np.uint64(max(1, ((num_samples - 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half)) - 1)
+    key = _mix(np.array([seed & _WORD], dtype=np.uint64))
+    key = _mix(key ^ np.array([epoch], dtype=np.uint64))
+    keys = [_mix(key + np.uint64(1 + number)) for number in range(_NUM_ROUNDS)]
+    found = places.copy()
+    outside = np.ones(len(found), dtype=np.bool_)
+    while outside.any():
+        left, right = found[outside] >> half, found[outside] & mask
+        for round_key in keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        found[outside] = (left << half) | right
+        outside = found >= num_samples
+    return found.astype(np.int64)
+
+
+def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finalizer of SplitMix64 (Steele, Lea and Flood 2014); arrays wrap around in silence."""
+    words = words + np.uint64(0x9E3779B97F4A7C15)
+    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return words ^ (words >> np.uint64(31))
+
+
+# Entropy -------------------------------------------------------------------------------------------------------------
+
+
+def unigram_entropy(shards: list[NDArray[Any]], vocab_size: int) -> float:
+    """Entropy of the tokens' frequencies, nats per token; a model whose loss is below it has learnt more than counts."""
+    total = sum(len(shard) for shard in shards)
+    if not total:
+        return 0.0
+    chunk = 2**22
+    keep_every = math.ceil(total / ENTROPY_TOKENS)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for shard in shards:
+        for start in range(0, len(shard), chunk * keep_every):
+            counts += np.bincount(shard[start : start + chunk], minlength=vocab_size)
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())
