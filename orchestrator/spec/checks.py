@@ -4,6 +4,7 @@ or wasteful (a padded vocabulary, uneven stages, an idle GPU) is priced by the p
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import TYPE_CHECKING
 
 from orchestrator.models.architecture import Architecture
@@ -82,10 +83,11 @@ def check_precision(training: TrainingSpec, cluster: Cluster) -> Iterator[Fault]
     if gpu.kind != "cuda" or not gpu.peak_flops or training.precision in gpu.peak_flops:
         return
     usual = next((dtype for dtype in ("bf16", "fp16", "fp32") if dtype in gpu.peak_flops), "fp32")
-    default = "" if training.wrote("precision") else ", the default,"
+    written = training.wrote("precision")
+    said = f"`training.precision` is {training.precision}{'' if written else ' where the job does not say it'}"
     yield Fault(
-        path=("training", "precision"),
-        message=f"`training.precision` is {training.precision}{default} which {gpu.name} has no units for",
+        path=("training", "precision") if written else ("cluster",),
+        message=f"{said}, which {gpu.name} has no units for",
         fix=f"write `precision: {usual}`, or choose another cluster",
     )
 
@@ -135,14 +137,12 @@ def check_degrees(strategy: StrategySpec, cluster: Cluster) -> Iterator[Fault]:
         for word in ("data_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree")
         if getattr(strategy, word) is not None
     ]
-    product = 1
-    for word in words:
-        product *= getattr(strategy, word)
+    product = prod(getattr(strategy, word) for word in words)
+    factors = " x ".join(f"{word} {getattr(strategy, word)}" for word in words)
     if product > cluster.num_gpus:
         yield Fault(
             path=("strategy", max(words, key=lambda word: getattr(strategy, word))),
-            message=f"`strategy` needs {' x '.join(str(getattr(strategy, word)) for word in words)} = {product} GPUs "
-            f"({' x '.join(words)}), but {cluster.name} has {cluster.num_gpus}",
+            message=f"`strategy` needs {product} GPUs ({factors}), but {cluster.name} has {cluster.num_gpus}",
             fix=f"lower one of them so that the product is at most {cluster.num_gpus}, or delete one and let the planner choose",
         )
 

@@ -11,6 +11,12 @@ MAPPING = "<mapping>"
 """The file of a job that came as a Python mapping."""
 
 
+Keys = tuple[str | int, ...]
+"""The keys and list indices that lead to a value."""
+Spot = tuple[int, int]
+"""Line and column, from 1."""
+
+
 class ErrorEntry(TypedDict):
     """One fault, as SpecError.errors and `validate --json` show it."""
 
@@ -25,7 +31,7 @@ class ErrorEntry(TypedDict):
 class Fault:
     """A fault and the keys that lead to it. `of_key`: the key itself is wrong, not its value."""
 
-    path: tuple[str | int, ...] = ()
+    path: Keys = ()
     message: str
     fix: str
     of_key: bool = False

@@ -6,10 +6,12 @@ import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from orchestrator.spec.errors import Fault, dotted, nearest
+from orchestrator.spec.errors import Fault, Keys, dotted, nearest
 from orchestrator.spec.job import Job, Section
+from orchestrator.spec.values import FILES, KEYS, NUMBER, TEXT
 
 _WANTED = {
     "int_type": "a whole number",
@@ -27,83 +29,67 @@ _BOUNDS = {
     "less_than": ("lt", "below"),
     "less_than_equal": ("le", "at most"),
 }
-Path = tuple[str | int, ...]
+
+
+def keys_of(error: ErrorDetails) -> Keys:
+    """The keys that lead to a finding."""
+    return tuple(part for part in error["loc"] if str(part) not in (KEYS, TEXT, NUMBER, FILES))
 
 
 def fault_of(error: ErrorDetails) -> Fault:
     """One finding of pydantic as a fault."""
-    path = tuple(part for part in error["loc"] if not str(part).startswith("<"))
+    path = keys_of(error)
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
-    owner = section_at(path[:-1])
-    if kind == "extra_forbidden":
-        return _unknown(path, owner)
+    if kind in ("extra_forbidden", "invalid_key"):
+        return _unknown(path, section_at(path[:-1]))
     if kind == "missing":
-        example = show_example(owner, path[-1])
-        return Fault(
-            path=path,
-            message=f"`{dotted(path)}` is missing; without it there is no {'job' if len(path) == 1 else f'`{path[0]}`'}",
-            fix=f"add `{path[-1]}: {example}`, with your value",
-            of_key=True,
-        )
+        return _missing(path)
+    name = f"`{dotted(path)}`"
     if value is None:
-        example = show_example(owner, path[-1])
-        return Fault(
-            path=path,
-            message=f"`{dotted(path)}` has no value",
-            fix=f"write one, as in `{path[-1]}: {example}`"
-            if _required(owner, path[-1])
-            else f"write one, as in `{path[-1]}: {example}`, or delete the line",
-        )
-    said = f"`{dotted(path)}` is {show(value)}"
-    if kind == "shardwise":
-        return Fault(path=path, message=f"{said}: it {context['message']}", fix=context["fix"])
+        optional = "" if _required(path) else ", or delete the line"
+        return Fault(path=path, message=f"{name} has no value", fix=f"write one, as in `{example(path)}`{optional}")
     if kind == "literal_error":
-        return _choice(path, said, value, owner)
+        return _choice(path, value)
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        return Fault(
-            path=path,
-            message=f"{said}; it must be {words} {context[key]:g}",
-            fix=f"write a value {words} {context[key]:g}, as in `{path[-1]}: {show_example(owner, path[-1])}`",
-        )
-    if kind == "string_pattern_mismatch":
-        return Fault(
-            path=path,
-            message=f"{said}; it names a folder: 1 to 63 of a-z, 0-9, dot, underscore and hyphen, a letter or digit first",
-            fix=f"write `{path[-1]}: {_tame(value)}`",
-        )
+        bound = f"{words} {context[key]:g}"
+        message = f"{name} is {show(value)}; it must be {bound}"
+        return Fault(path=path, message=message, fix=f"write a value {bound}, as in `{example(path)}`")
     if kind in ("too_short", "string_too_short"):
-        return Fault(
-            path=path,
-            message=f"`{dotted(path)}` is empty",
-            fix=f"write something, as in `{path[-1]}: {show_example(owner, path[-1])}`",
-        )
+        return Fault(path=path, message=f"{name} is empty", fix=f"write something, as in `{example(path)}`")
     if kind == "too_long":
-        return Fault(
-            path=path, message=f"{said}; that is too long", fix=f"write `{path[-1]}: {show_example(owner, path[-1])}`"
-        )
-    return _wrong_type(path, said, value, _WANTED.get(kind, "a value of another kind"), owner)
+        return Fault(path=path, message=f"{name} holds too many values", fix=f"write it as in `{example(path)}`")
+    if kind == "string_pattern_mismatch":
+        rule = "it names a folder: 1 to 63 of a-z, 0-9, dot, underscore and hyphen, a letter or digit first"
+        return Fault(path=path, message=f"{name} is {show(value)}; {rule}", fix=f"write `{path[-1]}: {_tame(value)}`")
+    if kind == "shardwise":
+        return Fault(path=path, message=f"{name} is {show(value)}; it {context['message']}", fix=context["fix"])
+    return _wrong_type(path, value, _WANTED.get(kind, "a value of the right kind"))
 
 
-def _wrong_type(path: Path, said: str, value: Any, wanted: str, owner: type[Section] | None) -> Fault:
-    section = section_at(path)
-    if wanted == "keys and values" and section is not None:
-        words = section.bare_words
-        wanted = f"{words}, or keys and values" if words else wanted
-        some = ", ".join(list(known_keys(section))[:4])
-        guess = nearest(value, words.replace(",", " ").split()) if isinstance(value, str) and words else None
-        fix = f"did you mean {guess}?" if guess else f"write its keys below it, indented: {some}, ..."
-        return Fault(path=path, message=f"{said}, not {wanted}", fix=fix)
+def _missing(path: Keys) -> Fault:
     if isinstance(path[-1], int):
-        fix = f"write {wanted} there"
-    else:
-        fix = f"write {wanted}, as in `{path[-1]}: {show_example(owner, path[-1])}`"
+        where = dotted(path[:-1])
+        return Fault(path=path, message=f"`{where}` holds too few values", fix=f"write it as in `{example(path)}`")
+    what = f"a `{dotted(path[:-1])}`" if len(path) > 1 else "a job"
+    message = f"`{dotted(path)}` is missing; {what} needs it"
+    return Fault(path=path, message=message, fix=f"add `{example(path)}`, with your value", of_key=True)
+
+
+def _wrong_type(path: Keys, value: Any, wanted: str) -> Fault:
+    said, section = f"`{dotted(path)}` is {show(value)}", section_at(path)
+    if wanted == _WANTED["model_type"] and section is not None:
+        words, some = section.bare_words, ", ".join(list(known_keys(section))[:4])
+        guess = nearest(value, words.replace(",", " ").split()) if isinstance(value, str) and words else None
+        fix = f"did you mean {guess}?" if guess else f"write keys such as {some}, each on an indented line of its own"
+        return Fault(path=path, message=f"{said}, {f'neither {words} nor' if words else 'not'} {wanted}", fix=fix)
+    fix = f"write {wanted}, as in `{example(path)}`"
     if isinstance(value, str) and wanted in ("a whole number", "a number"):
         fix = _number_fix(value) or fix
     elif isinstance(value, str) and wanted == "true or false" and value.lower() in ("yes", "no", "on", "off"):
         fix = f"write {'true' if value.lower() in ('yes', 'on') else 'false'}"
-    elif wanted == "text" and isinstance(value, (int, float)):
-        fix = f"put it in quotes: '{value}'" if not isinstance(value, bool) else fix
+    elif wanted == "text" and isinstance(value, (int, float)) and not isinstance(value, bool):
+        fix = f"put it in quotes: '{value}'"
     return Fault(path=path, message=f"{said}, not {wanted}", fix=fix)
 
 
@@ -119,39 +105,38 @@ def _number_fix(text: str) -> str | None:
     return None
 
 
-def _choice(path: Path, said: str, value: Any, owner: type[Section] | None) -> Fault:
-    choices = choices_of(owner, path)
+def _choice(path: Keys, value: Any) -> Fault:
+    choices, said = choices_of(path), f"`{dotted(path)}` is {show(value)}"
     if choices == [1]:
         what = "version of the format" if path[-1] == "version" else "value"
         return Fault(path=path, message=f"{said}; the only {what} today is 1", fix=f"write `{path[-1]}: 1`")
-    words = [str(choice).lower() if isinstance(choice, bool) else str(choice) for choice in choices]
-    guess = nearest(value, words)
-    listed = ", ".join(words)
+    words = [flow(choice) for choice in choices]
+    guess, listed = nearest(value, words), ", ".join(words)
     fix = f"did you mean {guess}? known: {listed}" if guess else f"write one of {listed}"
     return Fault(path=path, message=f"{said}, which is none of the known words", fix=fix)
 
 
-def _unknown(path: Path, owner: type[Section] | None) -> Fault:
-    key, here = str(path[-1]), dotted(path[:-1])
-    known = list(known_keys(owner)) if owner else []
-    where = f"in `{here}`" if here else "in a job"
-    message = f"unknown key `{key}` {where}; nothing would come of it"
-    guess = nearest(key, known)
+def _unknown(path: Keys, owner: type[Section] | None) -> Fault:
+    key, known = str(path[-1]), list(known_keys(owner)) if owner else []
+    where = f"`{dotted(path[:-1])}`" if len(path) > 1 else "a job"
     homes = [f"`{home}`" if home else "the top level" for home in _homes(key)]
+    guess = nearest(key, known)
     if key == "<<":
         fix = "YAML 1.2 has no merge keys: write the keys out"
-    elif homes and not guess:
+    elif guess:
+        fix = f"did you mean `{guess}`?"
+    elif homes:
         fix = f"`{key}` belongs in {' or '.join(homes)}: move it there"
     else:
-        fix = (f"did you mean `{guess}`? " if guess else "delete it; ") + f"known here: {', '.join(known)}"
-    return Fault(path=path, message=message, fix=fix, of_key=True)
+        fix = f"delete it; known here: {', '.join(known)}"
+    return Fault(path=path, message=f"unknown key `{key}` in {where}; nothing would come of it", fix=fix, of_key=True)
 
 
 def _homes(key: str) -> list[str]:
     return [dotted(path) for path, section in sections() if key in known_keys(section)]
 
 
-def sections(section: type[Section] = Job, path: Path = ()) -> Iterator[tuple[Path, type[Section]]]:
+def sections(section: type[Section] = Job, path: Keys = ()) -> Iterator[tuple[Keys, type[Section]]]:
     """Every section of a job and the keys that lead to it."""
     yield path, section
     for key, field in known_keys(section).items():
@@ -165,7 +150,7 @@ def known_keys(section: type[Section]) -> dict[str, str]:
     return {field.alias or name: name for name, field in section.model_fields.items()}
 
 
-def section_at(path: Path) -> type[Section] | None:
+def section_at(path: Keys) -> type[Section] | None:
     """The section that the keys lead to."""
     section: type[Section] | None = Job
     for part in path:
@@ -180,35 +165,39 @@ def _section_of(annotation: Any) -> type[Section] | None:
     return next((found for part in get_args(annotation) if (found := _section_of(part))), None)
 
 
-def choices_of(owner: type[Section] | None, path: Path) -> list[Any]:
-    """The words of a Literal field, or of the items of one."""
-    name = next((part for part in reversed(path) if isinstance(part, str)), "")
-    if owner is None or name not in known_keys(owner):
-        owner = section_at(path[: path.index(name)])
-    if owner is None:
-        return []
-    return list(_literals(owner.model_fields[known_keys(owner)[name]].annotation))
+def field_at(path: Keys) -> FieldInfo | None:
+    """The field that the keys lead to; of an item, that of its list."""
+    while path and isinstance(path[-1], int):
+        path = path[:-1]
+    owner = section_at(path[:-1])
+    name = known_keys(owner).get(str(path[-1])) if owner and path else None
+    return owner.model_fields[name] if owner and name else None
 
 
-def _literals(annotation: Any) -> Iterator[Any]:
+def choices_of(path: Keys) -> list[Any]:
+    """The words that a field, or an item of it, may be."""
+    field = field_at(path)
+    return list(literals(field.annotation)) if field else []
+
+
+def literals(annotation: Any) -> Iterator[Any]:
+    """The words in an annotation."""
     for part in get_args(annotation):
         if isinstance(part, (str, bool, int)):
             yield part
         elif part is not Ellipsis:
-            yield from _literals(part)
+            yield from literals(part)
 
 
-def _required(owner: type[Section] | None, key: str | int) -> bool:
-    field = known_keys(owner).get(str(key)) if owner else None
-    return bool(owner and field and owner.model_fields[field].is_required())
+def _required(path: Keys) -> bool:
+    field = field_at(path)
+    return field is not None and field.is_required()
 
 
-def show_example(owner: type[Section] | None, key: str | int) -> str:
-    """The example of a field, as YAML on one line."""
-    field = known_keys(owner).get(str(key)) if owner else None
-    if owner is None or field is None:
-        return "..."
-    return flow((owner.model_fields[field].examples or ["..."])[0])
+def example(path: Keys) -> str:
+    """The line of the job that gives the field a value."""
+    field, name = field_at(path), next((part for part in reversed(path) if isinstance(part, str)), "")
+    return f"{name}: {flow(field.examples[0])}" if field and field.examples else f"{name}: ..."
 
 
 def flow(value: Any) -> str:

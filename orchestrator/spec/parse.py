@@ -24,9 +24,9 @@ def load_job(path: str | os.PathLike[str]) -> Job:
     from orchestrator.spec.source import read_document
 
     document = read_document(Path(path))
-    job, faults = _job(document.value, Path(path).parent, str(path), document.faults)
+    job, faults = _job(document.value, Path(path).parent, document.faults)
     if job is not None and not faults:
-        return job
+        return _from(job, _file=str(path), _spots=document.value_spots)
     errors = []
     for fault in faults:
         line, column = document.spot(fault)
@@ -38,7 +38,7 @@ def parse_job(mapping: Mapping[str, Any], *, directory: str | os.PathLike[str] =
     """The job in a mapping, as load_job reads it; its relative paths start at `directory`."""
     if not isinstance(mapping, Mapping):
         raise SpecError([_entry(Fault(message=f"a job is a mapping, not {mapping!r:.60}", fix="pass a dict"))])
-    job, faults = _job(dict(mapping), Path(directory), MAPPING, [])
+    job, faults = _job(dict(mapping), Path(directory), [])
     if job is not None and not faults:
         return job
     raise SpecError([_entry(fault) for fault in faults])
@@ -48,7 +48,7 @@ def _entry(fault: Fault) -> ErrorEntry:
     return ErrorEntry(file=MAPPING, line=None, column=None, message=fault.message, fix=fault.fix)
 
 
-def _job(mapping: dict[str, Any], directory: Path, file: str, found: list[Fault]) -> tuple[Job | None, list[Fault]]:
+def _job(mapping: dict[str, Any], directory: Path, found: list[Fault]) -> tuple[Job | None, list[Fault]]:
     """The job, and what is wrong with it; where a part cannot be read, the others are still held against each other."""
     try:
         job = Job.model_validate(mapping)
@@ -60,23 +60,24 @@ def _job(mapping: dict[str, Any], directory: Path, file: str, found: list[Fault]
         sections, shaky = salvage(mapping, error)
         faults += _checks(sections, directory, shaky)
         return None, list({(fault.path, fault.message): fault for fault in (*found, *faults)}.values())
+    return _from(job, _directory=directory), [*found, *_checks(job.__dict__, directory, set())]
+
+
+def _from(job: Job, **origin: Any) -> Job:
+    """The job with where it comes from; it is frozen for everybody else."""
     private = job.__pydantic_private__
     assert private is not None
-    private["_directory"], private["_file"] = directory, file
-    return job, [*found, *_checks(job.__dict__, directory, set())]
+    private.update(origin)
+    return job
 
 
 def _checks(sections: dict[str, Any], directory: Path, shaky: set[str]) -> Iterator[Fault]:
     """The faults of what the sections say together; a section that could not be read is absent, one that lost keys is
     `shaky`. What the names stand for is kept in `sections`, under the names of the job's cached properties."""
     get = sections.get
-    batch, training, strategy, data, cluster = (
-        get("batch"), get("training"), get("strategy"), get("data"), get("cluster"),
-    )  # fmt: skip
+    batch, training, strategy, data = get("batch"), get("training"), get("strategy"), get("data")
     shape: Architecture | None = yield from _model(sections, directory, "model" in shaky)
     where: Cluster | None = yield from _cluster(sections, directory)
-    if isinstance(cluster, ClusterSpec):
-        yield from checks.check_cluster(cluster)
     if data is not None:
         yield from checks.check_data(data)
     if training is not None:
@@ -108,6 +109,7 @@ def _model(sections: dict[str, Any], directory: Path, shaky: bool) -> Generator[
         shape = sections["architecture"] = resolve_model(model, directory)
     except ValueError as error:
         message, _, fix = str(error).partition(": ")
+        fix = fix.partition(" Known: ")[0] if "did you mean" in fix else fix
         if model.path is not None:
             path: tuple[str, ...] = ("model", "path")
             message, fix = str(error), "name a folder with a config.json, or give the shape inline"
@@ -123,13 +125,16 @@ def _cluster(sections: dict[str, Any], directory: Path) -> Generator[Fault, None
     cluster = sections.get("cluster")
     if cluster is None:
         return None
+    if isinstance(cluster, ClusterSpec) and (faults := list(checks.check_cluster(cluster))):
+        yield from faults
+        return None
     try:
         where = sections["resolved_cluster"] = resolve_cluster(cluster, directory)
     except ValueError as error:
         head, _, advice = str(error).partition("\n")
         message, _, guess = head.partition("; did you mean ")
         fix = " ".join(line.strip().removeprefix("to fix: ") for line in advice.splitlines())
-        fix = f"did you mean {guess} {fix}".strip() if guess else fix or "see the cluster catalog: shardwise schema"
+        fix = f"did you mean {guess}" if guess else fix or "write a catalog name (GPU-NxM), a file, auto, or keys"
         path = ("cluster", "gpu") if isinstance(cluster, ClusterSpec) and "GPU" in message else ("cluster",)
         yield Fault(path=path, message=message, fix=fix)
         return None

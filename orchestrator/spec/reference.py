@@ -16,7 +16,7 @@ from typing import Any
 from orchestrator.spec import job as job_module
 from orchestrator.spec.errors import dotted
 from orchestrator.spec.job import Job, Section
-from orchestrator.spec.messages import flow, known_keys, sections
+from orchestrator.spec.messages import flow, known_keys, literals, sections
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
@@ -111,9 +111,7 @@ def _default(section: type[Section], name: str) -> str:
 
 
 def _words(section: type[Section], name: str) -> str:
-    from orchestrator.spec.messages import choices_of
-
-    words = [word for word in choices_of(section, (name,)) if isinstance(word, str)]
+    words = [word for word in literals(section.model_fields[name].annotation) if isinstance(word, str)]
     return f" One of {', '.join(f'`{word}`' for word in words)}." if len(words) > 1 else ""
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from orchestrator.spec.errors import Keys
 from orchestrator.spec.job import Job
-from orchestrator.spec.messages import Path, known_keys, section_at
+from orchestrator.spec.messages import keys_of, section_at
 
 
 def salvage(mapping: Mapping[str, Any], error: ValidationError) -> tuple[dict[str, Any], set[str]]:
     """The sections that can be read once the faulty keys are left out, and the names of those that lost something."""
-    faulty = {tuple(part for part in detail["loc"] if not str(part).startswith("<")) for detail in error.errors()}
+    faulty = {keys_of(detail) for detail in error.errors(include_url=False)}
     shaky = {str(path[0]) for path in faulty if path}
     sections: dict[str, Any] = {}
     for name, field in Job.model_fields.items():
@@ -35,15 +36,12 @@ def salvage(mapping: Mapping[str, Any], error: ValidationError) -> tuple[dict[st
     return sections, shaky
 
 
-def _without(value: Any, path: Path, faulty: set[Path]) -> Any:
+def _without(value: Any, path: Keys, faulty: set[Keys]) -> Any:
     """The value without the keys that lead to a fault; a list with a faulty item goes as a whole."""
     if not isinstance(value, Mapping):
         return value
-    aliases = known_keys(section) if (section := section_at(path)) else {}
     return {
         key: _without(part, (*path, key), faulty)
         for key, part in value.items()
-        if (*path, key) not in faulty
-        and (*path, aliases.get(key, key)) not in faulty
-        and not (isinstance(part, list) and any(bad[:-1] == (*path, key) for bad in faulty))
+        if (*path, key) not in faulty and not any(isinstance(part, list) and bad[:-1] == (*path, key) for bad in faulty)
     }

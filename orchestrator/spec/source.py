@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.spec.errors import Fault, SpecError
+from orchestrator.spec.errors import Fault, Keys, SpecError, Spot, nearest
 
 MAX_BYTES = 256 * 1024
 MAX_NODES = 10_000
@@ -32,10 +32,6 @@ _WORDS: dict[str, Any] = {
     "-.inf": float("-inf"),
     **dict.fromkeys([".nan", ".NaN", ".NAN"], float("nan")),
 }
-
-Keys = tuple[str | int, ...]
-Spot = tuple[int, int]
-"""Line and column, from 1."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -64,10 +60,10 @@ class _Stop(Exception):
         self.fault = Fault(message=message, fix=fix, line=spot[0], column=spot[1])
 
 
-def read_document(path: Path, *, what: str = "job") -> Document:
+def read_document(path: Path) -> Document:
     """The YAML mapping in a file; SpecError says what is wrong with the file as such."""
     try:
-        return parse_document(_text_of(path, what), what=what)
+        return parse_document(_text_of(path))
     except _Stop as stop:
         fault = stop.fault
         whole_file = not path.is_file()
@@ -84,22 +80,22 @@ def read_document(path: Path, *, what: str = "job") -> Document:
         ) from None
 
 
-def _text_of(path: Path, what: str) -> str:
+def _text_of(path: Path) -> str:
     try:
         if path.is_dir():
             names = sorted(p.name for p in path.iterdir() if p.suffix in (".yaml", ".yml"))[:3]
             example = f", as in {path / names[0]}" if names else ""
-            raise _Stop(f"this is a folder, not a {what}", f"name a YAML file in it{example}")
+            raise _Stop("this is a folder, not a job", f"name a YAML file in it{example}")
         with path.open("rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise _Stop(f"there is no such {what}", _known_files(path)) from None
+        raise _Stop("there is no such job", _known_files(path)) from None
     except OSError as error:
         raise _Stop(f"it cannot be read: {error.strerror}", "check the path and its permissions") from None
     if len(data) > MAX_BYTES:
         raise _Stop(
-            f"the file is larger than {MAX_BYTES // 1024} KiB, so it is not a {what}",
-            f"name the {what}'s YAML file, not the data that it points to",
+            f"the file is larger than {MAX_BYTES // 1024} KiB, so it is not a job",
+            "name the job's YAML file, not the data that it points to",
         )
     try:
         text = data.decode("utf-8-sig")
@@ -113,8 +109,6 @@ def _text_of(path: Path, what: str) -> str:
 
 
 def _known_files(path: Path) -> str:
-    from orchestrator.spec.errors import nearest
-
     try:
         names = [p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml")]
     except OSError:
@@ -123,14 +117,14 @@ def _known_files(path: Path) -> str:
     return f"did you mean {path.parent / guess}?" if guess else "check the path"
 
 
-def parse_document(text: str, *, what: str = "job") -> Document:
+def parse_document(text: str) -> Document:
     """Text -> Document. Raises _Stop where it is not YAML, is empty, or is no mapping."""
     odd = yaml.reader.Reader.NON_PRINTABLE.search(text)
     if odd:
         before = text[: odd.start()]
         spot = (before.count("\n") + 1, odd.start() - (before.rfind("\n") + 1) + 1)
         raise _Stop(f"character {odd.group()!r} is not text", "delete it, or save the file as plain UTF-8 text", spot)
-    reader = _Reader(what)
+    reader = _Reader()
     try:
         return reader.document(iter(yaml.parse(text, Loader=_LOADER)))
     except yaml.MarkedYAMLError as error:
@@ -163,8 +157,7 @@ def _syntax(error: yaml.MarkedYAMLError, text: str) -> _Stop:
 class _Reader:
     """Puts events together; counts what the aliases expand to."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self) -> None:
         self.anchors: dict[str, tuple[Any, int] | None] = {}
         self.size = 0
         self.read = Document(value={})
@@ -178,7 +171,7 @@ class _Reader:
                 break
             if self.size:
                 raise _Stop(
-                    f"a second document starts here; a file holds one {self.what}",
+                    "a second document starts here; a file holds one job",
                     "split the file at `---`",
                     _spot(event),
                 )
@@ -187,12 +180,12 @@ class _Reader:
                 break
             if not isinstance(value, dict):
                 raise _Stop(
-                    f"a {self.what} is a mapping of keys to values, not {_kind(value)}",
+                    f"a job is a mapping of keys to values, not {_kind(value)}",
                     "write `key: value` lines; see examples/opt-125m.yaml", _spot(event),
                 )  # fmt: skip
             self.read.value = value
         if not self.read.value:
-            raise _Stop("the file is empty", f"write a {self.what} into it; see examples/opt-125m.yaml")
+            raise _Stop("the file is empty", "write a job into it; see examples/opt-125m.yaml")
         return self.read
 
     def node(self, event: Any, path: Keys) -> tuple[Any, int]:
@@ -205,12 +198,12 @@ class _Reader:
             self.anchors[event.anchor] = None
         if event.tag not in (None, "!", "tag:yaml.org,2002:str"):
             raise _Stop(
-                f"the tag {event.tag} makes an object; a {self.what} holds plain values", "delete the tag", _spot(event)
+                f"the tag {event.tag.replace('tag:yaml.org,2002:', '!!')} makes an object; a job holds plain values",
+                "delete the tag",
+                _spot(event),
             )
         if len(path) >= MAX_DEPTH:
-            raise _Stop(
-                f"this is nested deeper than {MAX_DEPTH} levels", f"a {self.what} needs 4: flatten it", _spot(event)
-            )
+            raise _Stop(f"this is nested deeper than {MAX_DEPTH} levels", "a job needs 4: flatten it", _spot(event))
         self.grow(1, event)
         before = self.size - 1
         if isinstance(event, yaml.ScalarEvent):
@@ -300,3 +293,15 @@ def _spot(event: Any) -> Spot:
 
 def _kind(value: Any) -> str:
     return "a list" if isinstance(value, list) else f"the single value {value!r}"
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes for readers of YAML 1.1 and 1.2 alike: text that either takes for a number is quoted."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"(?:{_FLOAT.pattern})$"), None)
+
+
+def write_yaml(mapping: dict[str, Any]) -> str:
+    """Text that parse_document reads back as the same values."""
+    return yaml.dump(mapping, Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)

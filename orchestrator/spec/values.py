@@ -15,6 +15,11 @@ MOST = 10**15
 """Counts above it are typing errors, and would leave what a float can hold exactly."""
 
 
+# Names of the branches where a value may be of two kinds. pydantic puts them into an error's location; the NUL keeps
+# them apart from every key that a person writes.
+KEYS, TEXT, NUMBER, FILES = "\0keys", "\0text", "\0number", "\0files"
+
+
 class Duration(int):
     """Seconds, written as an integer and s, m, h or d."""
 
