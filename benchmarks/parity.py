@@ -57,6 +57,7 @@ class Case:
             zero_stage=self.zero_stage,
             zero_group_size=self.group or (self.world_size if self.zero_stage else 1),
             activation_checkpointing=self.recompute,  # type: ignore[arg-type]
+            states="full" if self.precision in ("fp32", "fp64") else "mixed" if self.zero_stage < 2 else "sharded_fp32",
             micro_batch_size=self.micro_batch_size,
             gradient_accumulation_steps=accumulation,
             gather=self.gather,  # type: ignore[arg-type]

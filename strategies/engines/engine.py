@@ -6,7 +6,7 @@ B micro batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -15,6 +15,10 @@ from strategies.strategy import Strategy
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+
+BUCKET_BYTES = 64 * 2**20
+"""Gradients that ZeRO 0 and 1 reduce in one message: large enough for a link's full bandwidth, small beside the states."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +37,7 @@ class StepResult:
     """What one optimizer step did; the same on every rank."""
 
     loss: float
-    """Sum over the target tokens of the global batch divided by their number, nats per token."""
+    """Cross entropy summed over the target tokens of the global batch, divided by their number: nats per token."""
     gradient_norm: float
     """Global, before clipping."""
     skipped: bool = False
@@ -61,33 +65,36 @@ class Build:
     precision: str
     device: torch.device
     mesh: Any = None
-    """torch DeviceMesh with the axis names of Strategy.mesh_order, or None for a world of one."""
+    """torch DeviceMesh of the data axis: `shard`, or `replicate` x `shard`. None where nothing is sharded."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     requests: Mapping[str, Any] = field(default_factory=dict)
-    step_hooks: tuple[Callable[[int], None], ...] = ()
+    bucket_bytes: int = BUCKET_BYTES
     deterministic: bool = False
 
 
 class Session(Protocol):
-    """A module that trains under one strategy, on one rank. All calls are collective over the world."""
+    """A module that trains under one strategy, on one rank. All calls but `tensors` are collective over the world."""
 
     module: nn.Module
 
     def step(self, micro_batches: Sequence[MicroBatch], *, num_target_tokens: int, learning_rate: float) -> StepResult:
         """Forward, loss, backward, clip, optimizer. num_target_tokens counts the whole global batch.
 
-        Raises FloatingPointError where the loss is not finite (and no loss scaler handles it), weights unchanged."""
+        Raises FloatingPointError, on every rank and with the weights unchanged, where the loss is not finite, or the
+        gradient norm is not and no loss scaler handles it."""
 
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        """(sum of the loss in nats, number of target tokens) over all ranks, no gradient."""
+        """(sum of the loss in nats, number of target tokens) over all ranks, no gradient. Every rank gives as many
+        micro batches, filled up with sequences of weight 0."""
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded state for torch.distributed.checkpoint: `model.NAME`, `optimizer.exp_avg.NAME`, ... DTensors or
         replicated tensors under names and global shapes that no strategy changes, in the dtype of the master copy,
-        so that any strategy and world size loads any other's. Plus scalars: `optimizer.step`, `scaler.scale`."""
+        so that any strategy and world size loads any other's. Plus Python numbers: `optimizer.step` (steps that changed
+        the weights), and of the loss scaler `scaler.scale` and `scaler.good_steps` (1.0 and 0 without one)."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Takes what state_dict() gave, filled in place by the reader."""
+        """Takes what state_dict() gave, its tensors filled in place by the reader, its numbers replaced."""
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """The long-lived local tensors by plan component: parameters, master_weights, gradients, optimizer_states,

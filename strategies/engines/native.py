@@ -1,27 +1,33 @@
-"""The native engine: torch alone. A session is a fold of the rooms' apply doors over a module, then one step at a time."""
+"""The native engine: torch alone. A session is a fold of the rooms' apply doors over a module, then one step at a time.
+
+B micro batch, S sequence, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 from torch._subclasses.fake_tensor import FakeTensor
 
-from strategies.engines.engine import Build, MicroBatch, OptimizerSettings, StepResult
+from strategies.engines.engine import BUCKET_BYTES, Build, MicroBatch, OptimizerSettings, StepResult
+from strategies.engines.loss import IGNORED, token_loss
 from strategies.recompute import apply as recompute
 from strategies.strategy import Strategy
 from strategies.zero import apply as zero
-from strategies.zero.states import States, Weights
+from strategies.zero.states import DTYPES, States, Weights
 
-ROOMS = (recompute.apply, zero.apply)
+ROOMS: tuple[Callable[[Build], Build], ...] = (recompute.apply, zero.apply)
 """In the order of the cost fold: cut -> tensor -> recompute -> zero -> offload -> schedule, as far as they are built."""
-IGNORED = -100
+FIRST_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
+"""torch.amp.GradScaler's numbers."""
 
 
 def build_session(
@@ -34,48 +40,21 @@ def build_session(
     device: torch.device | str = "cpu",
     deterministic: bool = False,
     z_loss: float = 0.0,
+    bucket_bytes: int = BUCKET_BYTES,
 ) -> NativeSession:
-    """Splits a module that stands on the meta device and fills it, a parameter at a time: split_session, then fill.
+    """Splits a module that stands on the meta device and fills it, a parameter at a time.
+
+    Collective over the process group, which has one rank for each GPU of the strategy; a world of one needs none.
 
     Args:
-        module: has .embed, .blocks and .head; module(input_ids_BS) -> logits_BSV.
-        weights: (name, shape) -> that parameter's first value; every rank is given the same.
+        module: has .embed, .blocks and .head; module(input_ids_BS) -> logits_BSV. Has no buffers.
         precision: bf16, fp16, fp32 or fp64.
+        weights: (name, shape) -> that parameter's first value; every rank is given the same.
+        deterministic: no kernel whose sum depends on the order of arrival, in this whole process until close().
+        bucket_bytes: see BUCKET_BYTES.
 
     Raises ValueError, with the field's name, for a strategy that this engine has not built."""
-    session = split_session(
-        module,
-        strategy=strategy,
-        precision=precision,
-        optimizer=optimizer,
-        device=device,
-        deterministic=deterministic,
-        z_loss=z_loss,
-    )
-    session.states.fill(weights)
-    return session
-
-
-def split_session(
-    module: nn.Module,
-    *,
-    strategy: Strategy,
-    precision: str,
-    optimizer: OptimizerSettings | None = None,
-    device: torch.device | str = "cpu",
-    deterministic: bool = False,
-    z_loss: float = 0.0,
-) -> NativeSession:
-    """A session without storages: what a trace fills under fake tensors. See build_session."""
-    for field, built in (
-        ("tensor_parallel_degree", 1),
-        ("pipeline_parallel_degree", 1),
-        ("context_parallel_degree", 1),
-    ):
-        if getattr(strategy, field) != built:
-            raise ValueError(f"{field} {getattr(strategy, field)} is not built on the native engine; set it to {built}")
-    if strategy.offload.any:
-        raise ValueError("offload is not built on the native engine; remove it")
+    _refuse_unbuilt(module, strategy, precision)
     build = Build(
         module=module,
         strategy=strategy,
@@ -83,101 +62,120 @@ def split_session(
         device=torch.device(device),
         optimizer=optimizer or OptimizerSettings(),
         deterministic=deterministic,
+        bucket_bytes=bucket_bytes,
     )
-    if deterministic:
-        torch.use_deterministic_algorithms(True)
+    # FSDP2 knows no world without a process group.
+    owns_group = strategy.zero_stage >= 2 and not dist.is_initialized()
+    if owns_group:
+        backend = "nccl" if build.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     for room in ROOMS:
         build = room(build)
-    states: States = build.requests["states"](build)
-    if strategy.compile:
-        blocks: Any = build.module.blocks
-        for block in blocks:
-            block.compile()
-    return NativeSession(build, states, z_loss=z_loss)
+    states: States = build.requests["states"](build, weights)
+    return NativeSession(build, states, z_loss=z_loss, owns_group=owns_group)
+
+
+def _refuse_unbuilt(module: nn.Module, strategy: Strategy, precision: str) -> None:
+    if precision not in DTYPES:
+        raise ValueError(f"precision {precision!r} is unknown; set it to one of {', '.join(DTYPES)}")
+    for field in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"):
+        if (degree := getattr(strategy, field)) != 1:
+            raise ValueError(f"{field} {degree} is not built on the native engine; set it to 1")
+    if strategy.offload.any:
+        raise ValueError("offload is not built on the native engine; remove it")
+    if buffers := [name for name, _ in module.named_buffers()]:
+        raise ValueError(f"the module has buffers ({', '.join(buffers)}); the native engine fills parameters alone")
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if world_size != strategy.num_gpus:
+        raise ValueError(
+            f"data_parallel_degree {strategy.data_parallel_degree} wants a process group of {strategy.num_gpus}, "
+            f"this one has {world_size}; start as many workers as the strategy has GPUs"
+        )
 
 
 class NativeSession:
     """One rank's share of the training, see engine.Session."""
 
-    def __init__(self, build: Build, states: States, *, z_loss: float) -> None:
+    def __init__(self, build: Build, states: States, *, z_loss: float, owns_group: bool) -> None:
         self.module, self.build, self.states, self.z_loss = build.module, build, states, z_loss
-        self.distributed = dist.is_initialized()
-        self.scale = 2.0**16 if build.precision == "fp16" else None
+        self.distributed, self.owns_group = dist.is_initialized(), owns_group
+        self.scale = FIRST_SCALE if build.precision == "fp16" else None
         self.good_steps = 0
         self.num_steps = 0
+        self._was_deterministic = torch.are_deterministic_algorithms_enabled()
+        if build.deterministic:
+            _be_deterministic()
 
     def step(self, micro_batches: Sequence[MicroBatch], *, num_target_tokens: int, learning_rate: float) -> StepResult:
-        """Forward, loss, backward, clip, optimizer. num_target_tokens counts the whole global batch."""
+        """See engine.Session. The device is waited for once, between backward and the optimizer."""
         self.states.begin()
         total = torch.zeros((), dtype=torch.float64, device=self.build.device)
         for index, batch in enumerate(micro_batches):
-            self.states.micro_batch(first=index == 0, last=index == len(micro_batches) - 1)
-            loss = self._loss(batch) / num_target_tokens
-            (loss if self.scale is None else loss * self.scale).backward()
-            total += loss.detach()
-            del loss
-        if self.distributed:
-            dist.all_reduce(total)
-        loss_value = _number(total)
-        if not math.isfinite(loss_value):
-            raise FloatingPointError(f"the loss is {loss_value}")
+            self.states.micro_batch(last=index == len(micro_batches) - 1)
+            loss, trained = self._loss(batch)
+            (trained * ((self.scale or 1.0) / num_target_tokens)).backward()
+            total += loss
+            del loss, trained
         self.states.reduce()
-        norm_scaled = _number(self.states.squared_norm().sqrt())
-        norm = norm_scaled / (self.scale or 1.0)
-        if self._overflowed(norm):
+        loss_value, norm = self._totals(total / num_target_tokens)
+        if not math.isfinite(loss_value):
+            raise FloatingPointError(f"the loss is {loss_value}; the weights are those of the step before")
+        if not math.isfinite(norm):
+            self._overflow(norm)
             return StepResult(loss=loss_value, gradient_norm=norm, skipped=True)
         clip = self.build.optimizer.gradient_clip
         factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
-        scale = torch.tensor(factor / (self.scale or 1.0), dtype=torch.float64, device=self.build.device)
-        self.states.update(scale=scale, learning_rate=learning_rate)
+        self.states.update(scale=factor / (self.scale or 1.0), learning_rate=learning_rate)
         self.num_steps += 1
         self._grow()
         return StepResult(loss=loss_value, gradient_norm=norm)
 
-    def _overflowed(self, norm: float) -> bool:
-        if math.isfinite(norm):
-            return False
-        if self.scale is None:
-            raise FloatingPointError(f"the gradient norm is {norm}")
+    @torch.no_grad()
+    def _totals(self, loss: Tensor) -> tuple[float, float]:
+        """(loss, gradient norm) over all ranks, in one message; every replica of a shard tells its norm."""
+        sums = torch.stack([loss, self.states.squared_norm() / self.states.num_replicas])
+        if self.distributed:
+            dist.all_reduce(sums)
+        if isinstance(sums, FakeTensor):  # a trace plays the step on tensors that have no values
+            return 1.0, 1.0
+        loss_value, square = sums.tolist()
+        return loss_value, math.sqrt(square) / (self.scale or 1.0) if square >= 0 else math.nan
+
+    def _overflow(self, norm: float) -> None:
+        """Half the scale, the same on every rank: the norm is. Without a scaler, or at its end, nothing helps."""
+        if self.scale is None or self.scale <= 1.0:
+            raise FloatingPointError(f"the gradient norm is {norm}; the weights are those of the step before")
         self.scale, self.good_steps = self.scale / 2, 0
-        return True
 
     def _grow(self) -> None:
-        """torch.amp.GradScaler's rule: twice the scale after 2,000 good steps."""
         if self.scale is not None:
             self.good_steps += 1
             if self.good_steps == GROWTH_INTERVAL:
                 self.scale, self.good_steps = self.scale * 2, 0
 
-    def _loss(self, batch: MicroBatch) -> Tensor:
-        """Sum over the counted target tokens, in fp32 at least."""
+    def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(told, trained), sums over the counted target tokens."""
+        device = self.build.device
+        logits_BSV = self.module(batch.input_ids_BS.to(device))
         targets_BS = batch.target_ids_BS.masked_fill(batch.weight_B[:, None] == 0, IGNORED)
-        logits_BSV = self.module(batch.input_ids_BS)
-        logits_NV = logits_BSV.flatten(0, 1)
-        if logits_NV.dtype in (torch.bfloat16, torch.float16):
-            logits_NV = logits_NV.float()
-        targets_N = targets_BS.flatten()
-        loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
-        if self.z_loss:
-            counted_N = (targets_N != IGNORED).to(logits_NV.dtype)
-            loss = loss + self.z_loss * (logits_NV.logsumexp(-1).square() * counted_N).sum()
-        return loss
+        return token_loss(logits_BSV.flatten(0, 1), targets_BS.flatten().to(device), self.z_loss)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        """(sum of the loss in nats, number of target tokens) over all ranks; every rank gives as many micro batches."""
+        """See engine.Session."""
         total = torch.zeros(2, dtype=torch.float64, device=self.build.device)
-        z_loss, self.z_loss = self.z_loss, 0.0
         for batch in micro_batches:
             counted = (batch.target_ids_BS != IGNORED) & (batch.weight_B[:, None] != 0)
-            total += torch.stack([self._loss(batch).double(), counted.sum().double()])
-        self.z_loss = z_loss
+            total[0] += self._loss(batch)[0]
+            total[1] += counted.sum().to(self.build.device)
+        self.states.settle()
         if self.distributed:
             dist.all_reduce(total)
-        return float(total[0]), int(total[1])
+        loss, count = total.tolist()
+        return loss, int(count)
 
     def state_dict(self) -> dict[str, Any]:
-        """Names and global shapes that no strategy changes, see engine.Session."""
+        """See engine.Session."""
         return {
             **self.states.state_dict(),
             "optimizer.step": self.num_steps,
@@ -186,19 +184,31 @@ class NativeSession:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """After the tensors of state_dict() were filled in place."""
+        """See engine.Session."""
         self.num_steps = int(state["optimizer.step"])
         if self.scale is not None:
             self.scale, self.good_steps = float(state["scaler.scale"]), int(state["scaler.good_steps"])
         self.states.loaded(self.num_steps)
 
     def tensors(self) -> dict[str, list[Tensor]]:
+        """See engine.Session. Gradients of ZeRO 2 and 3 are there from the first backward pass to the step's end."""
         return self.states.tensors()
 
     def close(self) -> None:
-        """Nothing outlives the process group, which is the caller's."""
+        """Frees the groups made for this session. The process group itself is the caller's."""
+        if self.build.deterministic:
+            torch.use_deterministic_algorithms(self._was_deterministic)
+        if self.owns_group:
+            dist.destroy_process_group()
+        elif self.build.mesh is not None:
+            for group in self.build.mesh.get_all_groups():
+                if group is not dist.group.WORLD:
+                    dist.destroy_process_group(group)
 
 
-def _number(tensor: Tensor) -> float:
-    """Its value; 1 where a trace plays the step on tensors that have none."""
-    return 1.0 if isinstance(tensor, FakeTensor) else float(tensor)
+def _be_deterministic() -> None:
+    # cuBLAS reads it when its first handle is made.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Otherwise every torch.empty is filled, which costs time and finds only mistakes.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -6,7 +6,6 @@ Recompute happens inside the block's own FSDP unit: a ZeRO-3 gather is not repea
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,16 +26,20 @@ SAVED_BY_SELECTIVE: list[Any] = [
 
 
 def apply(build: Build) -> Build:
-    """Wraps the first `num_checkpointed_layers` blocks of the stage (all of them where the strategy names no stage)."""
-    kind = build.strategy.activation_checkpointing
-    if kind == "none":
-        return build
+    """Wraps the first `num_checkpointed_layers` blocks of the stage (all of them where the strategy names no stage).
+
+    With `compile`, each block's forward is compiled with the wrapping inside, so that the compiler sees what to save; the
+    hooks that ZeRO hangs on a block stay outside."""
+    strategy = build.strategy
+    kind = strategy.activation_checkpointing
     blocks: Any = build.module.blocks
-    stages = build.strategy.stages
-    count = stages[0].num_checkpointed_layers if stages else len(blocks)
-    for block in list(blocks)[:count]:
-        block.forward = _again(block.forward, selective=kind == "selective")
-    return replace(build, module=build.module)
+    count = 0 if kind == "none" else strategy.stages[0].num_checkpointed_layers if strategy.stages else len(blocks)
+    for index, block in enumerate(blocks):
+        if index < count:
+            block.forward = _again(block.forward, selective=kind == "selective")
+        if strategy.compile:
+            block.forward = torch.compile(block.forward)
+    return build
 
 
 def _again(forward: Callable[..., Any], *, selective: bool) -> Callable[..., Any]:

@@ -1,26 +1,32 @@
 """ZeRO 0 and 1, our own: flat gradient buckets laid out once, reduced in a fixed order, and a sharded AdamW.
 
 torch's DDP rebuilds its buckets by arrival order and its ZeroRedundancyOptimizer keeps no fp32 master; a resumed run
-would not be the undisturbed one, bit for bit. Here a bucket is a block (or what stands outside the blocks), always.
+would not be the undisturbed one, bit for bit. Here a bucket is the same parameters at the same offsets, always.
 
-Bytes a rank holds (P parameters, n ranks in the ZeRO group, 16-bit / fp32):
-  parameters     2P / 4P    gradients 2P / 4P (the bucket is the storage of every .grad)
-  master         4P/n / 0   moments   8P/n / 8P/n     (n = 1 at stage 0)
-  transient      stage 1: the largest bucket twice in its dtype while it is reduced or gathered (rank-major, shard);
-                 16-bit: the fp32 copy of the local gradients while the optimizer steps, 4P/n
+A bucket lies rank-major, [rank 0's shards | rank 1's | ...], each padded to the same length. So it is the input of the
+reduce-scatter as it stands, and, once the optimizer has used the gradients up, the output of the parameters' all-gather.
+Its reduction starts when its last gradient has arrived in the backward pass of the last micro batch, bucket after bucket.
+apply.py says what bytes that holds.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as Split
 
 from strategies.engines.engine import Build
-from strategies.zero.states import DTYPES, Adam, Weights, squared_norm
+from strategies.zero.states import DTYPES, Adam, Shard, Weights, rows, squared_norm
+
+IN_FLIGHT = 2
+"""Reductions or gathers at once, beside what computes; each holds a rank's share of its bucket."""
 
 # torch 2.13 renames the two and warns of the old names; 2.11 has the old ones alone.
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -28,179 +34,233 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 
 
 class Bucket:
-    """Parameters that are reduced together. Shards are rows of dimension 0, as torch.chunk cuts them (FSDP2's rule)."""
+    """Parameters whose gradients are reduced together."""
 
-    def __init__(self, parameters: list[tuple[str, nn.Parameter]], num_shards: int) -> None:
-        self.parameters, self.num_shards = parameters, num_shards
-        first = parameters[0][1]
-        self.gradients = torch.zeros(sum(p.numel() for _, p in parameters), dtype=first.dtype, device=first.device)
-        offset = 0
-        for _, parameter in parameters:
-            parameter.grad = self.gradients[offset : offset + parameter.numel()].view_as(parameter)
-            offset += parameter.numel()
-        self.padded = [self.rows(p) * (p.numel() // p.shape[0]) for _, p in parameters]
-        """Elements of one rank's shard of each parameter, the padding of the last ones included."""
+    def __init__(
+        self, parameters: Sequence[tuple[str, nn.Parameter]], *, num_shards: int, rank: int, dtype: torch.dtype
+    ) -> None:
+        self.parameters, self.num_shards, self.rank = parameters, num_shards, rank
+        self.chunks = [-(-p.shape[0] // num_shards) * (p.numel() // p.shape[0]) for _, p in parameters]
+        """Elements of one rank's shard of each parameter, its padding included."""
+        self.offsets = [sum(self.chunks[:i]) for i in range(len(self.chunks))]
+        self.size = sum(self.chunks)
+        """Elements of one rank's part."""
+        self.gradients = torch.zeros(num_shards * self.size, dtype=dtype, device=parameters[0][1].device)
+        self.filled = [False] * len(parameters)
+        self.awaited: set[int] = set()
+        """Parameters whose gradient the last micro batch has still to bring."""
 
-    def rows(self, parameter: Tensor) -> int:
-        return -(-parameter.shape[0] // self.num_shards)
+    @property
+    def part(self) -> Tensor:
+        """This rank's part."""
+        return self.gradients[self.rank * self.size : (self.rank + 1) * self.size]
 
-    def shard(self, whole: Tensor, rank: int) -> Tensor:
-        """A rank's rows, as a view; empty where the rows run out."""
-        rows = self.rows(whole)
-        return whole[min(rank * rows, whole.shape[0]) : min((rank + 1) * rows, whole.shape[0])]
+    def store(self, index: int, gradient: Tensor) -> None:
+        """Takes one whole gradient: the step's first is copied, the others are added."""
+        for region, piece in self._regions(self.gradients, index, gradient):
+            if self.filled[index]:
+                region.add_(piece)
+            else:
+                region.copy_(piece)
+        self.filled[index] = True
 
-    def to_rank_major(self, wholes: list[Tensor]) -> Tensor:
-        """[rank 0's shards | rank 1's | ...], each padded to the same length."""
-        flat = self.gradients.new_zeros(self.num_shards, sum(self.padded))
-        for rank in range(self.num_shards):
-            for piece, whole in zip(flat[rank].split(self.padded), wholes, strict=True):
-                rows = self.shard(whole, rank)
-                piece[: rows.numel()].view_as(rows).copy_(rows)
-        return flat.view(-1)
+    def fill(self) -> None:
+        """Gradients that never came are zero."""
+        for index, filled in enumerate(self.filled):
+            if not filled:
+                for region, _ in self._regions(self.gradients, index, self.parameters[index][1]):
+                    region.zero_()
 
-    def pieces(self, flat: Tensor, rank: int) -> list[Tensor]:
-        """One rank's shards in a flat buffer that holds one rank's part, without the padding."""
-        shards = []
-        for piece, (_, parameter) in zip(flat.split(self.padded), self.parameters, strict=True):
-            rows = self.shard(parameter, rank)
-            shards.append(piece[: rows.numel()].view(rows.shape))
-        return shards
+    def unpack(self, flat: Tensor) -> None:
+        """A gathered buffer into the parameters."""
+        for index, (_, parameter) in enumerate(self.parameters):
+            for region, piece in self._regions(flat, index, parameter):
+                piece.copy_(region)
+
+    def mine(self, part: Tensor) -> list[Tensor]:
+        """This rank's shards in a buffer of one rank's part, without the padding."""
+        shards = [rows(parameter, self.num_shards, self.rank) for _, parameter in self.parameters]
+        return [
+            part[offset : offset + shard.numel()].view(shard.shape)
+            for offset, shard in zip(self.offsets, shards, strict=True)
+        ]
+
+    def _regions(self, flat: Tensor, index: int, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """(place in the rank-major buffer, piece of the whole tensor): all full shards at once, then the short one."""
+        by_rank, linear = flat.view(self.num_shards, self.size), whole.detach().reshape(-1)
+        offset, chunk = self.offsets[index], self.chunks[index]
+        full, rest = divmod(linear.numel(), chunk)
+        yield by_rank[:full, offset : offset + chunk], linear[: full * chunk].view(full, chunk)
+        if rest:
+            yield by_rank[full, offset : offset + rest], linear[full * chunk :]
 
 
 class BucketStates:
-    """States of ZeRO 0 and 1 on one rank."""
+    """States of ZeRO 0 and 1 on one rank: replicas of one shard each (stage 0: one shard, the whole)."""
 
-    def __init__(self, build: Build) -> None:
-        strategy = build.strategy
-        self.build = build
-        alone = build.mesh is None
-        replicated = not alone and "replicate" in build.mesh.mesh_dim_names
-        sharded = strategy.zero_stage == 1 and not alone
-        self.shard_mesh = build.mesh["shard"] if sharded else None
-        self.shard_group = self.shard_mesh.get_group() if self.shard_mesh is not None else None
-        self.replica_group = build.mesh["replicate"].get_group() if sharded and replicated else None
-        self.data_group = None if alone else build.requests["data_group"]
-        self.num_shards = strategy.zero_group_size if sharded else 1
-        self.rank = self.shard_mesh.get_local_rank() if self.shard_mesh is not None else 0
-        self.has_master = build.precision in ("bf16", "fp16") and strategy.states != "pure"
-        build.module.to(DTYPES[build.precision])
-
-    def fill(self, weights: Weights) -> None:
-        build = self.build
-        build.module.to_empty(device=build.device)
-        self.buckets = [Bucket(parameters, self.num_shards) for parameters in _units(build.module)]
-        self.masters: dict[str, nn.Parameter] = {}
-        with torch.no_grad():
-            for name, parameter, bucket in self._all():
-                whole = weights(name, parameter.shape)
-                rows = bucket.shard(parameter, self.rank)
-                parameter.copy_(whole)
-                local = bucket.shard(whole, self.rank).to(build.device, torch.float32) if self.has_master else rows
-                self.masters[name] = nn.Parameter(local.detach(), requires_grad=False)
-        steps = [
-            (self.masters[name], parameter.dim()) for name, parameter, _ in self._all() if self.masters[name].numel()
+    def __init__(self, build: Build, weights: Weights) -> None:
+        self.mesh, self.device = build.mesh, build.device
+        self.num_shards, self.num_replicas = build.requests["num_shards"], build.requests["num_replicas"]
+        self.shard_group, self.replica_group = build.requests["shard_group"], build.requests["replica_group"]
+        rank = build.mesh["shard"].get_local_rank() if self.num_shards > 1 else 0
+        dtype = DTYPES[build.precision]
+        self.has_master = dtype.itemsize == 2
+        gradient_dtype = torch.float32 if build.strategy.states == "mixed_fp32_gradients" else dtype
+        build.module.to(dtype).to_empty(device=build.device)
+        self.buckets = [
+            Bucket(parameters, num_shards=self.num_shards, rank=rank, dtype=gradient_dtype)
+            for parameters in _layout(build.module, build.bucket_bytes, gradient_dtype.itemsize)
         ]
-        self.adam = Adam(steps, build.optimizer)
-        self.local: dict[str, Tensor] = {}
-
-    def _all(self) -> list[tuple[str, nn.Parameter, Bucket]]:
-        return [(name, parameter, bucket) for bucket in self.buckets for name, parameter in bucket.parameters]
-
-    def begin(self) -> None:
+        self.shards = [self._fill(bucket, weights) for bucket in self.buckets]
+        self.adam = Adam(build.optimizer, build.device)
+        self.next, self.last = 0, False
+        self.flying: deque[tuple[Bucket, Tensor | None, Any]] = deque()
         for bucket in self.buckets:
-            bucket.gradients.zero_()
-
-    def micro_batch(self, *, first: bool, last: bool) -> None:
-        """Gradients add up locally; they are reduced once, after the last micro batch."""
-
-    def reduce(self) -> None:
-        for bucket in reversed(self.buckets):
-            grads = [p.grad for _, p in bucket.parameters if p.grad is not None]
-            if self.num_shards == 1:
-                if self.data_group is not None:
-                    dist.all_reduce(bucket.gradients, group=self.data_group)
-                mine = [bucket.shard(grad, 0) for grad in grads]
-            else:
-                rank_major = bucket.to_rank_major(grads)
-                shard = rank_major.new_empty(rank_major.numel() // self.num_shards)
-                _reduce_scatter(shard, rank_major, group=self.shard_group)
-                if self.replica_group is not None:
-                    dist.all_reduce(shard, group=self.replica_group)
-                mine = [bucket.shard(grad, self.rank) for grad in grads]
-                for into, piece in zip(mine, bucket.pieces(shard, self.rank), strict=True):
-                    into.copy_(piece)
-            self.local.update(zip((name for name, _ in bucket.parameters), mine, strict=True))
-
-    def squared_norm(self) -> Tensor:
-        total = squared_norm(self.local.values())
-        if self.shard_group is not None:
-            dist.all_reduce(total, group=self.shard_group)
-        return total
-
-    def update(self, *, scale: Tensor, learning_rate: float) -> None:
-        for name, master in self.masters.items():
-            master.grad = self.local[name].to(master.dtype).mul_(scale.to(master.dtype))
-        self.adam.step(learning_rate)
-        for master in self.masters.values():
-            master.grad = None
-        self._publish()
+            for index, (_, parameter) in enumerate(bucket.parameters):
+                parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket, index))
 
     @torch.no_grad()
-    def _publish(self) -> None:
-        """The stepped shards back into the parameters of all replicas."""
-        for bucket in self.buckets:
-            parameters = [parameter for _, parameter in bucket.parameters]
+    def _fill(self, bucket: Bucket, weights: Weights) -> list[Shard]:
+        shards = []
+        for name, parameter in bucket.parameters:
+            whole = weights(name, parameter.shape)
+            parameter.copy_(whole)
+            source = whole if self.has_master else parameter.detach()
+            local = rows(source, self.num_shards, bucket.rank)
             if self.has_master:
-                for name, parameter in bucket.parameters:
-                    bucket.shard(parameter, self.rank).copy_(self.masters[name])
-            if self.num_shards == 1:
-                continue
-            own = bucket.gradients.new_zeros(sum(bucket.padded))
-            for piece, parameter in zip(bucket.pieces(own, self.rank), parameters, strict=True):
-                piece.copy_(bucket.shard(parameter, self.rank))
-            gathered = own.new_empty(own.numel() * self.num_shards)
-            _all_gather(gathered, own, group=self.shard_group)
-            for rank, flat in enumerate(gathered.chunk(self.num_shards)):
-                for piece, parameter in zip(bucket.pieces(flat, rank), parameters, strict=True):
-                    bucket.shard(parameter, rank).copy_(piece)
+                local = local.to(self.device, torch.float32, copy=True)
+            shards.append(Shard.of(name, parameter.shape, local))
+        return shards
+
+    def begin(self) -> None:
+        self.next, self.last = 0, False
+        for bucket in self.buckets:
+            bucket.filled = [False] * len(bucket.parameters)
+            bucket.awaited = set(range(len(bucket.parameters)))
+
+    def micro_batch(self, *, last: bool) -> None:
+        """Gradients add up locally; they are reduced once a step."""
+        self.last = last
+
+    @torch.no_grad()
+    def _arrived(self, bucket: Bucket, index: int, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:
+            return
+        bucket.store(index, gradient)
+        if self.last:
+            bucket.awaited.discard(index)
+            while self.next < len(self.buckets) and not self.buckets[self.next].awaited:
+                self._launch()
+
+    def _launch(self) -> None:
+        """Starts the reduction of the next bucket; the order is the layout's on every rank, whichever is full first."""
+        bucket = self.buckets[self.next]
+        self.next += 1
+        if self.num_shards > 1:
+            part = torch.empty_like(bucket.part)
+            work = _reduce_scatter(part, bucket.gradients, group=self.shard_group, async_op=True)
+            self.flying.append((bucket, part, work))
+            if len(self.flying) == IN_FLIGHT:
+                self._land()
+        elif self.num_replicas > 1:
+            work = dist.all_reduce(bucket.gradients, group=self.replica_group, async_op=True)
+            self.flying.append((bucket, None, work))
+
+    def _land(self) -> None:
+        bucket, part, work = self.flying.popleft()
+        work.wait()
+        if part is not None:
+            if self.num_replicas > 1:
+                dist.all_reduce(part, group=self.replica_group)
+            bucket.part.copy_(part)
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        for bucket in self.buckets[self.next :]:
+            bucket.fill()
+        while self.next < len(self.buckets):
+            self._launch()
+        while self.flying:
+            self._land()
+
+    def squared_norm(self) -> Tensor:
+        return squared_norm((g for bucket in self.buckets for g in bucket.mine(bucket.part)), self.device)
+
+    @torch.no_grad()
+    def update(self, *, scale: float, learning_rate: float) -> None:
+        self.adam.advance()
+        for bucket, shards in zip(self.buckets, self.shards, strict=True):
+            part = bucket.part.float() if bucket.gradients.dtype.itemsize == 2 else bucket.part
+            if scale != 1.0:
+                part.mul_(scale)
+            self.adam.update(shards, bucket.mine(part), learning_rate)
+            del part
+            self._publish(bucket, shards)
+        self._published(0)
+
+    def _publish(self, bucket: Bucket, shards: Sequence[Shard]) -> None:
+        """The stepped shards back into the parameters of all replicas; the bucket's gradients are overwritten."""
+        if self.num_shards == 1:
+            if self.has_master:
+                for (_, parameter), shard in zip(bucket.parameters, shards, strict=True):
+                    parameter.copy_(shard.master)
+            return
+        dtype = bucket.parameters[0][1].dtype
+        part = torch.zeros(bucket.size, dtype=dtype, device=self.device)
+        for piece, shard in zip(bucket.mine(part), shards, strict=True):
+            piece.copy_(shard.master)
+        whole = bucket.gradients.view(dtype)[: bucket.size * self.num_shards]
+        work = _all_gather(whole, part, group=self.shard_group, async_op=True)
+        self.flying.append((bucket, part, work))
+        self._published(IN_FLIGHT - 1)
+
+    def _published(self, allowed: int) -> None:
+        while len(self.flying) > allowed:
+            bucket, part, work = self.flying.popleft()
+            work.wait()
+            assert part is not None
+            bucket.unpack(bucket.gradients.view(part.dtype)[: bucket.size * self.num_shards])
+
+    def settle(self) -> None:
+        """Parameters are whole all the time."""
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-        for name, parameter, _ in self._all():
-            master = self.masters[name]
-            empty = master.new_zeros(master.shape)
-            moments = self.adam.moments(master) if master.numel() else (empty, empty)
-            state[f"model.{name}"] = self._global(master.detach(), parameter)
-            state[f"optimizer.exp_avg.{name}"] = self._global(moments[0], parameter)
-            state[f"optimizer.exp_avg_sq.{name}"] = self._global(moments[1], parameter)
-        return state
+        return {name: self._global(t, s) for shards in self.shards for s in shards for name, t in s.entries()}
 
-    def _global(self, local: Tensor, parameter: Tensor) -> Tensor:
+    def _global(self, local: Tensor, shard: Shard) -> Tensor:
         if self.num_shards == 1:
             return local
-        stride = torch.empty(parameter.shape, device="meta").stride()
-        return DTensor.from_local(
-            local, self.shard_mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=stride
-        )
+        split = [*[Replicate()] * (self.mesh.ndim - 1), Split(0)]
+        stride = torch.empty(shard.shape, device="meta").stride()
+        return DTensor.from_local(local, self.mesh, split, run_check=False, shape=shard.shape, stride=stride)
 
+    @torch.no_grad()
     def loaded(self, step: int) -> None:
-        self.adam.set_step(step)
-        self._publish()
+        self.adam.num_steps.fill_(step)
+        for bucket, shards in zip(self.buckets, self.shards, strict=True):
+            self._publish(bucket, shards)
+        self._published(0)
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        moments = [moment for master in self.masters.values() if master.numel() for moment in self.adam.moments(master)]
+        shards = [shard for shards in self.shards for shard in shards]
         return {
-            "parameters": [parameter for _, parameter, _ in self._all()],
+            "parameters": [parameter for bucket in self.buckets for _, parameter in bucket.parameters],
             "gradients": [bucket.gradients for bucket in self.buckets],
-            "master_weights": list(self.masters.values()) if self.has_master else [],
-            "optimizer_states": moments,
+            "master_weights": [shard.master for shard in shards] if self.has_master else [],
+            "optimizer_states": [moment for shard in shards for moment in (shard.exp_avg, shard.exp_avg_sq)],
         }
 
 
-def _units(module: Any) -> list[list[tuple[str, nn.Parameter]]]:
-    """Parameters by block, what stands outside the blocks first; names as the whole module has them."""
-    blocks = {id(parameter): i for i, block in enumerate(module.blocks) for parameter in block.parameters()}
-    units: list[list[tuple[str, nn.Parameter]]] = [[] for _ in range(len(module.blocks) + 1)]
-    for name, parameter in module.named_parameters():
-        units[blocks.get(id(parameter), -1) + 1].append((name, parameter))
-    return [unit for unit in units if unit]
+def _layout(module: nn.Module, bucket_bytes: int, itemsize: int) -> list[list[tuple[str, nn.Parameter]]]:
+    """Parameters from last to first, as backward finishes them, in buckets of at most so many bytes (or one parameter)."""
+    buckets: list[list[tuple[str, nn.Parameter]]] = []
+    room = 0
+    for name, parameter in reversed(list(module.named_parameters())):
+        num_bytes = parameter.numel() * itemsize
+        if num_bytes > room:
+            buckets.append([])
+            room = bucket_bytes
+        buckets[-1].append((name, parameter))
+        room -= num_bytes
+    return buckets

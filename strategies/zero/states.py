@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from strategies.engines.engine import OptimizerSettings
 
@@ -17,84 +18,109 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 
 class States(Protocol):
-    """Parameters, gradients and optimizer states of one rank. All calls but `tensors` are collective."""
+    """Parameters, gradients and optimizer states of one rank. All calls but `tensors` and `squared_norm` are collective."""
 
-    def fill(self, weights: Weights) -> None:
-        """Makes the storages and fills in the first values; the constructor only splits what stands on the meta device."""
+    num_replicas: int
+    """Ranks that hold the same shard."""
 
     def begin(self) -> None:
         """Before the first micro batch: no gradients."""
 
-    def micro_batch(self, *, first: bool, last: bool) -> None:
+    def micro_batch(self, *, last: bool) -> None:
         """Before each forward pass."""
 
     def reduce(self) -> None:
         """After the last backward pass: gradients become sums over the replicas."""
 
     def squared_norm(self) -> Tensor:
-        """Of the reduced gradients, over all ranks, each parameter once. Scalar, fp64."""
+        """Of this rank's shards of the reduced gradients. Scalar, fp64."""
 
-    def update(self, *, scale: Tensor, learning_rate: float) -> None:
-        """Gradients times scale, one AdamW step, parameters the same on all replicas again."""
+    def update(self, *, scale: float, learning_rate: float) -> None:
+        """Gradients times scale, one AdamW step, parameters the same on all replicas again. Uses the gradients up."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def settle(self) -> None:
+        """After forward passes that no backward pass follows."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """`model.NAME`, `optimizer.exp_avg.NAME`, `optimizer.exp_avg_sq.NAME`."""
 
     def loaded(self, step: int) -> None:
         """After a checkpoint was read into state_dict()'s tensors."""
 
-    def tensors(self) -> dict[str, list[Tensor]]: ...
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """See engine.Session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """This rank's rows of one parameter, in the precision in which they are stepped. May be empty."""
+
+    name: str
+    shape: torch.Size
+    """Of the whole parameter."""
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @classmethod
+    def of(cls, name: str, shape: torch.Size, master: Tensor) -> Shard:
+        return cls(name, shape, master, torch.zeros_like(master), torch.zeros_like(master))
+
+    def entries(self) -> tuple[tuple[str, Tensor], ...]:
+        """(name in a checkpoint, tensor)."""
+        return (
+            (f"model.{self.name}", self.master),
+            (f"optimizer.exp_avg.{self.name}", self.exp_avg),
+            (f"optimizer.exp_avg_sq.{self.name}", self.exp_avg_sq),
+        )
 
 
 class Adam:
-    """torch's AdamW over local tensors, states made at once, so that a checkpoint can be read before the first step.
+    """AdamW by torch's fused kernel, the same for every path, on the device's own step counter: no temporary tensors.
 
     Matrices decay, vectors (biases, norms) do not."""
 
-    def __init__(self, masters: Sequence[tuple[nn.Parameter, int]], settings: OptimizerSettings) -> None:
-        """Args: masters: (local tensor that is stepped, dimensions of the whole parameter)."""
-        decayed = [tensor for tensor, dims in masters if dims >= 2]
-        others = [tensor for tensor, dims in masters if dims < 2]
-        groups = [
-            {"params": tensors, "weight_decay": decay}
-            for tensors, decay in ((decayed, settings.weight_decay), (others, 0.0))
-            if tensors
-        ]
-        self.optimizer: torch.optim.Optimizer | None = None
-        if groups:  # a rank whose shards are all empty steps nothing
-            self.optimizer = torch.optim.AdamW(
-                groups, lr=0.0, betas=settings.betas, eps=settings.epsilon, fused=True, foreach=False
-            )
-            for tensor, _ in masters:
-                self.optimizer.state[tensor] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=tensor.device),
-                    "exp_avg": torch.zeros_like(tensor, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(tensor, memory_format=torch.preserve_format),
-                }
-        self.num_steps = 0
+    def __init__(self, settings: OptimizerSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.num_steps = torch.zeros((), dtype=torch.float32, device=device)
 
-    def step(self, learning_rate: float) -> None:
+    def advance(self) -> None:
+        """Once a step, before its first `update`."""
         self.num_steps += 1
-        if self.optimizer is None:
-            return
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.step()
 
-    def moments(self, tensor: Tensor) -> tuple[Tensor, Tensor]:
-        state = self.optimizer.state[tensor] if self.optimizer else {}
-        return state["exp_avg"], state["exp_avg_sq"]
+    def update(self, shards: Sequence[Shard], gradients: Sequence[Tensor], learning_rate: float) -> None:
+        """Gradients in the masters' dtype."""
+        pairs = [(s, g) for s, g in zip(shards, gradients, strict=True) if s.master.numel()]
+        for decays in (True, False):
+            mine = [(s, g) for s, g in pairs if (len(s.shape) >= 2) == decays]
+            if mine:
+                torch._fused_adamw_(
+                    [s.master for s, _ in mine],
+                    [g for _, g in mine],
+                    [s.exp_avg for s, _ in mine],
+                    [s.exp_avg_sq for s, _ in mine],
+                    [],
+                    [self.num_steps] * len(mine),
+                    lr=learning_rate,
+                    beta1=self.settings.betas[0],
+                    beta2=self.settings.betas[1],
+                    weight_decay=self.settings.weight_decay if decays else 0.0,
+                    eps=self.settings.epsilon,
+                    amsgrad=False,
+                    maximize=False,
+                )
 
-    def set_step(self, step: int) -> None:
-        self.num_steps = step
-        for state in self.optimizer.state.values() if self.optimizer else ():
-            state["step"].fill_(step)
+
+def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Sum of squares in fp64 over tensor norms in fp32 (fp64), in the order given."""
+    full = [t for t in tensors if t.numel()]
+    if not full:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(full, 2, dtype=torch.promote_types(full[0].dtype, torch.float32))
+    return torch.stack(norms).double().square().sum()
 
 
-def squared_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """Sum of squares in fp64, tensor by tensor in the order given."""
-    norms = [
-        torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors if t.numel()
-    ]
-    if not norms:
-        return torch.zeros((), dtype=torch.float64)
-    return torch.stack([norm.double() for norm in norms]).square().sum()
+def rows(whole: Tensor, num_shards: int, rank: int) -> Tensor:
+    """A rank's rows of dimension 0 as torch.chunk cuts them (FSDP2's and DTensor's rule), a view; empty where they run out."""
+    size = -(-whole.shape[0] // num_shards)
+    return whole[min(rank * size, whole.shape[0]) : min((rank + 1) * size, whole.shape[0])]
