@@ -17,6 +17,7 @@ VERBS: Mapping[str, tuple[str, str, str]] = {
     "validate": ("orchestrator.cli.validate", "command", "Check a job and show all of its faults."),
     "calibrate": ("orchestrator.cli.calibrate", "command", "Measure this machine, for plans that rest on its numbers."),
     "doctor": ("orchestrator.cli.doctor", "command", "Check whether this machine is fit to plan and to run."),
+    "plan": ("orchestrator.cli.plan", "command", "Plan a job: strategy, bytes, speed, cost, and why."),
     "schema": ("orchestrator.cli.schema", "command", "Print the JSON Schema of a job."),
 }
 

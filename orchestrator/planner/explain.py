@@ -234,15 +234,20 @@ def _filled(problem: Problem, strategy: Strategy) -> dict[str, Any]:
 
 
 def _larger_clusters(problem: Problem) -> Iterator[tuple[str, Problem]]:
-    """The smallest cluster, in doublings of the nodes, that holds the job with the same pins; replicas are free to grow."""
-    free = problem.without_pins("data_parallel_degree", "zero_group_size", "gradient_accumulation_steps")
-    nodes = problem.cluster.num_nodes * 2
-    while nodes * problem.cluster.gpus_per_node <= MOST_GPUS:
-        larger = free.changed(cluster=replace(problem.cluster, num_nodes=nodes), objective="fastest")
+    """The smallest cluster, in doublings of the nodes, that holds the job with the same pins and more replicas."""
+    cluster, pins, factor = problem.cluster, problem.pins, 2
+    while factor * cluster.num_gpus <= MOST_GPUS:
+        grown = {name: pins[name] * factor for name in ("data_parallel_degree", "zero_group_size") if name in pins}
+        larger = problem.without_pins("gradient_accumulation_steps")
+        larger = larger.changed(
+            cluster=replace(cluster, num_nodes=cluster.num_nodes * factor),
+            pins=dict(larger.pins) | grown,
+            objective="fastest",
+        )
         if solve(larger).fits:
-            yield f"{nodes} nodes of {problem.cluster.gpus_per_node}", larger
+            yield f"{cluster.num_nodes * factor} nodes of {cluster.gpus_per_node}", larger
             return
-        nodes *= 2
+        factor *= 2
 
 
 # Sensitivity ----------------------------------------------------------------------------------------------------------

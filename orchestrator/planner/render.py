@@ -1,0 +1,281 @@
+"""A plan as text that a person enjoys: plain lines with bars, 80 to 100 columns, colours by ANSI codes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from strategies.strategy import Offload, Strategy
+
+if TYPE_CHECKING:
+    from orchestrator.planner.explain import Loser
+    from orchestrator.planner.plan import Plan
+
+GIB = 2**30
+MARGIN = 11
+"""Columns of the section names."""
+EIGHTHS = " ▏▎▍▌▋▊▉█"
+BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
+COMPONENTS = (
+    ("parameters", "34"),
+    ("gathered_parameters", "94"),
+    ("master_weights", "36"),
+    ("gradients", "35"),
+    ("optimizer_states", "32"),
+    ("activations", "33"),
+    ("logits", "93"),
+    ("communication_buffers", "95"),
+    ("temporary", "96"),
+    ("reserve", "90"),
+)
+"""Bytes of a stage, with their colours."""
+TIMES = (
+    ("compute_s", "compute", "34"),
+    ("recompute_s", "recompute", "36"),
+    ("tensor_parallel_s", "tensor messages", "35"),
+    ("data_parallel_exposed_s", "data parallel, not hidden", "33"),
+    ("pipeline_bubble_s", "pipeline bubble", "31"),
+    ("pipeline_transfer_s", "pipeline transfers", "91"),
+    ("offload_s", "offload", "93"),
+    ("optimizer_s", "optimizer", "32"),
+)
+"""Parts of a step; they sum to step_s."""
+
+
+def painted(text: str, code: str) -> str:
+    return f"\033[{code}m{text}\033[0m"
+
+
+def render(plan: Plan, *, width: int = 88) -> str:
+    """The plan as text."""
+    width = max(80, min(100, width))
+    sections = [
+        _headline(plan),
+        _section("strategy", _strategy(plan)),
+        _section("memory", _memory(plan, width)),
+        _section("step", _time(plan, width)),
+        _section("speed", _speed(plan)),
+        _section("cost", _cost(plan)),
+        _section("targets", _targets(plan)),
+        _section("losers", _losers(plan.alternatives[:3], width)),
+        _section("would fit", _nearest(plan, width)),
+        _section("notes", (line for note in plan.notes for line in _wrapped(note, width - MARGIN - 2))),
+        _section("search", _search(plan)),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def bar(part: float, whole: float, columns: int) -> str:
+    """part of whole as a bar of at most `columns`, in eighths of a column."""
+    if whole <= 0 or part <= 0:
+        return ""
+    eighths = round(min(1.0, part / whole) * columns * 8)
+    return "█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")
+
+
+def stacked(parts: Sequence[tuple[float, str]], whole: float, columns: int) -> str:
+    """Parts of a whole, one colour each, in whole columns; what is left is dotted, what is over is marked."""
+    text, at, total = "", 0, 0.0
+    for part, code in parts:
+        total += part
+        until = round(min(1.0, total / whole) * columns) if whole > 0 else 0
+        text += painted("█" * (until - at), code) if until > at else ""
+        at = until
+    text += painted("·" * (columns - at), DIM)
+    return text + (painted(" over", RED) if total > whole else "")
+
+
+def bytes_told(num_bytes: float) -> str:
+    """1.5 GiB; small things in MiB."""
+    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:,.0f} MiB"
+
+
+def seconds_told(seconds: float) -> str:
+    """12.3 s, 45 ms, 2.1 days."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def strategy_told(strategy: Strategy) -> str:
+    """One line: tensor 8 x pipeline 4 x data 2, ZeRO 1, ..."""
+    s = strategy
+    parts = [
+        f"tensor {s.tensor_parallel_degree}" if s.tensor_parallel_degree > 1 else "",
+        f"pipeline {s.pipeline_parallel_degree}" if s.pipeline_parallel_degree > 1 else "",
+        f"data {s.data_parallel_degree}" if s.data_parallel_degree > 1 else "",
+    ]
+    degrees = " x ".join(part for part in parts if part) or "one GPU"
+    more = [f"ZeRO {s.zero_stage}" if s.data_parallel_degree > 1 else "", recompute_told(s), offload_told(s.offload)]
+    return ", ".join([degrees, f"micro batch {s.micro_batch_size}", *(part for part in more if part)])
+
+
+def recompute_told(strategy: Strategy) -> str:
+    if strategy.activation_checkpointing == "none":
+        return ""
+    done = sum(stage.num_checkpointed_layers for stage in strategy.stages)
+    layers = sum(stage.num_layers for stage in strategy.stages)
+    how_many = "" if done == layers else f" of {done} of {layers} layers"
+    return f"{strategy.activation_checkpointing} recompute{how_many}"
+
+
+def offload_told(offload: Offload) -> str:
+    if not offload.any:
+        return ""
+    kinds = [kind for kind in ("optimizer", "parameters", "activations") if getattr(offload, kind) != "none"]
+    return "offload " + ", ".join(f"{kind} to {getattr(offload, kind)}" for kind in kinds)
+
+
+def _section(name: str, lines: Iterable[str]) -> str:
+    rows = list(lines)
+    if not rows:
+        return ""
+    first, *rest = rows
+    return "\n".join([f"  {painted(f'{name:<{MARGIN - 2}}', BOLD)}{first}", *(f"{'':{MARGIN}}{line}" for line in rest)])
+
+
+def _wrapped(text: str, columns: int) -> list[str]:
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(line) + 1 + len(word) > columns:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return [*lines, line]
+
+
+def _headline(plan: Plan) -> str:
+    cluster, problem = plan.cluster, plan.solution.problem
+    if not plan.fits:
+        verdict = painted("does not fit", RED)
+    elif not plan.targets_met:
+        verdict = painted("fits, and misses a target", YELLOW)
+    else:
+        verdict = painted("fits", GREEN)
+    name = problem.arch.name or f"{problem.work.num_parameters / 1e6:,.0f}M {problem.arch.family}"
+    many = f"{cluster.num_nodes} x {cluster.gpus_per_node} " if cluster.num_gpus > 1 else ""
+    return f"{painted(plan.job.name, BOLD)}: {name} on {many}{cluster.accelerator.name}: {verdict}\n"
+
+
+def _strategy(plan: Plan) -> Iterator[str]:
+    s, problem = plan.strategy, plan.solution.problem
+    degrees = (
+        f"tensor {s.tensor_parallel_degree} x pipeline {s.pipeline_parallel_degree} x data {s.data_parallel_degree}"
+    )
+    yield painted(f"{degrees} = {s.num_gpus} {'GPU' if s.num_gpus == 1 else 'GPUs'}", BOLD)
+    group = f" in groups of {s.zero_group_size}" if s.zero_stage and s.zero_group_size < s.data_parallel_degree else ""
+    choices = [f"ZeRO {s.zero_stage}{group}", f"states {s.states}", recompute_told(s) or "no recompute"]
+    choices += ["sequence parallel"] if s.sequence_parallel and s.tensor_parallel_degree > 1 else []
+    yield ", ".join(choices)
+    if s.pipeline_parallel_degree > 1:
+        virtual = f", {s.num_virtual_stages} stages a rank" if s.num_virtual_stages > 1 else ""
+        yield f"schedule {s.pipeline_schedule}{virtual}"
+    if s.offload.any:
+        yield offload_told(s.offload)
+    yield (
+        f"micro batch {s.micro_batch_size} x {s.gradient_accumulation_steps} a step x {s.data_parallel_degree} replicas "
+        f"= {problem.global_batch_size:,} sequences of {problem.sequence_length:,}"
+    )
+
+
+def _memory(plan: Plan, width: int) -> Iterator[str]:
+    memory = plan.price.memory
+    stage = max(memory.stages, key=lambda row: row.peak_bytes)
+    where = f" on pipeline rank {stage.pipeline_rank}" if len(memory.stages) > 1 else ""
+    budget = memory.usable_bytes
+    over = stage.peak_bytes - budget
+    verdict = painted(f"{bytes_told(over)} over", RED) if over > 0 else f"{bytes_told(-over)} free"
+    yield f"{bytes_told(stage.peak_bytes)} of {bytes_told(budget)} a GPU{where}, in {stage.peak_phase}; {verdict}"
+    columns = width - MARGIN - 2
+    yield stacked([(getattr(stage, name), code) for name, code in COMPONENTS], budget, columns - (5 if over > 0 else 0))
+    for name, code in COMPONENTS:
+        value = getattr(stage, name)
+        if value:
+            share = painted(bar(value, budget, columns - 36), code)
+            yield f"{name.replace('_', ' '):<22} {bytes_told(value):>11}  {share}"
+    for name, used, usable in (
+        ("host memory", memory.host_bytes_per_node, memory.host_usable_bytes),
+        ("NVMe", memory.nvme_bytes_per_node, memory.nvme_usable_bytes),
+    ):
+        if used > usable or (used and plan.strategy.offload.any):
+            text = f"{bytes_told(used)} of {bytes_told(usable)} of each node's {name}"
+            yield painted(text, RED) if used > usable else text
+
+
+def _time(plan: Plan, width: int) -> Iterator[str]:
+    time = plan.price.time
+    yield f"{seconds_told(time.step_s)} for {plan.job.tokens_per_step:,} tokens"
+    columns = width - MARGIN - 2
+    yield stacked([(getattr(time, name), code) for name, _, code in TIMES], time.step_s, columns)
+    for name, label, code in TIMES:
+        value = getattr(time, name)
+        if value > 0.0005 * time.step_s:
+            share = painted(bar(value, time.step_s, columns - 46), code)
+            yield f"{label:<26} {seconds_told(value):>9}  {value / time.step_s:>5.1%}  {share}"
+
+
+def _speed(plan: Plan) -> Iterator[str]:
+    rates = plan.throughput
+    error = plan.confidence["throughput_error"]
+    yield (
+        painted(f"{rates['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU", BOLD)
+        + f" ± {error:.0%}, {rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
+        + (f", HFU {rates['hfu']:.1%}" if rates["hfu"] > rates["mfu"] else "")
+    )
+
+
+def _cost(plan: Plan) -> Iterator[str]:
+    cost, steps = plan.cost, plan.job.num_steps
+    if not steps or cost["wall_s"] is None or cost["gpu_hours"] is None:
+        return
+    usd = cost["usd"]
+    price = f", ${usd:,.2f}" if usd is not None and usd < 100 else f", ${usd:,.0f}" if usd is not None else ""
+    tokens = plan.job.tokens_total or 0
+    gpu_hours = f"{cost['gpu_hours']:,.0f}" if cost["gpu_hours"] >= 10 else f"{cost['gpu_hours']:.2f}"
+    kind = "GPU" if plan.cluster.accelerator.kind == "cuda" else "core"
+    yield f"{steps:,} steps, {tokens:,} tokens: {seconds_told(cost['wall_s'])}, {gpu_hours} {kind}-hours{price}"
+
+
+def _targets(plan: Plan) -> Iterator[str]:
+    for row in plan.targets:
+        got = "unknown" if row["got"] is None else _target_value(row["name"], row["got"])
+        text = f"{row['name']}: wanted {_target_value(row['name'], row['wanted'])}, gets {got}"
+        yield painted(f"met     {text}", GREEN) if row["met"] else painted(f"missed  {text}", RED)
+        if not row["met"]:
+            yield f"        {'would meet: ' + row['would_meet'] if row['would_meet'] else 'no size within a factor of 8 meets it'}"
+
+
+def _target_value(name: str, value: float) -> str:
+    if name == "finish_within":
+        return seconds_told(value)
+    return f"${value:,.0f}" if name == "budget_usd" else f"{value:,.0f}"
+
+
+def _losers(losers: Sequence[Loser], width: int) -> Iterator[str]:
+    for loser in losers:
+        fits = "" if loser.fits else painted(" does not fit", RED)
+        yield f"{loser.tokens_per_second_per_gpu:>8,.0f} tokens/s/GPU, {bytes_told(loser.peak_bytes)}{fits}: {strategy_told(loser.strategy)}"
+        for line in _wrapped(loser.because, width - MARGIN - 9):
+            yield painted(f"{'':8} {line}", DIM)
+
+
+def _nearest(plan: Plan, width: int) -> Iterator[str]:
+    for row in plan.nearest:
+        yield (
+            f"{row['change']}: {bytes_told(row['peak_bytes'])} on {row['num_gpus']} GPUs, "
+            f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
+        )
+    if not plan.fits and not plan.nearest:
+        yield f"nothing tried does: not fewer tokens a sequence, not offload, not {16384:,} GPUs"
+
+
+def _search(plan: Plan) -> Iterator[str]:
+    found = plan.search
+    if found is not None:
+        yield painted(
+            f"{found.num_candidates:,} candidates, {found.num_priced:,} priced, the rest rejected by bounds; "
+            f"{seconds_told(found.seconds)}",
+            DIM,
+        )
