@@ -33,7 +33,9 @@ def _summary(job: Job) -> str:
     from orchestrator.models.architecture import num_parameters
 
     cluster, steps = job.resolved_cluster, job.num_steps
-    where = f"{cluster.name} ({cluster.num_gpus} GPUs)" if cluster else "whatever this machine has"
+    where = (
+        f"{cluster.name} ({cluster.num_gpus} x {cluster.accelerator.name})" if cluster else "whatever this machine has"
+    )
     length = f"{steps:,} steps" if steps else "no length yet"
     pins = len(job.strategy.model_fields_set)
     return (
