@@ -268,7 +268,7 @@ def _works(
                     mtime_ns=mtime_ns,
                     fraction=fraction,
                     # The first file's first piece is held out: a small corpus has a validation split too.
-                    phase=1 - fraction if number == 0 else int.from_bytes(digest[:6], "little") / 2**48,
+                    phase=1 - fraction / 2 if number == 0 else int.from_bytes(digest[:6], "little") / 2**48,
                     piece_tokens=piece,
                     dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
                     tokenizer=tokenizer.fingerprint,
