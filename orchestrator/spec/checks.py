@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from orchestrator.models.architecture import Architecture
 from orchestrator.spec.errors import Fault
-from orchestrator.spec.job import BatchSpec, ClusterSpec, DataSpec, ModelSpec, StrategySpec, TrainingSpec
 from orchestrator.spec.resolve import NEEDED, SHAPE
+from orchestrator.spec.sections import BatchSpec, ClusterSpec, DataSpec, ModelSpec, StrategySpec, TrainingSpec
 from strategies.strategy import MESH_ORDER
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from orchestrator.spec.errors import Fault, Keys, dotted, nearest
-from orchestrator.spec.job import Job, Section
+from orchestrator.spec.job import Job
+from orchestrator.spec.sections import Section
 from orchestrator.spec.values import FILES, KEYS, NUMBER, TEXT
 
 _WANTED = {
@@ -133,16 +134,16 @@ def _unknown(path: Keys, owner: type[Section] | None) -> Fault:
 
 
 def _homes(key: str) -> list[str]:
-    return [dotted(path) for path, section in sections() if key in known_keys(section)]
+    return [dotted(path) for path, section in all_sections() if key in known_keys(section)]
 
 
-def sections(section: type[Section] = Job, path: Keys = ()) -> Iterator[tuple[Keys, type[Section]]]:
+def all_sections(section: type[Section] = Job, path: Keys = ()) -> Iterator[tuple[Keys, type[Section]]]:
     """Every section of a job and the keys that lead to it."""
     yield path, section
     for key, field in known_keys(section).items():
         inner = _section_of(section.model_fields[field].annotation)
         if inner:
-            yield from sections(inner, (*path, key))
+            yield from all_sections(inner, (*path, key))
 
 
 def known_keys(section: type[Section]) -> dict[str, str]:

@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from orchestrator.spec import checks
 from orchestrator.spec.errors import MAPPING, ErrorEntry, Fault, SpecError
-from orchestrator.spec.job import ClusterSpec, Job
+from orchestrator.spec.job import Job
 from orchestrator.spec.resolve import SHAPE, resolve_cluster, resolve_model
+from orchestrator.spec.sections import ClusterSpec
 
 if TYPE_CHECKING:
     from clusters.cluster import Cluster

@@ -1,4 +1,4 @@
-"""The JSON Schema and the reference page of a job, both from job.py: its fields, and the text under each.
+"""The JSON Schema and the reference page of a job, from job.py and sections.py: the fields, and the text under each.
 
 python -m orchestrator.spec.reference      writes docs/reference/job.schema.json and docs/reference/job.md
 """
@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from orchestrator.spec import job as job_module
+from orchestrator.spec import job, sections
 from orchestrator.spec.errors import dotted
-from orchestrator.spec.job import Job, Section
-from orchestrator.spec.messages import flow, known_keys, literals, sections
+from orchestrator.spec.job import Job
+from orchestrator.spec.messages import all_sections, flow, known_keys, literals
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 def field_texts() -> dict[tuple[str, str], str]:
     """(class, field) -> the docstring under the field."""
     texts = {}
-    for node in ast.parse(inspect.getsource(job_module)).body:
+    for node in (node for module in (sections, job) for node in ast.parse(inspect.getsource(module)).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, text in zip(node.body, node.body[1:], strict=False):
@@ -39,7 +39,7 @@ def field_texts() -> dict[tuple[str, str], str]:
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12. What only holds together (degrees and GPUs, say) is left to `shardwise validate`."""
     schema = Job.model_json_schema(by_alias=True)
-    classes = {section.__name__: section for _, section in sections()}
+    classes = {section.__name__: section for _, section in all_sections()}
     for name, part in {"Job": schema, **schema["$defs"]}.items():
         section = classes[name]
         part["description"] = " ".join((section.__doc__ or "").split())
@@ -56,14 +56,14 @@ def json_schema() -> dict[str, Any]:
     return {"$schema": DIALECT, "title": "Shardwise job", **schema}
 
 
-def _bare_words(section: type[Section]) -> dict[str, Any]:
-    if section is job_module.ModelSpec:
+def _bare_words(section: type[sections.Section]) -> dict[str, Any]:
+    if section is sections.ModelSpec:
         from orchestrator.models.architecture import CATALOG
 
         return {"type": "string", "enum": list(CATALOG)}
-    if section is job_module.StrategySpec:
+    if section is sections.StrategySpec:
         return {"const": "auto"}
-    if section is job_module.OffloadSpec:
+    if section is sections.OffloadSpec:
         return {"enum": ["none", "optimizer", "parameters", "activations"]}
     return {}
 
@@ -73,17 +73,17 @@ def reference() -> str:
     lines = [
         "# The job file",
         "",
-        "Made from `orchestrator/spec/job.py` by `python -m orchestrator.spec.reference`. Numbers follow YAML 1.2 (`1e-5` and",
+        "Made from `orchestrator/spec` by `python -m orchestrator.spec.reference`. Numbers follow YAML 1.2 (`1e-5` and",
         "`300e9` are numbers, `1:30` and `017` are text); a duration is a whole number and `s`, `m`, `h` or `d`. Unknown keys,",
         "wrong types and impossible combinations are errors with their line and column: `shardwise validate JOB`.",
         "",
     ]
-    for path, section in sections():
+    for path, section in all_sections():
         lines += _section(path, section)
     return "\n".join(lines)
 
 
-def _section(path: tuple[str | int, ...], section: type[Section]) -> Iterator[str]:
+def _section(path: tuple[str | int, ...], section: type[sections.Section]) -> Iterator[str]:
     yield f"## {f'`{dotted(path)}`' if path else 'Top level'}"
     yield ""
     yield " ".join((section.__doc__ or "").split())
@@ -101,16 +101,16 @@ def _section(path: tuple[str | int, ...], section: type[Section]) -> Iterator[st
     yield ""
 
 
-def _default(section: type[Section], name: str) -> str:
+def _default(section: type[sections.Section], name: str) -> str:
     default = section.model_fields[name].default
     if section.model_fields[name].default_factory is not None:
         return "its defaults"
     if default is None:
-        return "auto" if section is job_module.StrategySpec else "absent"
+        return "auto" if section is sections.StrategySpec else "absent"
     return f"`{flow(list(default) if isinstance(default, tuple) else default)}`"
 
 
-def _words(section: type[Section], name: str) -> str:
+def _words(section: type[sections.Section], name: str) -> str:
     words = [word for word in literals(section.model_fields[name].annotation) if isinstance(word, str)]
     return f" One of {', '.join(f'`{word}`' for word in words)}." if len(words) > 1 else ""
 

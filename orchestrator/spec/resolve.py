@@ -10,7 +10,7 @@ from orchestrator.models.architecture import Architecture, find_architecture, ma
 
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
-    from orchestrator.spec.job import ClusterSpec, ModelSpec
+    from orchestrator.spec.sections import ClusterSpec, ModelSpec
 
 SHAPE = (
     "family",

@@ -20,11 +20,10 @@ def salvage(mapping: Mapping[str, Any], error: ValidationError) -> tuple[dict[st
     for name, field in Job.model_fields.items():
         if (name,) in faulty:
             continue
-        if name not in mapping:
-            if not field.is_required():
-                sections[name] = field.get_default(call_default_factory=True)
+        if name not in mapping and field.is_required():
             continue
-        value = _without(mapping[name], (name,), faulty)
+        value = mapping.get(name, field.get_default(call_default_factory=True))
+        value = _without(value, (name,), faulty)
         section = section_at((name,))
         if (section is not None and not isinstance(value, str | None)) or name in ("model", "strategy"):
             assert section is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from orchestrator.spec.messages import known_keys, sections
+from orchestrator.spec.messages import all_sections, known_keys
 from orchestrator.spec.reference import field_texts, json_schema, reference
 from orchestrator.spec.source import read_document
 
@@ -30,7 +30,7 @@ def test_the_schema_is_valid_draft_2020_12():
 
 
 def test_every_field_has_a_text_and_an_example():
-    for _, section in sections():
+    for _, section in all_sections():
         for field in known_keys(section).values():
             assert field_texts()[section.__name__, field]
             assert section.model_fields[field].examples

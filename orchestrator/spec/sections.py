@@ -1,0 +1,330 @@
+"""The parts of a job file, field by field. Frozen; the words of the YAML are the attributes. The reference and the JSON
+Schema are made from this file and job.py: the text under a field is its documentation, with its unit."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from orchestrator.models.architecture import Family
+from orchestrator.spec.values import (
+    FILES,
+    KEYS,
+    NUMBER,
+    TEXT,
+    BelowOne,
+    Count,
+    CountOrZero,
+    Every,
+    Fraction,
+    NotNegative,
+    Pair,
+    Positive,
+    Seconds,
+    Texts,
+)
+from strategies.strategy import Attention, Axis, Checkpointing, Engine, Frequency, Place, Schedule, States
+
+DEFAULTS: Any = dict
+"""No keys: read like any section, so that the job's one validator makes its defaults."""
+
+Precision = Literal["bf16", "fp16", "fp32", "fp64"]
+
+
+class Section(BaseModel):
+    """A group of keys. Unknown keys are refused, types are not guessed, nothing changes after it was read."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, defer_build=True, allow_inf_nan=False, protected_namespaces=()
+    )
+    bare_words: ClassVar[str] = ""
+    """What may stand in the place of the keys, as a person would say it. Empty: nothing."""
+
+    def wrote(self, key: str) -> bool:
+        """True where the job says it, false where it is the default."""
+        return key in self.model_fields_set
+
+
+class ModelSpec(Section):
+    """The model that is trained: a catalog name, a Hugging Face folder, or a shape given inline."""
+
+    bare_words: ClassVar[str] = "a catalog name such as opt-1.3b"
+
+    name: str | None = Field(default=None, examples=["opt-1.3b"])
+    """Name in the model catalog. `model: opt-1.3b` is short for `model: {name: opt-1.3b}`."""
+    path: str | None = Field(default=None, examples=["models/opt-1.3b"])
+    """A Hugging Face folder (`config.json` and safetensors), relative to the job file."""
+    family: Family | None = Field(default=None, examples=["opt"])
+    """Family of an inline shape; it decides norms, positions, biases and activation."""
+    num_layers: Count | None = Field(default=None, examples=[24])
+    """Transformer blocks."""
+    hidden_size: Count | None = Field(default=None, examples=[2048])
+    """Width of the residual stream, in elements."""
+    num_heads: Count | None = Field(default=None, examples=[32])
+    """Attention heads; they divide `hidden_size`."""
+    num_kv_heads: Count | None = Field(default=None, examples=[8])
+    """Key and value heads (grouped-query attention); they divide `num_heads`. Absent: as many as `num_heads`."""
+    ffn_size: Count | None = Field(default=None, examples=[8192])
+    """Width of the feed-forward layer, in elements. Absent: as the family has it."""
+    vocab_size: Count | None = Field(default=None, examples=[50272])
+    """Tokens in the vocabulary."""
+    max_position: Count | None = Field(default=None, examples=[2048])
+    """Longest sequence that the position table holds, in tokens."""
+    tied_embeddings: bool | None = Field(default=None, examples=[True])
+    """Whether the head is the transposed embedding. Absent: as the family was published."""
+    dropout: BelowOne = Field(default=0.0, examples=[0.1])
+    """Probability of dropping an activation while training, 0 to 1."""
+    initialize: Literal["weights", "random"] | None = Field(default=None, examples=["random"])
+    """Whether training starts from the weights of `path` or from a random state. Absent: `weights` with a `path`,
+    otherwise `random`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class BpeTokenizer(Section):
+    """A byte-pair tokenizer that `prepare` trains on the job's own text."""
+
+    bpe: Count = Field(examples=[8192])
+    """Vocabulary, in tokens."""
+
+
+def kind(value: Any) -> str:
+    return KEYS if isinstance(value, (dict, Section)) else TEXT
+
+
+def _files_or_fraction(value: Any) -> str:
+    return NUMBER if isinstance(value, (int, float)) else FILES
+
+
+class DataSpec(Section):
+    """The text that the model reads. Needed to prepare or run, not to plan."""
+
+    train: Texts = Field(examples=[["corpus/*.txt"]])
+    """Files (.txt, .jsonl, .parquet), folders or globs, relative to the job file."""
+    validation: Annotated[
+        Annotated[BelowOne, Tag(NUMBER)] | Annotated[Texts, Tag(FILES)], Discriminator(_files_or_fraction)
+    ] = Field(default=0.005, examples=[0.005])
+    """Held-out text: files as in `train`, or the fraction of `train` that is set aside, 0 to 1."""
+    tokenizer: Annotated[
+        Annotated[str, Tag(TEXT), Field(min_length=1)] | Annotated[BpeTokenizer, Tag(KEYS)],
+        Discriminator(kind),
+    ] = Field(default="byte", examples=["byte"])
+    """`byte` (256 tokens), the path of a Hugging Face tokenizer relative to the job file, or `{bpe: 8192}`: train one."""
+
+
+class BatchSpec(Section):
+    """What one optimizer step reads. A change of strategy never changes it."""
+
+    global_batch_size: Count = Field(examples=[512])
+    """Sequences per optimizer step, over all replicas."""
+    sequence_length: Count = Field(examples=[2048])
+    """Tokens per sequence."""
+
+
+class OptimizerSpec(Section):
+    """AdamW with decoupled weight decay (arXiv:1711.05101)."""
+
+    name: Literal["adamw"] = Field(default="adamw", examples=["adamw"])
+    """The algorithm."""
+    learning_rate: Positive = Field(default=2.0e-4, examples=[2.0e-4])
+    """Peak learning rate, per step."""
+    betas: Pair = Field(default=(0.9, 0.95), examples=[[0.9, 0.95]])
+    """Decay of the first and second moment, per step, 0 to 1."""
+    epsilon: Positive = Field(default=1e-8, examples=[1e-8])
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = Field(default=0.1, examples=[0.1])
+    """Share of a weight that decays per step and unit of learning rate."""
+    gradient_clip: Positive | None = Field(default=1.0, examples=[1.0])
+    """Largest global L2 norm of the gradients. `null`: never clipped."""
+
+
+class ScheduleSpec(Section):
+    """The learning rate over the steps."""
+
+    name: Literal["cosine", "linear", "constant"] = Field(default="cosine", examples=["cosine"])
+    """Shape of the decay after the warm-up."""
+    warmup_steps: CountOrZero = Field(default=100, examples=[100])
+    """Steps of linear increase from zero to the peak."""
+    final_fraction: Fraction = Field(default=0.1, examples=[0.1])
+    """Learning rate at the last step, as a part of the peak."""
+
+
+class TrainingSpec(Section):
+    """How long and how the model is trained."""
+
+    steps: Count | None = Field(default=None, examples=[1000])
+    """Optimizer steps. This or `tokens`; needed to run, and for the cost of a plan."""
+    tokens: Count | None = Field(default=None, examples=[300e9])
+    """Tokens read in all, rounded up to whole steps. This or `steps`."""
+    precision: Precision = Field(default="bf16", examples=["bf16"])
+    """Format of the matrix products. fp64 is for proofs."""
+    optimizer: OptimizerSpec = Field(
+        default_factory=DEFAULTS, validate_default=True, examples=[{"learning_rate": 2.0e-4}]
+    )
+    """The optimizer and its numbers."""
+    schedule: ScheduleSpec = Field(
+        default_factory=DEFAULTS, validate_default=True, examples=[{"name": "cosine", "warmup_steps": 100}]
+    )
+    """The learning rate over the steps."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(default=1234, examples=[1234])
+    """Decides the first weights and the order of the samples."""
+    evaluate_every: Count | None = Field(default=None, examples=[100])
+    """Steps between two losses on the validation text. Absent: at the end alone."""
+    compile: Literal[True, False, "auto"] = Field(default="auto", examples=["auto"])
+    """torch.compile: true, false, or auto (where it pays)."""
+    z_loss: NotNegative = Field(default=0.0, examples=[1e-4])
+    """Weight of the squared log of the softmax normalizer in the loss (PaLM, arXiv:2204.02311, section 5). 0: off."""
+    deterministic: bool = Field(default=False, examples=[True])
+    """Kernels that repeat bit for bit on a GPU, slower. A CPU always does."""
+
+
+class ClusterSpec(Section):
+    """A cluster that is described here: equal nodes of equal GPUs."""
+
+    gpu: Annotated[str, Field(min_length=1)] = Field(examples=["a100-80gb"])
+    """Name in the accelerator catalog. A plain name is SXM; `a100-80gb-pcie` is the other."""
+    nodes: Count | None = Field(default=None, examples=[8])
+    """Machines. Absent: 1."""
+    gpus_per_node: Count | None = Field(default=None, examples=[8])
+    """GPUs in each. Absent: as the catalog has it."""
+    intra_node: Literal["nvlink", "pcie"] | None = Field(default=None, examples=["nvlink"])
+    """Link between the GPUs of a node. Absent: as the catalog has it."""
+    inter_node_gbps: Positive | None = Field(default=None, examples=[1600])
+    """Line rate of a node's network cards together, each direction, in 1e9 bits per second."""
+    inter_node_measured_gbps: Positive | None = Field(default=None, examples=[1280])
+    """Measured bus bandwidth between nodes, in 1e9 bits per second, used as it is."""
+    host_memory_gib: Positive | None = Field(default=None, examples=[1024])
+    """Main memory of a node, in GiB."""
+    nvme_gib: NotNegative | None = Field(default=None, examples=[7000])
+    """Local disk of a node for offload, in GiB."""
+    usd_per_gpu_hour: NotNegative | None = Field(default=None, examples=[2.5])
+    """Price of a GPU, in US dollars per hour."""
+
+
+class OffloadSpec(Section):
+    """What leaves the GPU between its uses. A key that is left out is `none`."""
+
+    bare_words: ClassVar[str] = "none, optimizer, parameters or activations"
+
+    optimizer: Place = Field(default="none", examples=["host"])
+    """Master weights and moments."""
+    parameters: Place = Field(default="none", examples=["host"])
+    """The working copy of the weights."""
+    activations: Literal["none", "host"] = Field(default="none", examples=["host"])
+    """What the forward pass saves for the backward pass."""
+    optimizer_fraction: Fraction = Field(default=1.0, examples=[0.5])
+    """Part of the optimizer states that leaves, 0 to 1."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_word(cls, value: Any) -> Any:
+        if value == "none":
+            return {}
+        return {value: "host"} if value in ("optimizer", "parameters", "activations") else value
+
+
+class StrategySpec(Section):
+    """How a step is split over the GPUs. What is given is pinned; what is absent or `auto` the planner chooses."""
+
+    bare_words: ClassVar[str] = "auto"
+
+    engine: Engine | None = Field(default=None, examples=["native"])
+    """Who carries the plan out."""
+    data_parallel_degree: Count | None = Field(default=None, examples=[4])
+    """Replicas of the model."""
+    tensor_parallel_degree: Count | None = Field(default=None, examples=[8])
+    """GPUs that share each matrix product; it divides the heads."""
+    pipeline_parallel_degree: Count | None = Field(default=None, examples=[2])
+    """Groups of GPUs that hold the layers one after the other."""
+    context_parallel_degree: Literal[1] | None = Field(default=None, examples=[1])
+    """GPUs that share each sequence. Only 1 is accepted today."""
+    expert_parallel_degree: Literal[1] | None = Field(default=None, examples=[1])
+    """GPUs that share the experts of a layer. Only 1 is accepted today."""
+    num_virtual_stages: Count | None = Field(default=None, examples=[2])
+    """Slices of the layers that each pipeline rank holds."""
+    pipeline_schedule: Schedule | None = Field(default=None, examples=["1f1b"])
+    """Order of forward and backward passes over the pipeline."""
+    sequence_parallel: bool | None = Field(default=None, examples=[True])
+    """Norms and residuals are split over the tensor group along the sequence."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] | None = Field(default=None, examples=[1])
+    """What the data-parallel ranks share: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    zero_group_size: Count | None = Field(default=None, examples=[8])
+    """Data-parallel ranks that share one copy, neighbours; it divides the data-parallel degree."""
+    states: States | None = Field(default=None, examples=["mixed"])
+    """In which formats parameters, gradients and optimizer states are kept."""
+    gather: Frequency | None = Field(default=None, examples=["per_micro_batch"])
+    """How often ZeRO 3 gathers the parameters."""
+    reduce: Frequency | None = Field(default=None, examples=["per_step"])
+    """How often gradients are reduced over the replicas."""
+    mesh_order: (
+        Annotated[tuple[Axis, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v)] | None
+    ) = Field(default=None, examples=[["pipeline", "data", "context", "tensor"]])
+    """The axes from the farthest neighbours to the nearest; each once."""
+    activation_checkpointing: Checkpointing | None = Field(default=None, examples=["full"])
+    """What the backward pass computes again instead of keeping it."""
+    num_checkpointed_layers_per_stage: CountOrZero | None = Field(default=None, examples=[10])
+    """Layers of each stage that are computed again. Absent: all."""
+    offload: OffloadSpec | None = Field(default=None, examples=[{"optimizer": "host"}])
+    """What leaves the GPU between its uses."""
+    micro_batch_size: Count | None = Field(default=None, examples=[1])
+    """Sequences in one forward pass of one replica."""
+    gradient_accumulation_steps: Count | None = Field(default=None, examples=[16])
+    """Micro batches per replica and step."""
+    attention: Attention | None = Field(default=None, examples=["flash"])
+    """Kernel of the attention."""
+    fused_norm: bool | None = Field(default=None, examples=[False])
+    """One kernel for each norm."""
+    compile: bool | None = Field(default=None, examples=[False])
+    """torch.compile of each block."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        if value == "auto":
+            return {}
+        if isinstance(value, dict):
+            return {key: pin for key, pin in value.items() if not (isinstance(pin, str) and pin == "auto")}
+        return value
+
+
+class TargetsSpec(Section):
+    """What is wanted of the run. A missed target never stops it; it is said, before and during."""
+
+    tokens_per_second_per_gpu: Positive | None = Field(default=None, examples=[2200])
+    """Speed, in tokens per second and GPU."""
+    tolerance: Fraction = Field(default=0.1, examples=[0.1])
+    """Part of a target that may be missing before it counts as missed."""
+    for_: Seconds | None = Field(default=None, alias="for", examples=["10m"])
+    """How long it must be missed before it counts."""
+    budget_usd: Positive | None = Field(default=None, examples=[5000])
+    """Cost of the whole job, in US dollars."""
+    finish_within: Seconds | None = Field(default=None, examples=["30d"])
+    """Length of the whole job."""
+
+
+class CheckpointSpec(Section):
+    """When and where the state is saved."""
+
+    directory: Annotated[str, Field(min_length=1)] = Field(default="runs", examples=["runs"])
+    """Folder of the run folders, relative to the current folder."""
+    every: Every = Field(default="10m", validate_default=True, examples=["10m"])
+    """Steps, a duration, or auto (from the time of a save and between failures)."""
+    keep: Count = Field(default=3, examples=[3])
+    """Checkpoints that are kept, newest first."""
+
+
+class RecoverySpec(Section):
+    """What is done about a failure."""
+
+    max_restarts: CountOrZero = Field(default=10, examples=[10])
+    """Restarts before the job gives up."""
+    on_oom: Literal["stop", "replan"] = Field(default="stop", examples=["replan"])
+    """A GPU ran out of memory: give up, or choose a smaller strategy."""
+    on_lost_gpus: Literal["stop", "wait", "replan"] = Field(default="stop", examples=["replan"])
+    """GPUs are gone for good: give up, wait for others, or go on with the rest."""
+    on_loss_spike: Literal["stop", "rollback"] = Field(default="stop", examples=["rollback"])
+    """The loss jumped: give up, or go back and pass over the batches."""
