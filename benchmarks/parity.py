@@ -1,7 +1,8 @@
 """`make parity`: every strategy of the native engine against one plain process, as a table.
 
-The reference is a loop of plain torch (torch.optim.AdamW, torch's clip), not our engine. Cases of one world size share
-one group of processes, so that a case costs its steps and not its imports.
+Three questions: does a strategy follow the plain run (fp64 proves it, fp32 and bf16 within a bound); does a run that
+was saved under one strategy go on under another as if nothing had happened; and is a resumed run, under the same
+strategy, the undisturbed one bit for bit. The reference is a loop of plain torch (torch.optim.AdamW, torch's clip).
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
-from pathlib import Path
+import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+import torch.distributed.checkpoint as dcp
 
+from benchmarks.pool import Pool
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.opt import OPT, initial_weights
 from strategies.engines.engine import MicroBatch, OptimizerSettings
@@ -34,8 +36,15 @@ GLOBAL_BATCH, SEQUENCE, SEED = 7, 12, 5
 LEARNING_RATE = 1e-2
 # epsilon 1e-6: with 1e-8 Adam turns rounding of vanishing gradients into steps of full size.
 OPTIMIZER = OptimizerSettings(betas=(0.9, 0.95), epsilon=1e-6, weight_decay=0.1, gradient_clip=1.0)
-BOUNDS = {"fp64": (20, 1e-10, 1e-9), "fp32": (3, 1e-5, None), "bf16": (10, 5e-2, None)}
-"""Steps, bound on losses, bound on final weights."""
+BOUNDS: dict[str, tuple[int, float, float | None]] = {
+    "fp64": (20, 1e-10, 1e-9),
+    "fp32": (3, 1e-5, None),
+    "bf16": (10, 5e-2, None),
+    "fp16": (10, 5e-2, None),
+}
+"""Steps, bound on losses, bound on final weights; the 16-bit ones are held against fp32."""
+BUCKET_BYTES = 4096
+"""Several buckets for this tiny model."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +55,59 @@ class Case:
     precision: str = "fp64"
     micro_batch_size: int = 2
     group: int = 0
+    """0: all replicas."""
     gather: str = "per_micro_batch"
     reduce: str = "per_micro_batch"
+    states: str = ""
 
     @property
     def strategy(self) -> Strategy:
-        accumulation = -(-GLOBAL_BATCH // (self.world_size * self.micro_batch_size))
+        mixed = "mixed" if self.zero_stage < 2 else "sharded_fp32"
         return Strategy(
             data_parallel_degree=self.world_size,
             zero_stage=self.zero_stage,
             zero_group_size=self.group or (self.world_size if self.zero_stage else 1),
+            states=self.states or ("full" if self.precision in ("fp32", "fp64") else mixed),  # type: ignore[arg-type]
             activation_checkpointing=self.recompute,  # type: ignore[arg-type]
-            states="full" if self.precision in ("fp32", "fp64") else "mixed" if self.zero_stage < 2 else "sharded_fp32",
             micro_batch_size=self.micro_batch_size,
-            gradient_accumulation_steps=accumulation,
+            gradient_accumulation_steps=-(-GLOBAL_BATCH // (self.world_size * self.micro_batch_size)),
             gather=self.gather,  # type: ignore[arg-type]
             reduce=self.reduce,  # type: ignore[arg-type]
         )
+
+    def __str__(self) -> str:
+        strategy = self.strategy
+        group = f"/{strategy.zero_group_size}" if self.group else ""
+        often = "".join(f" {n} per_step" for n in ("gather", "reduce") if getattr(strategy, n) == "per_step")
+        return (
+            f"{self.precision} world {self.world_size} ZeRO {self.zero_stage}{group} {self.recompute}"
+            f" {strategy.gradient_accumulation_steps}x{self.micro_batch_size}{often} {self.states}".rstrip()
+        )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of the table. Without `then` the case runs through; with it the run is saved halfway and goes on there."""
+
+    case: Case
+    then: Case | None = None
+
+    @property
+    def kind(self) -> str:
+        return "parity" if self.then is None else "bitwise" if self.then == self.case else "resume"
+
+    def __str__(self) -> str:
+        return f"{self.kind:7}  {self.case}" + (f"  ->  {self.then}" if self.kind == "resume" else "")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    trial: Trial
+    passed: bool
+    loss: float
+    """Worst deviation of a step's loss, nats; of the weights the same."""
+    weights: float
+    seconds: float
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,9 +119,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def micro_batches(case: Case, rank: int) -> list[MicroBatch]:
     """This replica's share; what is missing is filled up with sequences of weight 0."""
     inputs, targets = batch()
-    size, steps = case.micro_batch_size, case.strategy.gradient_accumulation_steps
+    size = case.micro_batch_size
     result = []
-    for i in range(steps):
+    for i in range(case.strategy.gradient_accumulation_steps):
         rows = [(i * case.world_size + rank) * size + j for j in range(size)]
         weight = torch.tensor([1.0 if row < GLOBAL_BATCH else 0.0 for row in rows])
         rows = [min(row, GLOBAL_BATCH - 1) for row in rows]
@@ -85,7 +130,7 @@ def micro_batches(case: Case, rank: int) -> list[MicroBatch]:
 
 
 def reference(precision: str, num_steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of one process, in plain torch; bf16 is held against fp32."""
+    """Losses and final weights of one process, in plain torch; 16 bit is held against fp32."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
     module, value = OPT(ARCH).to(dtype), initial_weights(ARCH, SEED)
     with torch.no_grad():
@@ -120,6 +165,7 @@ def session_of(case: Case) -> Any:
         precision=case.precision,
         weights=initial_weights(ARCH, SEED),
         optimizer=OPTIMIZER,
+        bucket_bytes=BUCKET_BYTES,
     )
 
 
@@ -131,71 +177,72 @@ def steps(session: Any, case: Case, rank: int, count: int) -> list[float]:
     ]
 
 
-def whole(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The model's weights out of a sharded state, on every rank."""
-    prefix = "model."
+def whole(state: dict[str, Any]) -> dict[str, Any]:
+    """A sharded state with every tensor whole, as numpy (whose pickles need no shared memory)."""
     return {
-        name.removeprefix(prefix): (t.full_tensor() if hasattr(t, "full_tensor") else t).clone()
+        name: t.full_tensor().numpy() if hasattr(t, "full_tensor") else t.numpy().copy() if torch.is_tensor(t) else t
         for name, t in state.items()
-        if name.startswith(prefix)
     }
 
 
-def _play(rank: int, world_size: int, store: str, cases: list[Case], queue: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    for case in cases:
-        started = time.perf_counter()
-        session = session_of(case)
-        losses = steps(session, case, rank, BOUNDS[case.precision][0])
-        weights = whole(session.state_dict())
-        if rank == 0:
-            queue.put((case, losses, {k: v.numpy() for k, v in weights.items()}, time.perf_counter() - started))
-        session.close()
-        dist.barrier()
-    dist.destroy_process_group()
+def save(session: Any, folder: str) -> None:
+    state = {n: t if torch.is_tensor(t) else torch.tensor(t) for n, t in session.state_dict().items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
-def run(cases: list[Case]) -> list[tuple[Case, float, float | None, float]]:
-    """(case, worst deviation of a loss, of a weight, seconds) of each; one group of processes a world size."""
-    context = mp.get_context("spawn")
-    results = []
-    references = {precision: reference(precision, BOUNDS[precision][0]) for precision in {c.precision for c in cases}}
-    for world_size in sorted({case.world_size for case in cases}):
-        mine = [case for case in cases if case.world_size == world_size]
+def load(session: Any, folder: str) -> None:
+    state = session.state_dict()
+    targets = {n: t if torch.is_tensor(t) else torch.tensor(t) for n, t in state.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(targets, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    session.load_state_dict({n: t if torch.is_tensor(state[n]) else targets[n].item() for n, t in targets.items()})
+
+
+def play(rank: int, case: Case, count: int, load_from: str | None, save_to: str | None) -> Any:
+    """On one rank: `count` steps; (losses, whole state) on rank 0."""
+    session = session_of(case)
+    if load_from:
+        load(session, load_from)
+    losses = steps(session, case, rank, count)
+    if save_to:
+        save(session, save_to)
+    state = whole(session.state_dict())
+    session.close()
+    return (losses, state) if rank == 0 else None
+
+
+def judge(pool: Pool, trial: Trial) -> Verdict:
+    case, then = trial.case, trial.then
+    started = time.perf_counter()
+    num_steps, loss_bound, weight_bound = BOUNDS[case.precision]
+    expected, weights = reference(case.precision, num_steps)
+    if then is None:
+        losses, state = pool.run(play, case, num_steps, None, None, world_size=case.world_size)[0]
+    else:
+        half = num_steps // 2
         with tempfile.TemporaryDirectory() as folder:
-            queue = context.Queue()
-            store = str(Path(folder) / "store")
-            processes = [
-                context.Process(target=_play, args=(rank, world_size, store, mine, queue)) for rank in range(world_size)
-            ]
-            for process in processes:
-                process.start()
-            try:
-                for _ in mine:
-                    case, losses, weights, seconds = queue.get(timeout=180)
-                    expected, expected_weights = references[case.precision]
-                    worst = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
-                    worst_weight = max(
-                        float((torch.from_numpy(weights[name]) - value).abs().max())
-                        for name, value in expected_weights.items()
-                    )
-                    results.append((case, worst, worst_weight, seconds))
-            finally:
-                for process in processes:
-                    process.join(timeout=30)
-                    if process.is_alive():
-                        process.kill()
-    return results
+            losses, _ = pool.run(play, case, half, None, folder, world_size=case.world_size)[0]
+            rest, state = pool.run(play, then, num_steps - half, folder, None, world_size=then.world_size)[0]
+        losses += rest
+    if trial.kind == "bitwise":
+        expected, undisturbed = pool.run(play, case, num_steps, None, None, world_size=case.world_size)[0]
+        same = all(
+            (state[name] == value).all() for name, value in undisturbed.items() if name.startswith("optimizer.e")
+        )
+        weights = {n[6:]: torch.from_numpy(t) for n, t in undisturbed.items() if n.startswith("model.")}
+        loss_bound, weight_bound = (0.0, 0.0) if same else (-1.0, -1.0)
+    loss = max(abs(a - b) for a, b in zip(losses, expected, strict=True))
+    weight = max(float((torch.from_numpy(state[f"model.{n}"]) - w).abs().max()) for n, w in weights.items())
+    passed = loss <= loss_bound and (weight_bound is None or weight <= weight_bound)
+    return Verdict(trial, passed, loss, weight, time.perf_counter() - started)
 
 
-def passed(case: Case, loss: float, weight: float | None) -> bool:
-    _, loss_bound, weight_bound = BOUNDS[case.precision]
-    return loss <= loss_bound and (weight_bound is None or (weight or 0.0) <= weight_bound)
-
-
-def matrix() -> list[Case]:
-    """ZeRO 0..3 x recompute x world size in fp64; fp32 and bf16; hybrid groups; gather and reduce once a step."""
+def matrix() -> list[Trial]:
+    """ZeRO 0..3 x recompute x world size in each precision; hybrid groups; gather and reduce once a step; accumulation;
+    every pair of eleven ways to save and to load; bitwise resumption with 3 and 4 workers."""
     cases = [
         Case(world_size=world, zero_stage=stage, recompute=recompute, precision=precision)
         for precision, world, stage, recompute in itertools.product(
@@ -203,38 +250,56 @@ def matrix() -> list[Case]:
         )
     ]
     cases += [Case(world_size=3, zero_stage=stage) for stage in range(4)]
-    cases += [Case(world_size=4, zero_stage=stage, group=2) for stage in (1, 2, 3)]
-    cases += [
-        Case(world_size=2, zero_stage=stage, micro_batch_size=1, gather=gather, reduce=reduce)
-        for stage in (2, 3)
-        for gather, reduce in (
-            ("per_step", "per_micro_batch"),
-            ("per_micro_batch", "per_step"),
-            ("per_step", "per_step"),
-        )
+    cases += [Case(world_size=2, zero_stage=stage, precision="fp16") for stage in range(4)]
+    cases += [Case(world_size=2, zero_stage=s, precision="bf16", states="mixed_fp32_gradients") for s in (0, 1)]
+    groups = [Case(world_size=4, zero_stage=s, group=2, micro_batch_size=1) for s in (1, 2, 3)]
+    often = itertools.product((2, 3), ("per_step", "per_micro_batch"), ("per_step", "per_micro_batch"))
+    frequencies = [Case(world_size=2, zero_stage=s, micro_batch_size=1, gather=g, reduce=r) for s, g, r in often]
+    cases += groups + frequencies
+    cases += [replace(case, gather="per_step", reduce="per_step") for case in groups[1:]]
+    ends = [
+        Case(world_size=w, zero_stage=s) for s, w in ((0, 1), (2, 1), (0, 2), (0, 4), (1, 2), (1, 3), (2, 2), (3, 4))
     ]
-    return cases
+    ends += groups
+    trials = [Trial(case) for case in cases]
+    trials += [Trial(a, b) for a, b in itertools.product(ends, ends) if a != b]
+    for world, stage, precision in itertools.product((3, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16", "fp64")):
+        case = Case(world_size=world, zero_stage=stage, precision=precision, micro_batch_size=1)
+        trials.append(Trial(case, case))
+    trials += [
+        Trial(replace(case, precision=p), replace(case, precision=p)) for case in groups for p in ("fp32", "bf16")
+    ]
+    return trials
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Every strategy of the native engine against one process.")
-    parser.add_argument("--slice", type=int, help="only so many cases, drawn with --seed")
+    parser.add_argument("--slice", type=int, help="only so many rows, drawn with --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=("parity", "resume", "bitwise"))
     args = parser.parse_args()
-    cases = matrix()
+    trials = [trial for trial in matrix() if args.only in (None, trial.kind)]
     if args.slice:
-        cases = random.Random(args.seed).sample(cases, args.slice)
-    print(f"{'world':>5} {'ZeRO':>4} {'group':>5} {'recompute':9} {'precision':9} {'gather/reduce':31} "
-          f"{'loss':>8} {'weights':>8} {'s':>5}")  # fmt: skip
-    failures = 0
-    for case, loss, weight, seconds in run(cases):
-        good = passed(case, loss, weight)
-        failures += not good
-        print(f"{case.world_size:5} {case.zero_stage:4} {case.strategy.zero_group_size:5} {case.recompute:9} "
-              f"{case.precision:9} {case.gather + ' / ' + case.reduce:31} {loss:8.1e} {weight or 0.0:8.1e} {seconds:5.1f} "
-              f"{'pass' if good else 'FAIL'}")  # fmt: skip
-    print(f"{len(cases) - failures} of {len(cases)} pass; bounds (steps, loss, weights): {BOUNDS}")
-    return 1 if failures else 0
+        trials = random.Random(args.seed).sample(trials, args.slice)
+    verdicts = []
+    with Pool(max(t.world_size for trial in trials for t in (trial.case, trial.then) if t)) as pool:
+        print(f"{'':4} {'loss':>8} {'weights':>8} {'s':>5}  worst deviation, of")
+        for trial in trials:
+            verdict = judge(pool, trial)
+            verdicts.append(verdict)
+            print(f"{'pass' if verdict.passed else 'FAIL'} {verdict.loss:8.1e} {verdict.weights:8.1e} "
+                  f"{verdict.seconds:5.1f}  {trial}", flush=True)  # fmt: skip
+    print(f"{sum(v.passed for v in verdicts)} of {len(verdicts)} pass in {sum(v.seconds for v in verdicts):.0f} s.")
+    print("Bounds on loss and weights: " + "; ".join(
+        f"{precision} over {count} steps {loss:g}" + (f" and {weight:g}" if weight else "")
+        for precision, (count, loss, weight) in BOUNDS.items()) + "; bitwise 0 and 0")  # fmt: skip
+    for kind in ("parity", "resume"):
+        for precision in BOUNDS:
+            mine = [v for v in verdicts if v.trial.kind == kind and v.trial.case.precision == precision]
+            if mine:
+                print(f"Worst of {len(mine)} {kind} rows in {precision}: loss {max(v.loss for v in mine):.1e}, "
+                      f"weights {max(v.weights for v in mine):.1e}")  # fmt: skip
+    return 0 if all(v.passed for v in verdicts) else 1
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ A unit is a block; what stands outside the blocks is one more. apply.py says wha
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class FsdpStates:
         self.num_replicas = build.requests["num_replicas"]
         self.gather_per_step, self.reduce_per_step = strategy.gather == "per_step", strategy.reduce == "per_step"
         _shard(build, keeps=strategy.zero_stage == 2 or self.gather_per_step)
-        self.root: Any = build.module
+        self.root = cast("Any", build.module)
         self.units = [unit for unit in build.module.modules() if isinstance(unit, FSDPModule)]
         build.module.to_empty(device=build.device)
         self.parameters: dict[str, Any] = dict(build.module.named_parameters())
@@ -35,8 +35,7 @@ class FsdpStates:
                 whole = weights(name, parameter.shape)
                 parameter.to_local().copy_(rows(whole, mesh.size(), mesh.get_local_rank()))
         # Uneven shards move into padded storage at the first use; the optimizer must hold what is there afterwards.
-        state: Any = self.root._get_fsdp_state()
-        state._lazy_init()
+        self.root._get_fsdp_state()._lazy_init()
         self.shards = [
             Shard.of(name, parameter.shape, parameter.to_local().detach())
             for name, parameter in self.parameters.items()

@@ -1,32 +1,50 @@
-"""A seeded slice of `make parity`, and the runs that go on elsewhere."""
+"""A seeded slice of `make parity`: each strategy follows the plain run, goes on elsewhere, and resumes bit for bit."""
 
 from __future__ import annotations
 
-import multiprocessing
 import random
+from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.parity import Case, matrix, passed, run
-
-FIXED = [
-    Case(world_size=3, zero_stage=1, recompute="full"),
-    Case(world_size=2, zero_stage=3, recompute="selective"),
-    Case(world_size=2, zero_stage=2, micro_batch_size=1, gather="per_step", reduce="per_step"),
-    Case(world_size=2, zero_stage=0),
-]
+from benchmarks.parity import Case, Trial, judge, matrix
+from benchmarks.pool import Pool
 
 
-def test_strategies_follow_one_process_in_fp64_and_in_low_precision():
-    drawn = [case for case in matrix() if case.world_size <= 2]
-    cases = FIXED + random.Random(0).sample(drawn, 6)
-    results = run(cases)
-    assert len(results) == len(cases)
-    for case, loss, weight, _ in results:
-        assert passed(case, loss, weight), f"{case}: loss off by {loss}, weights by {weight}"
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    with Pool(4) as pool:
+        yield pool
 
 
-@pytest.fixture(autouse=True)
-def _no_process_left():
-    yield
-    assert not multiprocessing.active_children()
+def drawn(kind: str, count: int) -> list[Trial]:
+    return random.Random(0).sample([trial for trial in matrix() if trial.kind == kind], count)
+
+
+HYBRID = Case(world_size=4, zero_stage=3, group=2, micro_batch_size=1)
+SHARDED = Case(world_size=3, zero_stage=1, recompute="full")
+ONCE_A_STEP = Case(world_size=2, zero_stage=2, micro_batch_size=1, gather="per_step", reduce="per_step")
+MIXED = Case(world_size=3, zero_stage=1, precision="bf16", micro_batch_size=1)
+SCALED = Case(world_size=4, zero_stage=1, group=2, precision="fp16", micro_batch_size=1)
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        *(
+            Trial(case)
+            for case in (HYBRID, SHARDED, ONCE_A_STEP, Case(world_size=1, zero_stage=3, recompute="selective"))
+        ),
+        *drawn("parity", 6),
+        Trial(SHARDED, HYBRID),
+        Trial(HYBRID, Case(world_size=1, zero_stage=0)),
+        *drawn("resume", 2),
+        Trial(MIXED, MIXED),
+        Trial(SCALED, SCALED),
+        *drawn("bitwise", 2),
+    ],
+    ids=str,
+)
+def test_a_strategy_follows_the_plain_run(pool: Pool, trial: Trial):
+    verdict = judge(pool, trial)
+    assert verdict.passed, f"loss off by {verdict.loss}, weights by {verdict.weights}"

@@ -1,0 +1,93 @@
+"""A pool of processes that form torch process groups of any size up to theirs, one after another: imports are paid once."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+TIMEOUT_S = 240.0
+PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "strategies.engines.native"]
+
+
+class Pool:
+    """`with Pool(4) as pool: pool.run(function, argument, world_size=3)` -> what each rank returned.
+
+    function(rank, *arguments) is found by its import name; a world of one has no process group."""
+
+    def __init__(self, num_processes: int) -> None:
+        # The children of a fork server share its imports.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self.folder = tempfile.TemporaryDirectory()
+        self.num_groups = 0
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for _ in range(num_processes):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
+        self.num_groups += 1
+        store = str(Path(self.folder.name) / f"store-{self.num_groups}")
+        for rank, pipe in enumerate(self.pipes[:world_size]):
+            pipe.send((function, arguments, rank, world_size, store))
+        results, errors = [], []
+        for rank, pipe in enumerate(self.pipes[:world_size]):
+            if not pipe.poll(TIMEOUT_S):
+                raise RuntimeError(f"rank {rank} of {world_size} said nothing for {TIMEOUT_S} s; {errors}")
+            result, error = pipe.recv()
+            results.append(result)
+            if error is not None:
+                errors.append(f"rank {rank} of {world_size}: {error}")
+        if errors:
+            raise RuntimeError("\n".join(errors))
+        return results
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(timeout=1 if error else 30)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self.folder.cleanup()
+
+
+def _serve(pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    while True:
+        try:
+            function, arguments, rank, world_size, store = pipe.recv()
+        except EOFError:
+            return
+        result, error = None, None
+        try:
+            if world_size > 1:
+                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+            result = function(rank, *arguments)
+        except BaseException:
+            error = traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        pipe.send((result, error))
