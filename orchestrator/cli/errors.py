@@ -9,6 +9,10 @@ import traceback
 from enum import IntEnum
 
 
+MAX_SHOWN = 50
+"""Faults of one job on a terminal; `validate --json` has all of them."""
+
+
 class ExitCode(IntEnum):
     DONE = 0
     FAILED = 1
@@ -46,10 +50,11 @@ def answer(error: BaseException) -> int:
     from orchestrator.spec.errors import SpecError, place
 
     if isinstance(error, SpecError):
-        for entry in error.errors:
+        for entry in error.errors[:MAX_SHOWN]:
             show(entry["message"], where=place(entry), fix=entry["fix"])
         if len(error.errors) > 1:
-            print(f"{len(error.errors)} errors in {error.errors[0]['file']}", file=sys.stderr)
+            more = f", the first {MAX_SHOWN} shown" if len(error.errors) > MAX_SHOWN else ""
+            print(f"{len(error.errors)} errors in {error.errors[0]['file']}{more}", file=sys.stderr)
         return ExitCode.BAD_INPUT
     if isinstance(error, CommandError):
         show(error.message, where=error.where, fix=error.fix)

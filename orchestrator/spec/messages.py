@@ -130,7 +130,9 @@ def _unknown(path: Keys, owner: type[Section] | None) -> Fault:
         fix = f"`{key}` belongs in {' or '.join(homes)}: move it there"
     else:
         fix = f"delete it; known here: {', '.join(known)}"
-    return Fault(path=path, message=f"unknown key `{key}` in {where}; nothing would come of it", fix=fix, of_key=True)
+    return Fault(
+        path=path, message=f"unknown key `{key:.60}` in {where}; nothing would come of it", fix=fix, of_key=True
+    )
 
 
 def _homes(key: str) -> list[str]:

@@ -292,7 +292,7 @@ def _spot(event: Any) -> Spot:
 
 
 def _kind(value: Any) -> str:
-    return "a list" if isinstance(value, list) else f"the single value {value!r}"
+    return "a list" if isinstance(value, list) else f"the single value {value!r:.60}"
 
 
 class _Dumper(yaml.SafeDumper):

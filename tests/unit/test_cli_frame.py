@@ -116,6 +116,16 @@ def test_validate_shows_every_fault_in_the_shape_of_an_error(capsys, tmp_path):
     )
 
 
+def test_a_file_full_of_faults_does_not_flood_the_terminal(capsys, tmp_path):
+    (tmp_path / "bad.yaml").write_text("".join(f"k{number}: 1\n" for number in range(60)))
+    assert main(["validate", str(tmp_path / "bad.yaml")]) == ExitCode.BAD_INPUT
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith("64 errors in " + str(tmp_path / "bad.yaml") + ", the first 50 shown")
+    )
+
+
 def test_schema_prints_the_schema(capsys):
     assert main(["schema"]) == 0
     assert json.loads(capsys.readouterr().out)["$schema"].endswith("2020-12/schema")
