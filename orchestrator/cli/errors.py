@@ -8,7 +8,6 @@ import time
 import traceback
 from enum import IntEnum
 
-
 MAX_SHOWN = 50
 """Faults of one job on a terminal; `validate --json` has all of them."""
 
