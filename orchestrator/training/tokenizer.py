@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.training.data import DataError
+from orchestrator.training.data import DataError, DataIndex
 
 END_OF_TEXT = "<|endoftext|>"
-FILE = "tokenizer.json"
+FILE, DESCRIPTION = "tokenizer.json", "description.json"
+KEPT = "tokenizer"
+"""Folder in a run's folder."""
 # In this order, where tokenizer_config.json names none: GPT-2, OPT and LLaMA, LLaMA 3, Gemma, GLM.
 _KNOWN_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "<eop>")
 MIN_BPE = 257
@@ -136,6 +138,24 @@ def load_saved(directory: Path, description: Mapping[str, Any]) -> Tokenizer:
     if tokenizer.fingerprint != description["fingerprint"]:
         raise DataError(f"{directory / FILE} was altered after the text was tokenized; run `shardwise prepare` again")
     return tokenizer
+
+
+def keep_tokenizer(index: DataIndex, run_directory: Path) -> None:
+    """Leaves in a run's folder the tokenizer that its tokens are of: a sample needs it when the tokens are long gone."""
+    folder = run_directory / KEPT
+    folder.mkdir(parents=True, exist_ok=True)
+    load_saved(index.directory, index.tokenizer).save(folder)
+    (folder / DESCRIPTION).write_text(json.dumps(dict(index.tokenizer)), encoding="utf-8")
+
+
+def kept_tokenizer(run_directory: Path) -> Tokenizer:
+    """What keep_tokenizer left. DataError where it left nothing."""
+    folder = run_directory / KEPT
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DataError(f"{folder} holds no tokenizer: a run keeps its own there when it starts") from None
+    return load_saved(folder, description)
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.models.architecture import CATALOG, make_architecture, num_parameters
+from orchestrator.models.architecture import CATALOG, find_architecture, make_architecture, num_parameters
 
 COUNTS = {  # transformers' own modules at these shapes; GPT-3 by arXiv:2005.14165 table 2.1
     "opt-125m": 125_239_296,
@@ -42,3 +42,64 @@ def test_parameters(name, count):
 def test_an_impossible_shape_is_refused_with_its_number(wrong, message):
     with pytest.raises(ValueError, match=message):
         make_architecture(**({"family": "opt", "num_layers": 1, "hidden_size": 64, "num_heads": 4} | wrong))
+
+
+def peer(name):
+    """transformers' own module of a catalog shape, cut to two layers of width 64, on the meta device."""
+    import torch
+    import transformers as hf
+
+    configs = {
+        "gpt2": lambda: hf.GPT2Config(n_layer=2, n_embd=64, n_head=4, vocab_size=96, n_positions=32),
+        "mpt-7b": lambda: hf.MptConfig(n_layers=2, d_model=64, n_heads=4, vocab_size=96, max_seq_len=32),
+        "llama-7b": lambda: hf.LlamaConfig(
+            num_hidden_layers=2,
+            hidden_size=64,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=256,
+            vocab_size=96,
+        ),
+        "bloom-560m": lambda: hf.BloomConfig(n_layer=2, hidden_size=64, n_head=4, vocab_size=96),
+    }
+    with torch.device("meta"):
+        module = hf.AutoModelForCausalLM.from_config(configs[name]())
+    module.tie_weights()
+    return sum(parameter.numel() for parameter in set(module.parameters()))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mpt-7b", "llama-7b", "bloom-560m"])
+def test_the_closed_form_of_a_family_counts_what_transformers_builds(name):
+    arch = make_architecture(
+        family=CATALOG[name].family,
+        num_layers=2,
+        hidden_size=64,
+        num_heads=4,
+        num_kv_heads=2 if name == "llama-7b" else None,
+        vocab_size=96,
+        max_position=32,
+    )
+    assert num_parameters(arch) == peer(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("glm-130b", 130), ("gpt3-1.3b", 1.3), ("gpt3-13b", 13), ("llama-33b", 32.5), ("bloom-7b1", 7.1), ("mpt-30b", 30)],
+)
+def test_a_catalog_size_is_what_its_name_says(name, billions):
+    assert num_parameters(CATALOG[name]) / 1e9 == pytest.approx(billions, rel=0.015)
+
+
+def test_an_unknown_model_is_answered_with_the_nearest_names():
+    with pytest.raises(ValueError, match=r"'opt-1\.2b' is not in the catalog: did you mean opt-1\.3b"):
+        find_architecture("opt-1.2b")
+
+
+@pytest.mark.parametrize(
+    ("family", "hidden_size", "ffn_size"), [("opt", 768, 3072), ("llama", 4096, 11008), ("glm", 12288, 32768)]
+)
+def test_the_feed_forward_width_left_out_is_the_familys(family, hidden_size, ffn_size):
+    arch = make_architecture(
+        family=family, num_layers=1, hidden_size=hidden_size, num_heads=12 if family != "llama" else 32
+    )
+    assert arch.ffn_size == ffn_size

@@ -1,0 +1,154 @@
+"""`shardwise convert SOURCE TARGET`: a checkpoint as a Hugging Face folder.
+
+The other way needs no verb: a job with `model: {path: FOLDER}` starts from a Hugging Face folder's weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.cli.errors import CommandError, ExitCode
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from orchestrator.models.architecture import Architecture
+    from orchestrator.spec import Job
+    from orchestrator.training.manifest import CheckpointRef
+
+MAX_GROUP_BYTES = 4 * 2**30
+"""Of a checkpoint's tensors in memory at once; every group costs one more check of the checkpoint's sums."""
+
+
+@click.command("convert")
+@click.argument("source", type=click.Path(path_type=Path))
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+    help="Of the weights that are written.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print {target, checkpoint, step, num_parameters, tokenizer}.")
+def command(source: Path, target: Path, dtype: str, as_json: bool) -> int:
+    """Writes the checkpoint SOURCE (or the newest whole one of the run SOURCE) as the Hugging Face folder TARGET."""
+    from orchestrator.models.architecture import num_parameters
+    from orchestrator.training.manifest import CheckpointRefused
+
+    ref = find_checkpoint(source)
+    try:
+        arch = _architecture(ref)
+        _write(ref, arch, target, dtype)
+    except (CheckpointRefused, ValueError) as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"{error.filename or target} cannot be written: {error.strerror or error}") from None
+    told = {
+        "target": str(target),
+        "checkpoint": str(ref.path),
+        "step": ref.step,
+        "num_parameters": num_parameters(arch),
+        "tokenizer": _add_tokenizer(ref, target),
+    }
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+        return ExitCode.DONE
+    click.echo(
+        f"{target}: {told['num_parameters']:,} parameters of step {ref.step} in {dtype}\n"
+        f"  read it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
+        f"  tokenizer  {told['tokenizer'] or 'none: the run kept none, or its tokens are bytes'}"
+    )
+    return ExitCode.DONE
+
+
+def find_checkpoint(source: Path) -> CheckpointRef:
+    """The checkpoint at a path, or the newest whole one of a run. CommandError where there is none."""
+    from orchestrator.telemetry.records import Event
+    from orchestrator.training.manifest import MANIFEST, CheckpointRefused, latest, verify
+
+    if (source / "config.json").is_file() and not (source / MANIFEST).is_file():
+        raise CommandError(
+            f"{source} is a Hugging Face folder already",
+            fix=f"train from it: write `model: {{path: {source}}}` in the job",
+        )
+    if not source.is_dir():
+        raise CommandError(f"{source} does not exist", "give a run (runs/NAME) or a checkpoint", ExitCode.NOT_FOUND)
+    refused: list[Event] = []
+    try:
+        whole = (source / MANIFEST).is_file() or source.name.startswith("step-")
+        ref = verify(source) if whole else latest(source / "checkpoints", report=refused.append)
+    except CheckpointRefused as error:
+        raise CommandError(str(error), fix="choose the one before it") from None
+    for event in refused:
+        click.echo(event.cause, err=True)
+    if ref is None:
+        fix = "give a run (runs/NAME) with a finished checkpoint, or the checkpoint's folder"
+        raise CommandError(f"{source} holds no whole checkpoint", fix, ExitCode.NOT_FOUND)
+    return ref
+
+
+def _job(ref: CheckpointRef) -> Job:
+    """The job that wrote it; a Hugging Face folder that it names is looked for from the current folder."""
+    from orchestrator.spec import parse_job
+
+    return parse_job(dict(ref.manifest["job"]), directory=Path.cwd())
+
+
+def _architecture(ref: CheckpointRef) -> Architecture:
+    arch = _job(ref).architecture
+    if arch.family != "opt":
+        raise CommandError(f"the checkpoint is of family {arch.family}: only opt is written as a Hugging Face folder")
+    return arch
+
+
+def _write(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str) -> None:
+    import torch
+
+    from orchestrator.models.opt import OPT
+    from orchestrator.models.weights import write_folder
+    from orchestrator.training.checkpoint import read_into
+
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in OPT(arch).named_parameters()}
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        names = list(shapes)
+        while names:
+            group: dict[str, Any] = {}
+            size = 0
+            while names and (not group or size < MAX_GROUP_BYTES):
+                name = names.pop(0)
+                group[f"model.{name}"] = torch.empty(shapes[name], dtype=torch.float32)
+                size += group[f"model.{name}"].nbytes
+            read_into(group, ref)
+            for name, tensor in group.items():
+                yield name.removeprefix("model."), tensor.to(getattr(torch, dtype))
+
+    write_folder(target, arch, weights())
+
+
+def _add_tokenizer(ref: CheckpointRef, target: Path) -> str | None:
+    """The tokenizer that the run kept beside its checkpoints; bytes have no file."""
+    from orchestrator.training.data import DataError
+    from orchestrator.training.tokenizer import FILE, HuggingFaceTokenizer, kept_tokenizer
+
+    try:
+        tokenizer = kept_tokenizer(ref.path.parent.parent)
+    except DataError:
+        return None
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
+        return None
+    tokenizer.save(target)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.inner.id_to_token(tokenizer.end_of_text),
+        "model_max_length": _job(ref).architecture.max_position,
+    }
+    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    return FILE

@@ -1,0 +1,110 @@
+"""Tokenizers: text comes back as it went in, documents end, and a wrong one is refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from orchestrator.training.data import DataError, read_index
+from orchestrator.training.prepare import Request, prepare
+from orchestrator.training.tokenizer import (
+    ByteTokenizer,
+    check_vocabulary,
+    keep_tokenizer,
+    kept_tokenizer,
+    load_saved,
+    load_tokenizer,
+    train_bpe,
+)
+
+TEXT = "def naïve(x):\n    return 'żółć'  # 漢字 🙂\n"
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(iter([TEXT * 20, "the cat and the hat " * 50]), 300)
+
+
+def test_text_comes_back_as_it_went_in(bpe):
+    for tokenizer in (ByteTokenizer(), bpe):
+        assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+        assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.end_of_text]) == "a"
+        assert max(tokenizer.encode(TEXT)) < tokenizer.vocab_size
+
+
+def test_a_trained_bpe_packs_text_and_is_the_same_each_time(bpe):
+    again = train_bpe(iter([TEXT * 20, "the cat and the hat " * 50]), 300)
+    assert again.fingerprint == bpe.fingerprint
+    assert bpe.vocab_size == 300
+    assert len(bpe.encode("the cat and the hat")) < 10
+
+
+@pytest.mark.parametrize("layout", ["file", "folder", "vocab and merges"])
+def test_a_hugging_face_tokenizer_loads_from_its_file_or_folder(tmp_path, bpe, layout):
+    path = tmp_path
+    bpe.save(tmp_path)
+    if layout == "file":
+        path = tmp_path / "tokenizer.json"
+    if layout == "vocab and merges":
+        bpe.inner.model.save(str(tmp_path))
+        (tmp_path / "tokenizer.json").unlink()
+    loaded = load_tokenizer(str(path), tmp_path)
+    assert loaded.encode(TEXT) == bpe.encode(TEXT)
+    assert loaded.end_of_text == bpe.end_of_text
+
+
+def test_the_configuration_says_which_token_ends_a_text(tmp_path, bpe):
+    bpe.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "the"}}))
+    assert load_tokenizer(str(tmp_path), tmp_path).end_of_text == bpe.inner.token_to_id("the")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, r"does not exist; write byte, \{bpe: 8192\} or a tokenizer's folder"),
+        ({}, r"holds neither tokenizer\.json nor vocab\.json with merges\.txt"),
+        ({"tokenizer.json": "{"}, "is no tokenizer that `tokenizers` can read"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": ""}, "names no end of a text: put its token into tokenizer_config"),
+    ],
+)
+def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, files, message):
+    folder = tmp_path / "tokenizer"
+    if files is not None:
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        load_tokenizer("tokenizer", tmp_path)
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused_with_a_number_that_works():
+    check_vocabulary(257, 257)
+    with pytest.raises(DataError, match=r"set model\.vocab_size to at least 257 \(264 divides by 8\)"):
+        check_vocabulary(257, 256)
+    with pytest.raises(DataError, match="bpe is 256; it needs at least 257"):
+        train_bpe(iter([TEXT]), 256)
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", 300])
+def test_prepared_tokens_bring_their_tokenizer_and_a_run_keeps_it(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text(TEXT * 50)
+    asked = Request(base=tmp_path, train=("a.txt",), tokenizer=tokenizer, validation=0.0)
+    index = prepare(asked, directory=tmp_path / "tokens")
+    assert prepare(asked, directory=tmp_path / "tokens") == index
+    keep_tokenizer(index, tmp_path / "run")
+    kept = kept_tokenizer(tmp_path / "run")
+    assert kept.fingerprint == load_saved(index.directory, index.tokenizer).fingerprint
+    assert kept.decode(kept.encode(TEXT)) == TEXT
+    with pytest.raises(DataError, match="holds no tokenizer"):
+        kept_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_altered_after_the_text_was_tokenized_is_refused(tmp_path, bpe):
+    (tmp_path / "a.txt").write_text(TEXT * 50)
+    prepare(Request(base=tmp_path, train=("a.txt",), tokenizer=290, validation=0.0), directory=tmp_path / "tokens")
+    bpe.save(tmp_path / "tokens")
+    index = read_index(tmp_path / "tokens")
+    with pytest.raises(DataError, match="was altered after the text was tokenized"):
+        load_saved(index.directory, index.tokenizer)

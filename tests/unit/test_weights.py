@@ -1,0 +1,186 @@
+"""Hugging Face folders and checkpoints: what is written loads, what does not mean the same is refused."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer, OPTForCausalLM
+
+from orchestrator.cli import main
+from orchestrator.models import weights
+from orchestrator.models.architecture import make_architecture
+from orchestrator.models.opt import OPT, initialize
+from orchestrator.models.weights import check_config, hugging_face_name, our_name, read_folder, write_folder
+from orchestrator.spec import parse_job
+from orchestrator.training import checkpoint
+from orchestrator.training.checkpoint import CheckpointInfo
+from orchestrator.training.prepare import prepare_job
+from orchestrator.training.tokenizer import keep_tokenizer
+
+SHAPE = {"family": "opt", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 300, "max_position": 16}
+ARCH = make_architecture(**SHAPE)
+
+
+@pytest.fixture
+def module():
+    module = OPT(ARCH)
+    initialize(module, ARCH, seed=3)
+    return module
+
+
+def test_every_name_has_an_inverse():
+    for arch in (ARCH, make_architecture(**SHAPE, tied_embeddings=False, word_embedding_size=16, post_norm=True)):
+        with torch.device("meta"):
+            for name, _ in OPT(arch).named_parameters():
+                assert our_name(hugging_face_name(name)) == name
+
+
+def test_a_folder_of_several_shards_loads_here_and_in_transformers(module, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_SHARD_BYTES", 20_000)
+    write_folder(tmp_path / "opt", ARCH, module.named_parameters())
+    files = {file.name for file in (tmp_path / "opt").glob("*.safetensors")}
+    assert len(files) > 3
+    assert not (tmp_path / "opt.partial").exists()
+    value, peer = read_folder(tmp_path / "opt", ARCH), OPTForCausalLM.from_pretrained(tmp_path / "opt")
+    theirs = dict(peer.named_parameters())
+    for name, parameter in module.named_parameters():
+        assert torch.equal(value(name, parameter.shape).float(), parameter)
+        assert torch.equal(theirs[hugging_face_name(name)], parameter)
+    (tmp_path / "opt" / min(files)).unlink()
+    with pytest.raises(ValueError, match="which its index names: its download is not complete"):
+        read_folder(tmp_path / "opt", ARCH)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type is 'llama', not 'opt': only OPT can be loaded"),
+        ({"activation_function": "gelu"}, "activation_function is 'gelu', not 'relu': our OPT has no such variant"),
+        ({"enable_bias": False}, "enable_bias is False, not True"),
+        ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True, not False"),
+        ({"num_attention_heads": 8}, "num_attention_heads is 8, not 4: the job's model must be that of the folder"),
+        ({"do_layer_norm_before": False}, "do_layer_norm_before is False, not True"),
+    ],
+)
+def test_a_folder_whose_shapes_fit_and_whose_meaning_does_not_is_refused(module, tmp_path, change, message):
+    write_folder(tmp_path / "opt", ARCH, module.named_parameters())
+    check_config(tmp_path / "opt", ARCH)
+    config = json.loads((tmp_path / "opt" / "config.json").read_text())
+    (tmp_path / "opt" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        read_folder(tmp_path / "opt", ARCH)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", None, r"config\.json cannot be read: No such file"),
+        ("config.json", b"{", r"config\.json is not JSON: download the file again"),
+        ("model.safetensors", None, r"holds no model\.safetensors: save the model with transformers' save_pretrained"),
+        ("model.safetensors", b"torn", r"model\.safetensors cannot be read"),
+        ("model.safetensors.index.json", b"{}", "has no weight_map"),
+        (
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "../../a.safetensors"}}',
+            "names a file outside the folder",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_file(module, tmp_path, file, content, message):
+    folder = tmp_path / "opt"
+    write_folder(folder, ARCH, module.named_parameters())
+    (folder / file).unlink(missing_ok=True)
+    if content is not None:
+        (folder / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_folder(folder)
+
+
+def test_nothing_is_written_over(module, tmp_path):
+    (tmp_path / "mine").write_text("x")
+    with pytest.raises(ValueError, match="is there already and not empty: name another, or delete it"):
+        write_folder(tmp_path, ARCH, module.named_parameters())
+
+
+def test_a_folder_cut_short_does_not_appear(module, tmp_path):
+    def torn():
+        yield "embed.tokens.weight", module.embed.tokens.weight
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        write_folder(tmp_path / "opt", ARCH, torn())
+    assert list(tmp_path.iterdir()) == []
+
+
+# The verbs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(module, tmp_path, monkeypatch):
+    """A run's folder with a checkpoint and a tokenizer, as training leaves it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "corpus.txt").write_text("a text to train on. " * 500)
+    mapping = {
+        "version": 1,
+        "name": "tiny",
+        "model": SHAPE,
+        "data": {"train": ["corpus.txt"], "tokenizer": {"bpe": 280}},
+        "batch": {"global_batch_size": 2, "sequence_length": 16},
+        "training": {"steps": 3},
+        "cluster": "a100-80gb",
+    }
+    (tmp_path / "job.yaml").write_text(json.dumps(mapping))
+    index = prepare_job(parse_job(mapping, directory=tmp_path))
+    keep_tokenizer(index, tmp_path / "runs" / "tiny")
+    state = {f"model.{name}": parameter.detach() for name, parameter in module.named_parameters()}
+    info = CheckpointInfo(
+        job=mapping, num_steps=3, strategy={}, data={"tokenizer": index.tokenizer["fingerprint"], "tokens": ""}
+    )
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        session = SimpleNamespace(state_dict=lambda: state)
+        checkpoint.save(session, tmp_path / "runs/tiny/checkpoints", step=3, info=info, background=False).wait()
+    finally:
+        dist.destroy_process_group()
+    return tmp_path / "runs" / "tiny"
+
+
+def test_convert_writes_the_newest_checkpoint_as_a_folder_that_transformers_reads(run, module, tmp_path, capsys):
+    assert main(["convert", str(run), str(tmp_path / "opt"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["step"], told["tokenizer"]) == (3, "tokenizer.json")
+    peer, tokenizer = (kind.from_pretrained(tmp_path / "opt") for kind in (OPTForCausalLM, AutoTokenizer))
+    input_ids = torch.tensor([tokenizer("a text to train on")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(module(input_ids), peer(input_ids).logits, atol=1e-5, rtol=0)
+    assert tokenizer.eos_token == "<|endoftext|>"
+
+
+def test_convert_says_what_it_cannot_take(run, tmp_path, capsys):
+    main(["convert", str(run / "checkpoints" / "step-00000003"), str(tmp_path / "opt"), "--dtype", "bfloat16"])
+    cases = [
+        (tmp_path / "nowhere", tmp_path / "new", 6, "nowhere does not exist"),
+        (tmp_path / "cache", tmp_path / "new", 6, "holds no whole checkpoint"),
+        (tmp_path / "opt", tmp_path / "new", 2, "is a Hugging Face folder already"),
+        (run, tmp_path / "opt", 2, "is there already and not empty"),
+    ]
+    for source, target, exit_code, message in cases:
+        capsys.readouterr()
+        assert main(["convert", str(source), str(target)]) == exit_code
+        assert message in capsys.readouterr().err
+
+
+def test_prepare_tells_what_it_made_and_where(run, tmp_path, capsys):
+    assert main(["prepare", str(tmp_path / "job.yaml"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["directory"].startswith(str(tmp_path / "cache"))
+    assert told["num_documents"] == 1
+    assert main(["prepare", str(tmp_path / "job.yaml")]) == 0
+    assert f"kept in    {told['directory']}" in capsys.readouterr().out
+    (tmp_path / "corpus.txt").write_bytes(b"\xff")
+    assert main(["prepare", str(tmp_path / "job.yaml")]) == 2
+    assert "is not UTF-8: byte 0 is 0xff" in capsys.readouterr().err
