@@ -41,11 +41,11 @@ def read_foreign_yaml(text: str) -> Any:
     """A text of a user's: nesting past MAX_DEPTH (which takes libyaml's loader down) and aliases (which may unfold into
     gigabytes) are refused before anything is built. Raises yaml.YAMLError."""
     depth = 0
-    event: Any
     for event in yaml.parse(text, Loader):
+        mark: Any = event.start_mark
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem="nested too deep", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem="nested too deep", problem_mark=mark)
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.MarkedYAMLError(problem="aliases are not read here", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem="aliases are not read here", problem_mark=mark)
     return read_yaml(text)

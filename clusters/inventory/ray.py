@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import os
+import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,7 @@ def discover(address: str, *, gpu: str | None = None, say: Say | None = None) ->
     ray = importlib.import_module("ray")
     already = ray.is_initialized()
     if not already:
+        reachable(address)
         try:
             ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -37,6 +39,21 @@ def discover(address: str, *, gpu: str | None = None, say: Say | None = None) ->
     finally:
         if not already:
             ray.shutdown()
+
+
+def reachable(address: str, timeout_s: float = 5.0) -> None:
+    """ValueError where nobody listens: Ray itself tries for two minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto", or a form that only Ray knows
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):
+            pass
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ValueError(
+            f"no Ray cluster answers at {address}: {reason}\n  to fix: ray start --head there, or the right address"
+        ) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, order=True)

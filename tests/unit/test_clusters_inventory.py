@@ -8,7 +8,7 @@ import pytest
 
 from clusters.inventory import local
 from clusters.inventory.local import Device, cluster_of_devices, describe_cpu, nvml_devices
-from clusters.inventory.ray import cluster_of_nodes
+from clusters.inventory.ray import cluster_of_nodes, reachable
 from tests.unit.test_clusters import CPU_RATES
 
 GIB = 2**30
@@ -194,3 +194,14 @@ def test_a_ray_cluster_that_is_no_cluster_names_the_difference(nodes, message):
         cluster_of_nodes(nodes, address="127.0.0.1:6379")
     assert message in str(caught.value)
     assert "127.0.0.1:6379" in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999999"])
+def test_an_address_where_nobody_listens_is_told_at_once(address):
+    with pytest.raises(ValueError, match=r"no Ray cluster answers at .*\n  to fix: ray start"):
+        reachable(address)
+
+
+@pytest.mark.parametrize("address", ["auto", "local"])
+def test_what_only_ray_can_resolve_is_left_to_ray(address):
+    reachable(address)
