@@ -18,6 +18,7 @@ VERBS: Mapping[str, tuple[str, str, str]] = {
     "calibrate": ("orchestrator.cli.calibrate", "command", "Measure this machine, for plans that rest on its numbers."),
     "doctor": ("orchestrator.cli.doctor", "command", "Check whether this machine is fit to plan and to run."),
     "plan": ("orchestrator.cli.plan", "command", "Plan a job: strategy, bytes, speed, cost, and why."),
+    "run": ("orchestrator.cli.run", "command", "Train a job here and now, or go on where it stopped."),
     "prepare": ("orchestrator.cli.prepare", "command", "Tokenize a job's text; what is there already is used."),
     "convert": ("orchestrator.cli.convert", "command", "Write a checkpoint as a Hugging Face folder."),
     "schema": ("orchestrator.cli.schema", "command", "Print the JSON Schema of a job."),

@@ -1,0 +1,153 @@
+"""`shardwise run JOB`: train here and now, under a plan, on an embedded Ray."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from orchestrator.cli.errors import CommandError, ExitCode
+from orchestrator.spec import load_job
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from orchestrator.control.run import RunResult
+    from orchestrator.control.supervisor import Stop
+    from orchestrator.spec import Job
+
+
+@click.command("run")
+@click.argument("job")
+@click.option("--fresh", is_flag=True, help="Start over; the folder of the run before is kept under another name.")
+@click.option("--directory", metavar="FOLDER", help="Parent of the run folder [default: checkpoint.directory].")
+@click.option(
+    "--metrics-port", type=click.IntRange(0, 65535), default=0, help="Prometheus port on loopback; 0: any [default: 0]."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; the progress goes to standard error.")
+def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_json: bool) -> int:
+    """Trains JOB on this machine, or goes on where it stopped. Ctrl-C: checkpoint and stop; twice: stop now."""
+    from orchestrator.cli.screen import Screen
+    from orchestrator.control.folder import RunRefused
+    from orchestrator.control.run import DoesNotFit, run_job
+    from orchestrator.control.supervisor import Stop
+    from orchestrator.planner.render import render
+    from orchestrator.training.data import DataError
+
+    loaded = load_job(job)
+    screen = Screen(loaded, to_stderr=as_json)
+    stop = Stop()
+    try:
+        with interrupts(stop), screen:
+            result = run_job(
+                loaded,
+                view=screen,
+                stop=stop,
+                directory=directory,
+                fresh=fresh,
+                metrics_port=metrics_port,
+                began_unix_s=process_began(),
+            )
+    except RunRefused as error:
+        raise CommandError(error.message, error.fix, where=error.where) from None
+    except DataError as error:
+        raise CommandError(str(error), where=str(loaded.file)) from None
+    except DoesNotFit as error:
+        click.echo(render(error.plan), err=True)
+        fix = "see `would fit` above; `shardwise plan` shows all of it"
+        raise CommandError("the plan does not fit this machine", fix, ExitCode.DOES_NOT_FIT) from None
+    write_report(result)
+    told = summary(result, loaded)
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+    else:
+        say(told, job)
+    return int(told["exit_code"])
+
+
+CODES = {
+    "finished": ExitCode.DONE,
+    "stopped": ExitCode.CANCELLED,
+    "failed": ExitCode.FAILED,
+    "lost": ExitCode.LOST_CLUSTER,
+}
+
+
+def summary(result: RunResult, job: Job) -> dict[str, Any]:
+    """The result as JSON."""
+    from orchestrator.telemetry.records import steps
+
+    reports = steps(result.folder.metrics)
+    last = reports[-1] if reports else None
+    speeds = sorted(report.tokens_per_second_per_gpu for report in reports[-100:])
+    ending = result.ending
+    return {
+        "name": job.name,
+        "ending": ending.kind,
+        "cause": ending.cause,
+        "step": ending.step,
+        "steps": result.num_steps,
+        "restarts": ending.num_restarts,
+        "loss": None if last is None else last.loss,
+        "tokens_per_second_per_gpu": speeds[len(speeds) // 2] if speeds else None,
+        "directory": str(result.folder.path),
+        "report": str(result.folder.report),
+        "exit_code": int(CODES[ending.kind]),
+    }
+
+
+def say(told: dict[str, Any], job_file: str) -> None:
+    """The result for a person."""
+    from orchestrator.cli.errors import show
+
+    shown = Path(told["directory"])
+    with contextlib.suppress(ValueError):
+        shown = shown.relative_to(Path.cwd())
+    at = f"step {told['step']:,} of {told['steps']:,}"
+    match told["ending"]:
+        case "finished":
+            loss = "" if told["loss"] is None else f", loss {told['loss']:.4f}"
+            click.echo(f"done      {at}{loss}")
+        case "stopped":
+            click.echo(f"stopped   at {at}: {told['cause']}\n  to go on: shardwise run {job_file}")
+        case _:
+            fix = f"the logs are in {shown / 'logs'}; `shardwise run {job_file}` goes on from the newest checkpoint"
+            show(f"stopped at {at}: {told['cause']}", where=str(shown / "events.jsonl"), fix=fix)
+    click.echo(f"report    {shown / 'report.html'}")
+
+
+def write_report(result: RunResult) -> None:
+    from orchestrator.telemetry.report import write
+
+    if result.folder.plan.exists():
+        write(result.folder.path)
+
+
+@contextlib.contextmanager
+def interrupts(stop: Stop) -> Iterator[None]:
+    """Ctrl-C and SIGTERM ask the run to stop; it decides when."""
+    names = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "the terminal was closed"}
+
+    def handle(number: int, _: FrameType | None) -> None:
+        stop.ask(names[signal.Signals(number)])
+
+    before = {number: signal.signal(number, handle) for number in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def process_began() -> float:
+    """Unix time at which this process began: the start that a person waits for includes Python's own."""
+    import psutil
+
+    began = psutil.Process().create_time()
+    return began if time.time() - began < 60 else time.time()  # called from a program that runs since long

@@ -1,0 +1,66 @@
+"""The Ray actor around one training worker. Two threads of Ray's enter it: one trains, the other answers and stops."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Socket Timeout", "Connection refused")
+"""What gloo and nccl say where another rank is gone: a consequence, not a cause."""
+
+
+class TrainingWorker:
+    def __init__(self, logs: str, rank: int) -> None:
+        self._stop_cause: str | None = None
+        file = os.open(Path(logs) / f"rank-{rank:04d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for descriptor in (1, 2):  # of the process, so that what C++ prints is in the log too
+            os.dup2(file, descriptor)
+        os.close(file)
+
+    def about(self) -> dict[str, int]:
+        """The process, and a port that was free a moment ago: if another takes it, the group starts again."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return {"pid": os.getpid(), "port": int(probe.getsockname()[1])}
+
+    def train(self, assignment: str) -> str:
+        """JSON in, JSON out: {"outcome": {...}} or {"error", "peer", "out_of_memory"}."""
+        try:
+            return json.dumps({"outcome": self._train(json.loads(assignment))})
+        except Exception as error:
+            traceback.print_exc()
+            told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            return json.dumps(
+                {
+                    "error": told,
+                    "peer": any(words in str(error) for words in PEER_GONE),
+                    "out_of_memory": type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError),
+                }
+            )
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+
+    def _train(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
+        from orchestrator.telemetry.records import EVENTS, METRICS, Event, StepReport, append
+        from orchestrator.training.assignment import Assignment
+        from orchestrator.training.worker import train
+
+        assignment = Assignment.from_mapping(mapping)
+        folder = Path(assignment.run_directory)
+
+        def report(record: StepReport | Event) -> None:
+            """Straight to the disk: a step that is in a checkpoint is in the file, whoever dies next."""
+            append(folder / (METRICS if isinstance(record, StepReport) else EVENTS), record)
+
+        return asdict(train(assignment, report=report, should_stop=lambda: self._stop_cause))
+
+    def stop(self, cause: str) -> None:
+        self._stop_cause = cause

@@ -1,0 +1,160 @@
+"""A run's folder: what lies where, one `run` at a time, and whether it may be continued."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.spec import Job, SpecError, parse_job
+from orchestrator.telemetry.records import EVENTS, METRICS
+
+
+class RunRefused(ValueError):
+    """This folder cannot be used for this job: what, where, and how to fix it."""
+
+    def __init__(self, message: str, *, where: str, fix: str) -> None:
+        super().__init__(f"{message}\n  {where}\n  to fix: {fix}")
+        self.message, self.where, self.fix = message, where, fix
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """runs/NAME/{job.yaml, plan.json, events.jsonl, metrics.jsonl, report.html, checkpoints/, logs/}"""
+
+    path: Path
+
+    @property
+    def job(self) -> Path:
+        return self.path / "job.yaml"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / EVENTS
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def create(self) -> None:
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunRefused(
+                f"the run folder cannot be made: {error.strerror}",
+                where=str(self.path),
+                fix="checkpoint.directory: a folder that you may write, or --directory FOLDER",
+            ) from None
+
+    def write_job(self, job: Job) -> None:
+        text = f"# The job of this run. Its paths are relative to {job.directory.resolve()}\n"
+        write_whole(self.job, text + yaml.safe_dump(job.to_mapping(), sort_keys=False))
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        write_whole(self.plan, json.dumps(plan, indent=1))
+
+    def move_aside(self) -> Path | None:
+        """Makes room for a fresh run; nothing is deleted."""
+        if not self.path.exists():
+            return None
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        aside = self.path.with_name(f"{self.path.name}.before-{stamp}")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = self.path.with_name(f"{self.path.name}.before-{stamp}-{number}")
+        os.replace(self.path, aside)
+        return aside
+
+    def check_continuation(self, job: Job) -> None:
+        """Raises RunRefused where the job here had another trajectory: model, data, batch, seed or training."""
+        if not self.job.exists():
+            return
+        remedy = "or start over: shardwise run JOB --fresh (the old folder is kept, under another name)"
+        try:
+            before = parse_job(yaml.safe_load(self.job.read_text(encoding="utf-8")), directory=job.directory)
+            keys = job.trajectory_difference(before)
+        except (SpecError, yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
+            first = str(error).splitlines()[0]
+            raise RunRefused(
+                f"the job of the run that is here cannot be read: {first}", where=str(self.job), fix=f"repair it, {remedy}"
+            ) from None
+        if keys:
+            changes = "; ".join(f"{key}: {_value(before, key)} -> {_value(job, key)}" for key in keys)
+            raise RunRefused(
+                f"{job.name} was begun with another trajectory: {changes}",
+                where=str(self.job),
+                fix=f"set {'it' if len(keys) == 1 else 'these'} back, give the job another name, {remedy}",
+            )
+
+
+def _value(job: Job, key: str) -> object:
+    """What a job has under a dotted key of trajectory_difference; of the model, its resolved shape."""
+    section, *rest = key.split(".")
+    value: Any = getattr(job, section, None)
+    if section == "model" and rest and hasattr(job.architecture, rest[0]):
+        value = job.architecture
+    for name in rest:
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    return value
+
+
+@contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """One `run` at a time. The kernel frees the lock with the process, however it ends: none is ever stale."""
+    path = folder.path.with_name(f".{folder.path.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        raise RunRefused(
+            f"the run folder cannot be made: {error.strerror}",
+            where=str(folder.path),
+            fix="checkpoint.directory: a folder that you may write, or --directory FOLDER",
+        ) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RunRefused(
+                f"this job runs already, in process {file.read().strip() or 'unknown'}",
+                where=str(folder.path),
+                fix="wait for it or stop it (Ctrl-C there), or give this job another name",
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A reader sees the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

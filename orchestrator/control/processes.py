@@ -1,0 +1,77 @@
+"""The processes of a run, found and ended by a mark in their environment.
+
+Every process that a run starts inherits the mark, so none is missed however it was forked, and a process that got a dead
+one's id does not bear it.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import psutil
+
+MARK = "SHARDWISE_RUN"
+
+
+def marked_environment(mark: str) -> dict[str, str]:
+    """Of a process to be started. SPT_NOENV: a process that retitles itself leaves its environment readable."""
+    return {**os.environ, MARK: mark, "SPT_NOENV": "1"}
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Live processes with this mark, this one left out."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def end_marked(mark: str, *, within_s: float = 10.0) -> list[int]:
+    """Kills them all and waits until they are gone; the ids of those that were there."""
+    ended: list[int] = []
+    deadline = time.monotonic() + within_s
+    while found := marked(mark):
+        for process in found:
+            if process.pid not in ended:
+                ended.append(process.pid)
+            try:
+                process.kill()
+            except psutil.Error:
+                continue
+        psutil.wait_procs(found, timeout=1.0)
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"processes {[process.pid for process in marked(mark)]} cannot be ended")
+    return ended
+
+
+def end(pids: list[int], *, within_s: float = 5.0) -> None:
+    """Kills processes that are ours and known alive a moment ago; waits until they are gone."""
+    processes = []
+    for pid in pids:
+        try:
+            process = psutil.Process(pid)
+            process.kill()
+            processes.append(process)
+        except psutil.Error:
+            continue
+    psutil.wait_procs(processes, timeout=within_s)
+
+
+def session_folder(run_directory: Path) -> Path:
+    """Where Ray keeps the sockets and logs of a run: one short path per run folder (a socket's path has 107 characters),
+    inside a folder that only this user may enter."""
+    import hashlib
+
+    home = Path("/tmp") / f"shardwise-{os.getuid()}"
+    home.mkdir(mode=0o700, exist_ok=True)
+    status = home.lstat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o077 or home.is_symlink():
+        raise PermissionError(f"{home} must be a folder of yours that nobody else may enter (chmod 700)")
+    return home / hashlib.sha256(str(run_directory.resolve()).encode()).hexdigest()[:8]

@@ -1,0 +1,297 @@
+"""The process that holds Ray: an embedded cluster of this machine, a placement group, one actor a worker.
+
+It is a child of `run`, apart from it, because a Ray driver dies or hangs with its raylet: `run` outlives both and starts
+another. It decides nothing. Commands come as JSON lines on standard input, answers leave on standard output:
+
+    {"do": "begin", "num_workers": 2, "num_gpus": 0}   -> {"kind": "ready", "port", "pids", "phases"} or failed
+    {"do": "train", "assignments": [...]}              -> {"kind": "outcome", ...} or {"kind": "failed", "failure", "cause"}
+    {"do": "stop", "cause": "Ctrl-C"}                     an outcome follows
+
+The end of standard input ends everything: the parent has gone, or wants it so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from orchestrator.control.actor import TrainingWorker
+from orchestrator.control.processes import MARK, end, end_marked
+
+GRACE_S = 3.0
+"""After a worker failed: how long the others may tell what they saw, so that the cause is told and not a consequence."""
+FINISH_S = 30.0
+"""After a worker finished: how long the others may take to."""
+START_S = 120.0
+OBJECT_STORE_BYTES = 80 * 2**20
+"""Nothing travels through Ray's object store; this is about the least that Ray takes."""
+QUIET = {
+    "RAY_AUTH_MODE": "disabled",  # else a local Ray writes a token into the home folder and turns others away
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "OMP_NUM_THREADS": "1",
+    # Resident bytes of a CPU worker stay within 5 % of its live tensors, instead of 15 %.
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+}
+"""Environment of this process, inherited by raylet and workers: a runtime_env would cost a process start each."""
+
+
+class Failed(Exception):
+    def __init__(self, failure: str, cause: str) -> None:
+        super().__init__(cause)
+        self.failure, self.cause = failure, cause
+
+
+class Runtime:
+    """The worker group. All methods run on the main thread; the watch thread only ends the process."""
+
+    def __init__(self, *, logs: Path, session: Path, tell: Any) -> None:
+        self.logs, self.session, self.tell = logs, session, tell
+        self.ray: Any = None
+        self.group: Any = None
+        self.num_workers = 0
+        self.actors: list[Any] = []
+        self.pids: list[int] = []
+        self.running: dict[Any, int] = {}
+        """Future of a worker's end -> its rank."""
+
+    # Start ------------------------------------------------------------------------------------------------------------
+
+    def begin(self, *, num_workers: int, num_gpus: int) -> None:
+        phases: dict[str, float] = {}
+        started = time.perf_counter()
+        if self.ray is None:
+            self._start_ray(num_workers, num_gpus)
+            phases["ray_s"] = time.perf_counter() - started
+            mark = time.perf_counter()
+            self._place(num_workers, num_gpus)
+            phases["placement_s"] = time.perf_counter() - mark
+        mark = time.perf_counter()
+        port = self._start_workers(num_workers, num_gpus)
+        phases["workers_s"] = time.perf_counter() - mark
+        self.tell(kind="ready", port=port, pids=self.pids, phases=phases)
+
+    def _start_ray(self, num_workers: int, num_gpus: int) -> None:
+        shutil.rmtree(self.session, ignore_errors=True)
+        import ray
+
+        _leave_out_what_is_not_used()
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_workers,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+                namespace="shardwise",
+                _node_ip_address="127.0.0.1",
+                _temp_dir=str(self.session),
+                # Workers wait in stock with torch imported before an actor asks for one.
+                _system_config={"preload_python_modules": ["orchestrator.training.worker"]},
+            )
+        except Exception as error:
+            raise Failed("no_start", f"Ray did not start: {_first_line(error)}") from None
+        self.ray = ray
+        node = ray._private.worker._global_node
+        watched = [(kind, info.process) for kind, infos in node.all_processes.items() for info in infos]
+        threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
+
+    def _watch(self, processes: list[tuple[str, Any]]) -> None:
+        """A driver may hang where its raylet died: this thread does not depend on it."""
+        while True:
+            for kind, process in processes:
+                if process.poll() is not None and kind in ("raylet", "gcs_server"):
+                    self._keep_ray_logs()
+                    self.tell(kind="failed", failure="ray_lost", cause=f"Ray's {kind} died (exit {process.returncode})")
+                    end_marked(os.environ[MARK])
+                    os._exit(1)
+            time.sleep(0.1)
+
+    def _keep_ray_logs(self) -> None:
+        kept = self.logs / "ray"
+        kept.mkdir(exist_ok=True)
+        for name in ("raylet.out", "raylet.err", "gcs_server.out", "gcs_server.err"):
+            if (file := self.session / "session_latest" / "logs" / name).exists():
+                shutil.copy(file, kept / name)
+
+    def _place(self, num_workers: int, num_gpus: int) -> None:
+        from ray.util.placement_group import placement_group
+
+        bundle = {"CPU": 1.0, **({"GPU": 1.0} if num_gpus else {})}
+        self.group = placement_group([bundle] * num_workers, strategy="STRICT_PACK")
+        if not self.group.wait(START_S):
+            raise Failed("no_start", f"Ray found no place for {num_workers} workers in {START_S:.0f} s")
+
+    def _start_workers(self, num_workers: int, num_gpus: int) -> int:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        ray = self.ray
+        actor = ray.remote(num_cpus=1, num_gpus=1 if num_gpus else 0, max_concurrency=2, max_restarts=0)(TrainingWorker)
+        self.actors = [
+            actor.options(
+                scheduling_strategy=PlacementGroupSchedulingStrategy(
+                    placement_group=self.group, placement_group_bundle_index=rank
+                )
+            ).remote(str(self.logs), rank)
+            for rank in range(num_workers)
+        ]
+        try:
+            about = ray.get([worker.about.remote() for worker in self.actors], timeout=START_S)
+        except Exception as error:
+            raise Failed("no_start", f"the workers did not start: {_first_line(error)}") from None
+        self.pids = [worker["pid"] for worker in about]
+        return int(about[0]["port"])
+
+    # Training ---------------------------------------------------------------------------------------------------------
+
+    def train(self, assignments: list[Mapping[str, Any]]) -> None:
+        self.running = {
+            worker.train.remote(json.dumps(assignment)): rank
+            for rank, (worker, assignment) in enumerate(zip(self.actors, assignments, strict=True))
+        }
+
+    def stop(self, cause: str) -> None:
+        for worker in self.actors:
+            worker.stop.remote(cause)
+
+    def tick(self) -> None:
+        """Tells how the group ended, when it did."""
+        if not self.running or not self.ray.wait(list(self.running), timeout=0)[0]:
+            return
+        answers: dict[int, dict[str, Any]] = {}
+        deadline: float | None = None
+        while self.running and (deadline is None or time.monotonic() < deadline):
+            ended, _ = self.ray.wait(list(self.running), timeout=0.05)
+            for future in ended:
+                rank = self.running.pop(future)
+                answers[rank] = self._answer(future)
+            if deadline is None and answers:
+                wait_s = GRACE_S if any("error" in answer for answer in answers.values()) else FINISH_S
+                deadline = time.monotonic() + wait_s
+            elif deadline is not None and any("error" in answer for answer in answers.values()):
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+            if any(answer.get("died") for answer in answers.values()):
+                break
+        self.running = {}
+        message = judged(answers, num_workers=len(self.actors))
+        self.end_workers()
+        self.tell(**message)
+
+    def _answer(self, future: Any) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.ray.get(future)))
+        except Exception as error:
+            memory = type(error).__name__ == "OutOfMemoryError"
+            return {"error": _first_line(error), "died": not memory, "out_of_memory": memory}
+
+    def end_workers(self) -> None:
+        for worker in self.actors:
+            try:
+                self.ray.kill(worker, no_restart=True)
+            except Exception as error:
+                print(f"ray.kill: {error}", file=sys.stderr)
+        end(self.pids)
+        self.actors, self.pids, self.running = [], [], {}
+
+
+def judged(answers: Mapping[int, Mapping[str, Any]], *, num_workers: int) -> dict[str, Any]:
+    """How a group ended, from what its workers answered. Pure.
+
+    Whoever has an outcome has it for all: the ranks agree on it before they return. Among errors, a death is the cause of
+    broken connections, and any other error is, too."""
+    for _, answer in sorted(answers.items()):
+        if "outcome" in answer:
+            return {"kind": "outcome", "outcome": answer["outcome"]}
+    order = sorted(answers, key=lambda rank: (not answers[rank].get("died"), bool(answers[rank].get("peer")), rank))
+    rank = order[0]
+    answer = answers[rank]
+    failure = "worker_lost" if answer.get("died") else "worker_error"
+    if answer.get("out_of_memory"):
+        failure = "out_of_memory"
+    cause = f"rank {rank} of {num_workers}: {answer['error']}"
+    if answer.get("died"):
+        cause = f"the process of rank {rank} of {num_workers} died"
+    return {"kind": "failed", "failure": failure, "cause": cause, "rank": rank}
+
+
+def _leave_out_what_is_not_used() -> None:
+    """An embedded Ray needs no autoscaler, log monitor or dashboard: three Python processes, each a CPU second at the start.
+    ray.init has no argument for that. Where a version of Ray is built differently, it starts them, and nothing is lost."""
+    from ray._private.node import Node
+    from ray._private.parameter import RayParams
+
+    known = RayParams.__init__.__code__.co_varnames
+    if "no_monitor" in known and "include_log_monitor" in known:
+        plain = RayParams.__init__
+
+        def without(self: Any, *arguments: Any, **settings: Any) -> None:
+            plain(self, *arguments, **{**settings, "no_monitor": True, "include_log_monitor": False})
+
+        RayParams.__init__ = without
+    if hasattr(Node, "start_api_server"):
+        Node.start_api_server = lambda self, **settings: None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def _tell(file: Any, lock: threading.Lock, **message: Any) -> None:
+    with lock:
+        file.write(json.dumps(message) + "\n")
+        file.flush()
+
+
+def _listen(commands: queue.Queue[dict[str, Any]]) -> None:
+    """Ends everything where the parent is gone, whatever the main thread hangs in."""
+    for line in sys.stdin:
+        commands.put(json.loads(line))
+    end_marked(os.environ[MARK])
+    os._exit(1)
+
+
+def serve(logs: Path, session: Path) -> None:
+    tell = partial(_tell, os.fdopen(os.dup(1), "w"), threading.Lock())
+    os.dup2(2, 1)  # Ray prints now and then; our answers have a descriptor of their own
+    os.environ.update(QUIET)
+    commands: queue.Queue[dict[str, Any]] = queue.Queue()
+    threading.Thread(target=_listen, args=(commands,), daemon=True).start()
+    import ray  # noqa: F401  while `run` still plans
+
+    runtime = Runtime(logs=logs, session=session, tell=tell)
+    while True:
+        try:
+            command = commands.get(timeout=0.05)
+        except queue.Empty:
+            runtime.tick()
+            continue
+        try:
+            match command.pop("do"):
+                case "begin":
+                    runtime.begin(**command)
+                case "train":
+                    runtime.train(**command)
+                case "stop":
+                    runtime.stop(**command)
+        except Failed as failed:
+            runtime.end_workers()
+            tell(kind="failed", failure=failed.failure, cause=failed.cause)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]), Path(sys.argv[2]))

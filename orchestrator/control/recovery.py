@@ -1,0 +1,99 @@
+"""What to do after a failure: pure decisions. The supervisor carries them out and writes them down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class FailureKind(StrEnum):
+    USER_ERROR = "user_error"
+    """The job cannot go on as it is: data, settings, a loss that is not finite."""
+    WORKER_LOST = "worker_lost"
+    """A worker's process died."""
+    WORKER_ERROR = "worker_error"
+    """A worker raised."""
+    OUT_OF_MEMORY = "out_of_memory"
+    RAY_LOST = "ray_lost"
+    """The raylet, the GCS or the process that holds them died."""
+    NO_START = "no_start"
+    """The worker group did not come up in time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Failure:
+    kind: FailureKind
+    cause: str
+    """One sentence for a person."""
+    step: int
+    """Newest step that was done when it happened."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Policy:
+    """The job's `recovery`, and how patient restarts are."""
+
+    max_restarts: int = 10
+    first_wait_s: float = 1.0
+    longest_wait_s: float = 30.0
+    same_error_limit: int = 3
+    """An error that comes back this many times at one step will not go away."""
+
+    def wait_s(self, num_without_progress: int) -> float:
+        """Nothing after a failure that followed new steps; then doubling."""
+        if num_without_progress == 0:
+            return 0.0
+        return float(min(self.longest_wait_s, self.first_wait_s * 2 ** min(num_without_progress - 1, 30)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Restart:
+    """The same plan again, from the newest whole checkpoint."""
+
+    after_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GiveUp:
+    reason: str
+    """What happened and what the user can do."""
+    lost_cluster: bool = False
+    """The machinery under the job failed, not the job."""
+
+
+def on_failure(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
+    """The answer to the last failure of a run. Pure: no clock, no Ray, no logging."""
+    latest = history[-1]
+    if latest.kind is FailureKind.USER_ERROR:
+        return GiveUp(reason=latest.cause)
+    if latest.kind is FailureKind.OUT_OF_MEMORY:
+        fix = "a smaller micro_batch_size, a higher zero_stage or more activation checkpointing needs less"
+        return GiveUp(reason=f"{latest.cause}; recovery.on_oom is stop; {fix}")
+    stuck = _same_in_a_row(history)
+    lost = latest.kind in (FailureKind.RAY_LOST, FailureKind.NO_START)
+    if stuck >= policy.same_error_limit and latest.kind in (FailureKind.WORKER_ERROR, FailureKind.NO_START):
+        return GiveUp(reason=f"{latest.cause}; it came back {stuck} times at step {latest.step}", lost_cluster=lost)
+    if len(history) > policy.max_restarts:
+        told = f"{len(history)} failures are more than recovery.max_restarts: {policy.max_restarts} allows"
+        return GiveUp(reason=f"{latest.cause}; {told}", lost_cluster=lost)
+    return Restart(after_s=policy.wait_s(_without_progress(history)))
+
+
+def _without_progress(history: Sequence[Failure]) -> int:
+    """Failures at the end of the history before which no new step was done."""
+    count = 0
+    for earlier, later in zip(reversed(history[:-1]), reversed(history), strict=False):
+        if later.step > earlier.step:
+            break
+        count += 1
+    return count
+
+
+def _same_in_a_row(history: Sequence[Failure]) -> int:
+    count = 0
+    for failure in reversed(history):
+        if failure != history[-1]:
+            break
+        count += 1
+    return count

@@ -1,0 +1,274 @@
+"""`run` put together: folder, plan, data, processes, supervisor, metrics, report. What a person sees is the caller's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.control.folder import RunFolder, RunRefused, held
+from orchestrator.control.host import Host, RayHost
+from orchestrator.control.recovery import Policy
+from orchestrator.control.supervisor import Ending, Stop, Supervisor, Watcher
+from orchestrator.telemetry.records import Event, append
+from orchestrator.training import manifest
+from orchestrator.training.assignment import Assignment
+
+if TYPE_CHECKING:
+    from clusters.cluster import Cluster
+    from orchestrator.planner.plan import Plan
+    from orchestrator.spec import Job
+
+
+class DoesNotFit(Exception):
+    """The plan does not fit the machine; `.plan` says by how much and what would."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("the plan does not fit")
+        self.plan = plan
+
+
+@dataclass(kw_only=True)
+class View:
+    """What the caller shows. Every method may be left as it is."""
+
+    watchers: list[Watcher] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """A line for a person."""
+
+    def planned(self, plan: Plan, folder: RunFolder, done: int) -> None:
+        """The plan is made; `done` steps are in the checkpoint that the run goes on from."""
+
+    def preparing(self, done_bytes: int, total_bytes: int) -> None:
+        """Text is being turned into tokens."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunResult:
+    folder: RunFolder
+    ending: Ending
+    num_steps: int
+    metrics_url: str | None
+
+
+def run_job(
+    job: Job,
+    *,
+    view: View,
+    stop: Stop,
+    directory: str | Path | None = None,
+    fresh: bool = False,
+    metrics_port: int | None = 0,
+    began_unix_s: float | None = None,
+    start_host: Callable[[Path], Host] = RayHost,
+) -> RunResult:
+    """Runs a job here and now, or goes on with it.
+
+    Args:
+        directory: parent of the run folder; by default the job's checkpoint.directory.
+        fresh: start over; what is there is moved aside.
+        metrics_port: of the Prometheus endpoint on loopback; 0 picks a free one, None opens none.
+
+    Raises RunRefused, PlanError, DoesNotFit, DataError; what happens to the run itself is in the result."""
+    clock = Clock(time.time() if began_unix_s is None else began_unix_s)
+    if job.num_steps is None:
+        raise RunRefused(
+            "the job says no length", where=job.file, fix="set training.steps: 1000, or training.tokens: 300e9"
+        )
+    folder = RunFolder(Path(directory or job.checkpoint.directory).resolve() / job.name)
+    with held(folder):
+        if fresh and (aside := folder.move_aside()):
+            view.note(f"starts over; what was there is kept in {aside}")
+        folder.check_continuation(job)
+        cluster = job.resolved_cluster or discovered()
+        folder.create()
+        early = Early(lambda: start_host(folder.path))  # Python and Ray are imported while the plan is made
+        try:
+            return _run(
+                job, cluster, folder, early, clock, view=view, stop=stop, fresh=fresh, metrics_port=metrics_port
+            )
+        finally:
+            early.end()
+
+
+def _run(
+    job: Job,
+    cluster: Cluster,
+    folder: RunFolder,
+    early: Early,
+    clock: Clock,
+    *,
+    view: View,
+    stop: Stop,
+    fresh: bool,
+    metrics_port: int | None,
+) -> RunResult:
+    from orchestrator.planner.plan import plan
+    from orchestrator.telemetry.metrics import Metrics
+
+    planned = plan(job, cluster=cluster, built_only=True)
+    refuse_elsewhere(cluster, planned.strategy.num_gpus, job)
+    if not planned.fits:
+        raise DoesNotFit(planned)
+    document = planned.to_dict() | {"wanted": job.targets.tokens_per_second_per_gpu}
+    clock.lap("plan_s")
+    num_gpus = planned.strategy.num_gpus
+    on_gpus = cluster.accelerator.kind == "cuda"
+    supervisor = Supervisor(
+        folder=folder,
+        num_workers=num_gpus,
+        num_gpus=num_gpus if on_gpus else 0,
+        assign=lambda port, resume_from: (),
+        policy=Policy(max_restarts=job.recovery.max_restarts),
+        start_host=early.start,
+        stop=stop,
+        began_unix_s=clock.began_unix_s,
+        phases=clock.laps,
+    )
+    resume = manifest.latest(folder.checkpoints, report=lambda event: None, check=False)
+    done = resume.step if resume else 0
+    assert job.num_steps is not None
+    view.planned(planned, folder, done)
+    if done >= job.num_steps:
+        folder.write_plan(document)
+        ending = Ending(kind="finished", step=done, cause="there was nothing left to do")
+        return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=None)
+    supervisor.begin()
+    from orchestrator.training.prepare import prepare_job
+
+    index = prepare_job(job, progress=view.preparing)
+    clock.lap("prepare_s")
+    folder.write_job(job)
+    folder.write_plan(document)
+    supervisor.assign = assigner(job, planned, folder, str(index.directory), on_gpus=on_gpus)
+    append(folder.events, _begun(job, planned, done))
+    metrics = Metrics(document, num_gpus=num_gpus)
+    try:
+        url = None if metrics_port is None else metrics.serve(metrics_port)
+        if url is not None:
+            append(folder.events, _event("metrics_endpoint", url, done, address=url))
+            view.note(f"metrics   {url}")
+        supervisor.watchers = [metrics, *view.watchers]
+        ending = supervisor.run()
+    finally:
+        supervisor.close()
+        metrics.close()
+    return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=url)
+
+
+def assigner(
+    job: Job, plan: Plan, folder: RunFolder, data_directory: str, *, on_gpus: bool
+) -> Callable[[int, str | None], Sequence[dict[str, Any]]]:
+    """One assignment a rank, whenever a group starts."""
+    peak = plan.cluster.accelerator.peak_flops.get(job.training.precision)
+    world = plan.strategy.num_gpus
+
+    def assign(port: int, resume_from: str | None) -> list[dict[str, Any]]:
+        return [
+            Assignment(
+                job=job.to_mapping(),
+                job_directory=str(job.directory.resolve()),
+                strategy=plan.strategy,
+                rank=rank,
+                world_size=world,
+                local_rank=rank,
+                run_directory=str(folder.path),
+                data_directory=data_directory,
+                device="cuda:0" if on_gpus else "cpu",  # Ray shows each worker its own GPU alone
+                master_port=port,
+                resume_from=resume_from,
+                peak_flops=peak,
+            ).to_mapping()
+            for rank in range(world)
+        ]
+
+    return assign
+
+
+def discovered() -> Cluster:
+    from clusters.inventory.local import discover
+
+    return discover()
+
+
+def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
+    """`run` is for this machine; a plan may be for any."""
+    where = f"cluster: {job.cluster if isinstance(job.cluster, str) else job.cluster.gpu}, in {job.file}"
+    fix = "cluster: auto trains on what this machine has; `shardwise plan` prices any other"
+    if cluster.num_nodes > 1:
+        raise RunRefused(f"{cluster.name} is {cluster.num_nodes} nodes and `run` trains on one", where=where, fix=fix)
+    if cluster.accelerator.kind == "cpu":
+        return
+    from clusters.inventory.local import nvml_devices
+
+    here = len(nvml_devices())
+    if here < num_gpus:
+        found = f"{here} GPUs" if here else "no GPU"
+        raise RunRefused(
+            f"the plan is for {num_gpus} GPUs ({cluster.name}) and this machine has {found}", where=where, fix=fix
+        )
+
+
+class Early:
+    """The host process, started in the background before it is known whether it is needed."""
+
+    def __init__(self, make: Callable[[], Host]) -> None:
+        self._make = make
+        self._first: Host | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._first = self._make()
+        except BaseException as error:  # told to who asks for the host
+            self._error = error
+
+    def start(self) -> Host:
+        """The first call has the one that was started early."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        host, self._first = self._first, None
+        return host or self._make()
+
+    def end(self) -> None:
+        self._thread.join()
+        if self._first is not None:
+            self._first.end()
+
+
+class Clock:
+    """Seconds of the phases of a command, from its process's start."""
+
+    def __init__(self, began_unix_s: float) -> None:
+        self.began_unix_s = self._mark = began_unix_s
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.time()
+        self.laps[name], self._mark = now - self._mark, now
+
+
+def _begun(job: Job, plan: Plan, done: int) -> Event:
+    strategy = plan.strategy
+    left_out = plan.left_out
+    return _event(
+        "run",
+        f"{'goes on after' if done else 'starts at'} step {done} of {job.num_steps}",
+        done,
+        num_gpus=strategy.num_gpus,
+        zero_stage=strategy.zero_stage,
+        micro_batch_size=strategy.micro_batch_size,
+        predicted_tokens_per_second_per_gpu=plan.tokens_per_second_per_gpu,
+        left_out=None if left_out is None else asdict(left_out.strategy),
+    )
+
+
+def _event(kind: str, cause: str, step: int, **details: Any) -> Event:
+    return Event(time_unix_s=time.time(), kind=kind, step=step, cause=cause, details=details)

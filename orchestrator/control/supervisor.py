@@ -1,0 +1,234 @@
+"""One run's supervisor: starts the worker group, watches it, asks recovery.py what a failure means, does it, writes it down.
+
+It lives in the `run` process and holds no Ray itself. events.jsonl is its record; what workers report it reads from the
+run folder, where they write it themselves.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from orchestrator.control.folder import RunFolder
+from orchestrator.control.host import Host
+from orchestrator.control.recovery import Failure, FailureKind, GiveUp, Policy, on_failure
+from orchestrator.telemetry.records import Event, StepReport, Tail, append
+from orchestrator.training import manifest
+from orchestrator.training.assignment import Outcome
+
+START_LIMIT_S = 300.0
+"""From a `begin` to a group that is ready. Seconds on an idle machine; a machine in trouble is given time."""
+STOP_LIMIT_S = 600.0
+"""From a stop that was asked for to its checkpoint."""
+TICK_S = 0.1
+
+Assign = Callable[[int, str | None], Sequence[Mapping[str, Any]]]
+"""(port of the rendezvous, checkpoint to go on from) -> one assignment per rank, as mappings."""
+
+
+class Watcher(Protocol):
+    """Who is told what happens, as it happens: the progress bar, the metrics."""
+
+    def on_step(self, report: StepReport) -> None: ...
+
+    def on_event(self, event: Event) -> None: ...
+
+
+@dataclass(kw_only=True, slots=True)
+class Stop:
+    """Set by a signal handler: once is checkpoint and stop, twice is stop now."""
+
+    cause: str | None = None
+    now: bool = False
+
+    def ask(self, cause: str) -> None:
+        self.now = self.cause is not None
+        self.cause = self.cause or cause
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ending:
+    """How a run ended; `lost` is the machinery's fault, `failed` the job's."""
+
+    kind: Literal["finished", "stopped", "failed", "lost"]
+    step: int
+    cause: str = ""
+    num_restarts: int = 0
+
+
+@dataclass(kw_only=True)
+class Supervisor:
+    folder: RunFolder
+    num_workers: int
+    num_gpus: int
+    """0: the workers train on CPU cores."""
+    assign: Assign
+    policy: Policy
+    start_host: Callable[[], Host]
+    stop: Stop
+    watchers: Sequence[Watcher] = ()
+    began_unix_s: float = field(default_factory=time.time)
+    """When the user's command began; first_step_s counts from here."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of what the command did before; the event `started` tells them."""
+    sleep: Callable[[float], None] = time.sleep
+
+    def __post_init__(self) -> None:
+        self._host: Host | None = None
+        self._steps: Tail[StepReport] = Tail(self.folder.metrics, StepReport, from_end=True)
+        self._events: Tail[Event] = Tail(self.folder.events, Event, from_end=True)
+        self._step = 0
+        self._attempt_steps = 0
+        self._failures: list[Failure] = []
+
+    # The life of a run ------------------------------------------------------------------------------------------------
+
+    def begin(self, host: Host | None = None) -> None:
+        """Starts the processes; returns at once, so that the data can be prepared meanwhile."""
+        if host is not None:
+            self._host = host
+        elif self._host is None:
+            self._host = self.start_host()
+        self._host.tell(do="begin", num_workers=self.num_workers, num_gpus=self.num_gpus)
+
+    def run(self) -> Ending:
+        """From the newest whole checkpoint to the end, through failures. `begin` was called once before."""
+        while True:
+            ended = self._attempt()
+            if isinstance(ended, Ending):
+                return ended
+            self._failures.append(ended)
+            details = {"failure": ended.kind, "num_failures": len(self._failures)}
+            decision = on_failure(self._failures, self.policy)
+            if isinstance(decision, GiveUp):
+                return self._ending("lost" if decision.lost_cluster else "failed", decision.reason, details)
+            self._write("restart", ended.cause, {**details, "after_s": decision.after_s})
+            if not self._pause(decision.after_s):
+                return self._stopped_before_training()
+            self.began_unix_s, self.phases = time.time(), {}
+            self.begin()
+
+    def close(self) -> None:
+        """Ends all processes of the run."""
+        if self._host is not None:
+            self._host.end()
+            self._host = None
+
+    # One attempt ------------------------------------------------------------------------------------------------------
+
+    def _attempt(self) -> Ending | Failure:
+        resume = manifest.latest(self.folder.checkpoints, report=self._append)
+        self._step = max(self._step, resume.step if resume else 0)
+        self._attempt_steps = 0
+        ready = self._hear_until_ready()
+        if not isinstance(ready, dict):
+            return ready
+        self.phases |= ready["phases"]
+        checkpoint = None if resume is None else str(resume.path)
+        assert self._host is not None
+        self._host.tell(do="train", assignments=self.assign(ready["port"], checkpoint))
+        return self._train()
+
+    def _hear_until_ready(self) -> dict[str, Any] | Ending | Failure:
+        deadline = time.monotonic() + START_LIMIT_S
+        while time.monotonic() < deadline:
+            if self.stop.cause is not None:
+                return self._stopped_before_training()
+            message = self._hear()
+            if message is None:
+                continue
+            return message if message["kind"] == "ready" else self._failure(message)
+        return self._failure(
+            {"kind": "failed", "failure": "no_start", "cause": f"the workers did not start in {START_LIMIT_S:.0f} s"}
+        )
+
+    def _train(self) -> Ending | Failure:
+        told_at: float | None = None
+        while True:
+            message = self._hear()
+            if message is not None:
+                if message["kind"] == "outcome":
+                    return self._after(Outcome(**message["outcome"]))
+                return self._failure(message)
+            if self.stop.now:
+                return self._ending("stopped", f"{self.stop.cause}, twice: stopped without a checkpoint")
+            if self.stop.cause is not None and told_at is None:
+                assert self._host is not None
+                self._host.tell(do="stop", cause=self.stop.cause)
+                self._write("stopping", f"{self.stop.cause}: a checkpoint, then the end")
+                told_at = time.monotonic()
+            if told_at is not None and time.monotonic() - told_at > STOP_LIMIT_S:
+                return self._ending("stopped", f"{self.stop.cause}: no checkpoint within {STOP_LIMIT_S:.0f} s")
+
+    def _hear(self) -> dict[str, Any] | None:
+        assert self._host is not None
+        message = self._host.hear(TICK_S)
+        self._catch_up()
+        return message
+
+    def _catch_up(self) -> None:
+        """What the workers wrote since the last look goes to the watchers."""
+        for report in self._steps.new():
+            self._step = max(self._step, report.step)
+            self._attempt_steps += 1
+            for watcher in self.watchers:
+                watcher.on_step(report)
+            if self._attempt_steps == 1:
+                self._tell_of_start(report)
+        for event in self._events.new():
+            if event.kind == "worker_started":
+                self.phases |= {f"worker_{name}": seconds for name, seconds in event.details.items()}
+            for watcher in self.watchers:
+                watcher.on_event(event)
+
+    def _tell_of_start(self, first: StepReport) -> None:
+        seconds = first.time_unix_s - self.began_unix_s
+        details = {**self.phases, "step_s": first.step_s, "first_step_s": seconds}
+        self._write("started", f"step {first.step} was done {seconds:.1f} s after the start", details)
+
+    def _after(self, outcome: Outcome) -> Ending | Failure:
+        self._step = outcome.step
+        if outcome.kind == "failed":
+            return Failure(kind=FailureKind.USER_ERROR, cause=outcome.cause or "the job failed", step=outcome.step)
+        return self._ending(outcome.kind, outcome.cause or "")
+
+    def _failure(self, message: Mapping[str, Any]) -> Failure:
+        """Of a group that is gone. A host whose Ray is in doubt goes with it."""
+        if message["kind"] == "gone":
+            message = {"failure": "ray_lost", "cause": "the process that holds Ray died"}
+        kind = FailureKind(message["failure"])
+        if kind in (FailureKind.RAY_LOST, FailureKind.NO_START):
+            self.close()
+        self._catch_up()
+        return Failure(kind=kind, cause=message["cause"], step=self._step)
+
+    # Endings and records ----------------------------------------------------------------------------------------------
+
+    def _stopped_before_training(self) -> Ending:
+        return self._ending("stopped", f"{self.stop.cause}: nothing was being trained")
+
+    def _ending(
+        self,
+        kind: Literal["finished", "stopped", "failed", "lost"],
+        cause: str,
+        details: Mapping[str, Any] | None = None,
+    ) -> Ending:
+        self._write(kind, cause, details)
+        self._catch_up()
+        return Ending(kind=kind, step=self._step, cause=cause, num_restarts=len(self._failures))
+
+    def _pause(self, seconds: float) -> bool:
+        """False where the user stopped it meanwhile."""
+        deadline = time.monotonic() + seconds
+        while self.stop.cause is None and time.monotonic() < deadline:
+            self.sleep(TICK_S)
+        return self.stop.cause is None
+
+    def _write(self, kind: str, cause: str, details: Mapping[str, Any] | None = None) -> None:
+        self._append(Event(time_unix_s=time.time(), kind=kind, step=self._step, cause=cause, details=details or {}))
+
+    def _append(self, event: Event) -> None:
+        """Into the file; the watchers hear of it with the next look."""
+        append(self.folder.events, event)

@@ -1,0 +1,87 @@
+"""Where the time of a run went: buckets that sum to its wall time. Pure: fed with records, in the order of their times."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from orchestrator.telemetry.records import Event, StepReport
+
+BUCKETS = ("training", "redone", "data_wait", "evaluation", "checkpoint", "starting", "recovering", "other")
+"""training: steps done for the first time. redone: steps again, after a restart. starting: from the command to the first
+step. recovering: from the last sign of life before a failure to the first step after it. checkpoint: training stood still
+for the copy. other: between steps and named by none of these."""
+ENDS = ("finished", "stopped", "failed", "lost")
+
+
+@dataclass(kw_only=True)
+class Ledger:
+    """Feed it records; each call gives the seconds that it adds, by bucket."""
+
+    _at: float | None = None
+    """Until when all time is accounted for, Unix time."""
+    _waiting: str | None = None
+    """starting or recovering, until the next step; None while steps come, or between two commands."""
+    _step: int = 0
+    _paused: dict[str, float] = field(default_factory=dict)
+    totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 0.0))
+
+    def event(self, event: Event) -> dict[str, float]:
+        if event.kind == "run":
+            self._at, self._waiting = event.time_unix_s, "starting"  # time between two commands is nobody's
+        if event.kind == "evaluation":
+            self._pause("evaluation", event.details.get("seconds", 0.0))
+        elif event.kind == "checkpoint":
+            self._pause("checkpoint", event.details.get("blocked_s", 0.0))
+        elif event.kind == "restart":
+            spent = self._pass_to(event.time_unix_s, "recovering")
+            self._waiting = "recovering"
+            return spent
+        elif event.kind in ENDS:
+            return self._pass_to(event.time_unix_s, self._waiting or "other")
+        return {}
+
+    def step(self, report: StepReport) -> dict[str, float]:
+        began = report.time_unix_s - report.step_s
+        spent = self._pass_to(began, self._waiting or "other")
+        self._waiting = None
+        kind = "training" if report.step > self._step else "redone"
+        self._step = max(self._step, report.step)
+        left = max(0.0, report.time_unix_s - (began if self._at is None else max(self._at, began)))
+        waited = min(report.data_wait_s, left)
+        self._at = max(report.time_unix_s, self._at or 0.0)
+        self._add(spent, {"data_wait": waited, kind: left - waited})
+        return spent
+
+    def _pause(self, bucket: str, seconds: float) -> None:
+        self._paused[bucket] = self._paused.get(bucket, 0.0) + float(seconds)
+
+    def _pass_to(self, until: float, bucket: str) -> dict[str, float]:
+        """All time up to `until`: pauses that were told of first, the rest to the bucket."""
+        left = 0.0 if self._at is None else max(0.0, until - self._at)
+        self._at = until if self._at is None else max(until, self._at)
+        spent: dict[str, float] = {}
+        for name, seconds in self._paused.items():
+            part = min(seconds, left)
+            left -= part
+            self._add(spent, {name: part})
+        self._paused = {}
+        self._add(spent, {bucket: left})
+        return spent
+
+    def _add(self, spent: dict[str, float], parts: dict[str, float]) -> None:
+        for bucket, seconds in parts.items():
+            spent[bucket] = spent.get(bucket, 0.0) + seconds
+            self.totals[bucket] += seconds
+
+
+def ledger_of(reports: Iterable[StepReport], events: Iterable[Event]) -> Ledger:
+    """The ledger of a finished or running run, from its files."""
+    ledger = Ledger()
+    records: list[StepReport | Event] = [*reports, *events]
+    for record in sorted(records, key=lambda record: record.time_unix_s):
+        if isinstance(record, StepReport):
+            ledger.step(record)
+        else:
+            ledger.event(record)
+    return ledger
