@@ -37,6 +37,9 @@ def test_parameters(name, count):
         ({"num_heads": 7}, "hidden_size 64 does not divide by num_heads 7: 4 heads would|8 heads would"),
         ({"num_kv_heads": 3}, "num_heads 4 does not divide by num_kv_heads 3"),
         ({"num_layers": 0}, "num_layers is 0: it must be at least 1"),
+        ({"word_embedding_size": 0}, "word_embedding_size is 0: it must be at least 1"),
+        ({"dropout": 1.0}, "dropout is 1.0: it must be at least 0 and below 1"),
+        ({"family": "llama", "hidden_size": 60}, "is 15: llama rotates pairs of them, .*; hidden_size 64 would do"),
     ],
 )
 def test_an_impossible_shape_is_refused_with_its_number(wrong, message):

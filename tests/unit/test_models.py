@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from orchestrator.models.architecture import CATALOG, Architecture, make_architecture, num_parameters
-from orchestrator.models.opt import OPT, initial_weights
+from orchestrator.models.opt import OPT, SPLIT, initial_weights
 from orchestrator.models.weights import config_of_architecture, read_folder, write_folder
 
 PRE_NORM = make_architecture(
@@ -85,3 +87,30 @@ def test_a_folder_that_lacks_a_weight_is_refused_by_name(tmp_path):
         read_folder(tmp_path)("blocks.0.mlp.up.weight", torch.Size((128, 32)))
     with pytest.raises(ValueError, match=r"has shape \[96, 32\], the job's model needs \[97, 32\]"):
         read_folder(tmp_path)("embed.tokens.weight", torch.Size((97, 32)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "attention", "message"),
+    [
+        ({"family": "llama"}, "flash", "the torch module of family 'llama' is not built; opt is"),
+        ({"dropout": 0.1}, "flash", "dropout 0.1 is not built; set model.dropout to 0"),
+        ({"num_kv_heads": 2}, "flash", "num_kv_heads 2 is not built for opt; set it to 4"),
+        ({}, "flsh", "attention 'flsh' is not known: choose one of flash, fused_softmax, math"),
+    ],
+)
+def test_what_the_module_cannot_do_is_refused(fields, attention, message):
+    arch = make_architecture(**({"family": "opt", "num_layers": 1, "hidden_size": 32, "num_heads": 4} | fields))
+    with pytest.raises(ValueError, match=message), torch.device("meta"):
+        OPT(arch, attention=attention)
+
+
+def test_a_sequence_longer_than_the_position_table_is_refused():
+    with pytest.raises(ValueError, match="a sequence of 25 tokens is longer than max_position 24"):
+        OPT(PRE_NORM)(torch.zeros(1, 25, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("arch", [PRE_NORM, POST_NORM], ids=["pre_norm", "post_norm_projected"])
+def test_every_parameter_has_one_place_in_the_split_table(arch):
+    with torch.device("meta"):
+        names = [name for name, _ in OPT(arch).named_parameters()]
+    assert {name: sum(fnmatchcase(name, pattern) for pattern in SPLIT) for name in names} == dict.fromkeys(names, 1)
