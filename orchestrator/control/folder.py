@@ -101,7 +101,9 @@ class RunFolder:
         except (SpecError, yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
             first = str(error).splitlines()[0]
             raise RunRefused(
-                f"the job of the run that is here cannot be read: {first}", where=str(self.job), fix=f"repair it, {remedy}"
+                f"the job of the run that is here cannot be read: {first}",
+                where=str(self.job),
+                fix=f"repair it, {remedy}",
             ) from None
         if keys:
             changes = "; ".join(f"{key}: {_value(before, key)} -> {_value(job, key)}" for key in keys)

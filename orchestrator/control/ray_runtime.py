@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import secrets
 import shutil
 import sys
 import threading
@@ -35,7 +36,9 @@ START_S = 120.0
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing travels through Ray's object store; this is about the least that Ray takes."""
 QUIET = {
-    "RAY_AUTH_MODE": "disabled",  # else a local Ray writes a token into the home folder and turns others away
+    # Only loopback, on every system: the switch that Ray throws on macOS and Windows.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -269,6 +272,8 @@ def serve(logs: Path, session: Path) -> None:
     tell = partial(_tell, os.fdopen(os.dup(1), "w"), threading.Lock())
     os.dup2(2, 1)  # Ray prints now and then; our answers have a descriptor of their own
     os.environ.update(QUIET)
+    # Of this Ray alone. Without it, Ray would write a token of its own into the user's home folder.
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(commands,), daemon=True).start()
     import ray  # noqa: F401  while `run` still plans

@@ -1,0 +1,152 @@
+"""The supervisor against a host that plays a script: no Ray, no process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from orchestrator.control.folder import RunFolder
+from orchestrator.control.recovery import Policy
+from orchestrator.control.supervisor import Ending, Stop, Supervisor
+from orchestrator.telemetry.records import Event, StepReport, append, read
+
+READY = {"kind": "ready", "port": 1234, "pids": [1], "phases": {"ray_s": 0.1}}
+LOST = {"kind": "failed", "failure": "worker_lost", "cause": "the process of rank 1 of 2 died"}
+GONE = {"kind": "gone"}
+
+
+def outcome(kind: str, step: int, cause: str | None = None) -> dict[str, Any]:
+    return {"kind": "outcome", "outcome": {"kind": kind, "step": step, "cause": cause, "checkpoint": None}}
+
+
+def report(step: int) -> StepReport:
+    return StepReport(
+        step=step,
+        time_unix_s=100.0 + step,
+        loss=1.0,
+        learning_rate=0.1,
+        gradient_norm=1.0,
+        step_s=1.0,
+        tokens=8 * step,
+        tokens_per_second=8.0,
+        tokens_per_second_per_gpu=4.0,
+        mfu=None,
+        peak_bytes=1,
+    )
+
+
+class ScriptedHost:
+    """Says one line of the script at each look; a callable is done first, and silence follows it."""
+
+    def __init__(self, script: list[dict[str, Any] | Callable[[], None]]) -> None:
+        self.script, self.told, self.ended = script, [], False
+
+    def tell(self, **command: Any) -> None:
+        self.told.append(command["do"])
+
+    def hear(self, timeout_s: float) -> dict[str, Any] | None:
+        line = self.script.pop(0)
+        if callable(line):
+            line()
+            return None
+        return line
+
+    def end(self) -> None:
+        self.ended = True
+
+
+@pytest.fixture
+def supervise(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.create()
+
+    def make(*scripts: list[Any], stop: Stop | None = None, policy: Policy | None = None):
+        hosts = [ScriptedHost(script) for script in scripts]
+        waiting = list(hosts)
+        supervisor = Supervisor(
+            folder=folder,
+            num_workers=2,
+            num_gpus=0,
+            assign=lambda port, resume_from: [],
+            policy=policy or Policy(first_wait_s=0.0),
+            start_host=lambda: waiting.pop(0),
+            stop=stop or Stop(),
+            sleep=lambda seconds: None,
+        )
+        supervisor.begin()
+        return supervisor, hosts
+
+    make.folder = folder
+    return make
+
+
+def kinds(folder: RunFolder) -> list[str]:
+    return [event.kind for event in read(folder.events, Event)]
+
+
+def test_a_run_without_a_failure(supervise):
+    supervisor, (host,) = supervise(
+        [READY, lambda: append(supervise.folder.metrics, report(1)), outcome("finished", 1)]
+    )
+    assert supervisor.run() == Ending(kind="finished", step=1)
+    assert host.told == ["begin", "train"]
+    assert kinds(supervise.folder) == ["started", "finished"]
+
+
+def test_a_dead_worker_is_answered_by_a_new_group_in_the_same_ray(supervise):
+    supervisor, (host,) = supervise([READY, LOST, READY, outcome("finished", 3)])
+    assert supervisor.run() == Ending(kind="finished", step=3, num_restarts=1)
+    assert host.told == ["begin", "train", "begin", "train"]
+    restart = next(read(supervise.folder.events, Event))
+    assert (restart.kind, restart.cause, restart.details["failure"]) == ("restart", LOST["cause"], "worker_lost")
+
+
+@pytest.mark.parametrize("death", [GONE, {"kind": "failed", "failure": "ray_lost", "cause": "Ray's raylet died"}])
+@pytest.mark.parametrize("ready", [True, False], ids=["in training", "at the start"])
+def test_a_dead_ray_is_answered_by_a_new_host(supervise, death, ready):
+    supervisor, (first, second) = supervise([*[READY] * ready, death], [READY, outcome("finished", 3)])
+    assert supervisor.run() == Ending(kind="finished", step=3, num_restarts=1)
+    assert first.ended
+    assert second.told == ["begin", "train"]
+
+
+def test_a_mistake_of_the_user_ends_the_run_at_once(supervise):
+    supervisor, _ = supervise([READY, outcome("failed", 4, "step 5: the loss is nan")])
+    assert supervisor.run() == Ending(kind="failed", step=4, cause="step 5: the loss is nan", num_restarts=1)
+    assert kinds(supervise.folder) == ["failed"]
+
+
+def test_one_stop_is_a_checkpoint_and_an_end(supervise):
+    stop = Stop()
+    supervisor, (host,) = supervise(
+        [READY, lambda: stop.ask("Ctrl-C"), lambda: None, outcome("stopped", 7, "Ctrl-C")], stop=stop
+    )
+    assert supervisor.run() == Ending(kind="stopped", step=7, cause="Ctrl-C")
+    assert host.told == ["begin", "train", "stop"]
+
+
+def test_two_stops_end_at_once(supervise):
+    stop = Stop()
+    supervisor, (host,) = supervise([READY, lambda: stop.ask("Ctrl-C"), lambda: stop.ask("Ctrl-C")], stop=stop)
+    ending = supervisor.run()
+    assert (ending.kind, "without a checkpoint" in ending.cause) == ("stopped", True)
+
+
+def test_a_stop_while_the_workers_start_or_a_restart_waits_ends_at_once(supervise):
+    stop = Stop()
+    supervisor, _ = supervise([lambda: stop.ask("Ctrl-C")], stop=stop)
+    assert supervisor.run().kind == "stopped"
+    stop = Stop()
+    supervisor, _ = supervise([READY, LOST], stop=stop, policy=Policy())
+    supervisor.assign = lambda port, resume_from: [stop.ask("Ctrl-C")]  # type: ignore[func-returns-value, list-item]
+    assert supervisor.run().kind == "stopped"
+
+
+def test_a_group_that_never_starts_is_given_up_by_a_bounded_wait(supervise, monkeypatch):
+    monkeypatch.setattr("orchestrator.control.supervisor.START_LIMIT_S", 0.0)
+    supervisor, hosts = supervise([], [], [])
+    ending = supervisor.run()
+    assert (ending.kind, ending.num_restarts) == ("lost", 3)
+    assert all(host.ended for host in hosts)
