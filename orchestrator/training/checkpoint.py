@@ -11,6 +11,7 @@ folder can write a matching one. Nothing from it is executed even then: tensors 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 import shutil
@@ -67,6 +68,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)  # it makes two records a tensor, for nobody
 
 
 class CheckpointFailed(RuntimeError):

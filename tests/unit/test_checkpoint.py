@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.opt import OPT, initial_weights
@@ -21,6 +20,7 @@ from orchestrator.training.manifest import fingerprint, latest, prune, read_mani
 from strategies.engines.engine import MicroBatch
 from strategies.engines.native import build_session
 from strategies.strategy import Strategy
+from tests.ranks import spawn
 
 INFO = CheckpointInfo(job={"name": "tiny"}, num_steps=8, strategy={}, data={"tokenizer": "byte"})
 BATCH = MicroBatch(
@@ -41,8 +41,12 @@ def session(*, zero_stage=0, replicas=1, seed=1, hidden_size=24, precision="fp32
     arch = architecture(hidden_size)
     with torch.device("meta"):
         module = OPT(arch)
+    states = "full" if precision != "bf16" else "sharded_fp32" if zero_stage >= 2 else "mixed"
     strategy = Strategy(
-        data_parallel_degree=replicas, zero_stage=zero_stage, zero_group_size=replicas if zero_stage else 1
+        data_parallel_degree=replicas,
+        zero_stage=zero_stage,
+        zero_group_size=replicas if zero_stage else 1,
+        states=states,
     )
     return build_session(module, strategy=strategy, precision=precision, weights=initial_weights(arch, seed))
 
@@ -274,9 +278,9 @@ def _rank(rank: int, world: int, folder: str, saves: bool) -> None:
 
 
 def test_any_zero_stage_and_world_size_loads_any_others(tmp_path):
-    mp.spawn(_rank, args=(3, str(tmp_path), True), nprocs=3)
+    spawn(_rank, 3, str(tmp_path), True, world_size=3)
     for precision in ("fp32", "bf16", "fp64"):
         files = [path.stat().st_size for path in (tmp_path / precision / "step-00000001").glob("*.distcp")]
         assert len(files) == 3
         assert max(files) < 2 * min(files), "each rank writes its share"
-    mp.spawn(_rank, args=(2, str(tmp_path), False), nprocs=2)
+    spawn(_rank, 2, str(tmp_path), False, world_size=2)

@@ -1,0 +1,291 @@
+"""The training loop: batch, step, report, now and then an evaluation and a checkpoint. No Ray, no job file.
+
+Everything that decides the losses is in the arguments; clocks decide only when a checkpoint is written. What is not the
+engine's step must stay below 1 % of the time: the next batch is made ahead, checkpoints are written behind, and the ranks
+agree on what comes next by one small all-reduce.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from numpy import arange
+
+from orchestrator.planner.live import LiveBytes
+from orchestrator.telemetry.records import Event, StepReport
+from orchestrator.training import checkpoint
+from orchestrator.training.assignment import Outcome
+from orchestrator.training.batches import Batch, Batches, Share, cut
+from orchestrator.training.checkpoint import CheckpointFailed, CheckpointInfo, PendingSave
+from orchestrator.training.data import TokenDataset
+from orchestrator.training.schedule import CheckpointEvery
+from strategies.engines.engine import Session, StepResult
+
+MAX_EVALUATION_BATCHES = 16
+"""Global batches of held-out text at most: an evaluation costs as much as about five steps."""
+MEASURED_STEP = 2
+"""Of this process: the first one has allocations that no later step has."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Settings:
+    """What the loop needs of the job."""
+
+    num_steps: int
+    learning_rate: Callable[[int], float]
+    tokens_per_step: int
+    evaluate_every: int | None
+    checkpoint_every: CheckpointEvery
+    keep: int
+    checkpoint_directory: Path
+    info: CheckpointInfo
+    model_flops_per_token: float
+    peak_flops: float | None
+    """Of one accelerator."""
+    measure_memory: bool
+    vocab_size: int
+
+
+class Loop:
+    """One rank's loop; every method is called by all ranks at the same place."""
+
+    def __init__(
+        self,
+        session: Session,
+        settings: Settings,
+        *,
+        batches: Batches,
+        validation: TokenDataset | None,
+        share: Share,
+        world: Groups,
+        report: Callable[[StepReport | Event], None],
+        should_stop: Callable[[], str | None],
+        done: int = 0,
+        loaded_from: str | None = None,
+    ) -> None:
+        self.session, self.settings, self.batches, self.validation = session, settings, batches, validation
+        self.share, self.world, self.should_stop = share, world, should_stop
+        self._report = report if world.rank == 0 else lambda record: None
+        self.done, self.first = done, done + 1
+        self.last_checkpoint, self.saved_step = loaded_from, done if loaded_from else None
+        self.pending: PendingSave | None = None
+        self.stop_cause: str | None = None
+        self.saved_at = time.monotonic()
+        self.mark = time.perf_counter()
+
+    def run(self) -> Outcome:
+        """Trains to the last step, or to the step after which all ranks agreed to stop."""
+        settings = self.settings
+        while self.done < settings.num_steps:
+            batch = self.batches.next()
+            waited_s = time.perf_counter() - self.mark
+            engine_started = time.perf_counter()
+            try:
+                result = self._step(batch)
+            except FloatingPointError as error:
+                return self._not_finite(batch, error)
+            engine_s = time.perf_counter() - engine_started
+            self.done = batch.step
+            stop, due = self._agree()
+            self._report_step(batch, result, waited_s=waited_s, engine_s=engine_s)
+            self._tell_of_finished_save(wait=False)
+            paused_at = time.perf_counter()
+            if settings.evaluate_every and self.done % settings.evaluate_every == 0 and self.done < settings.num_steps:
+                self._evaluate()
+            if stop:
+                return self._stop()
+            if due and self.done < settings.num_steps:
+                self._save()
+            self.mark += time.perf_counter() - paused_at
+        return self._finish()
+
+    # One step --------------------------------------------------------------------------------------------------------
+
+    def _step(self, batch: Batch) -> StepResult:
+        def step() -> StepResult:
+            return self.session.step(
+                batch.micro_batches,
+                num_target_tokens=batch.num_target_tokens,
+                learning_rate=self.settings.learning_rate(batch.step),
+            )
+
+        if not self.settings.measure_memory or batch.step != self.first + MEASURED_STEP - 1:
+            return step()
+        with LiveBytes(self.session.tensors(), vocab_size=self.settings.vocab_size) as live:
+            result = step()
+        mine = {"peak_bytes": live.peak_bytes, "phase": live.peak_phase, "components": dict(live.peak)}
+        ranks = self.world.gather(mine)
+        largest = max(ranks, key=lambda rank: int(rank["peak_bytes"]))
+        self._event(
+            "memory_measured",
+            f"live tensors reach {largest['peak_bytes']} bytes on the fullest rank, in {largest['phase']}",
+            step=batch.step,
+            **largest,
+            ranks=ranks,
+            rss_bytes=psutil.Process().memory_info().rss,
+        )
+        return result
+
+    def _agree(self) -> tuple[bool, bool]:
+        """(stop, checkpoint) on every rank alike: any rank may ask to stop, rank 0's clock asks for a checkpoint."""
+        self.stop_cause = self.should_stop()
+        due = self.settings.checkpoint_every.is_due(step=self.done, seconds_since_last=time.monotonic() - self.saved_at)
+        stop, save = self.world.any(self.stop_cause is not None, due and self.world.rank == 0)
+        return stop, save
+
+    def _report_step(self, batch: Batch, result: StepResult, *, waited_s: float, engine_s: float) -> None:
+        now = time.perf_counter()
+        step_s, self.mark = now - self.mark, now
+        settings = self.settings
+        speed = settings.tokens_per_step / step_s
+        speed_per_gpu = speed / self.world.size
+        peak = settings.peak_flops
+        self._report(
+            StepReport(
+                step=batch.step,
+                time_unix_s=time.time(),
+                loss=result.loss,
+                learning_rate=settings.learning_rate(batch.step),
+                gradient_norm=result.gradient_norm,
+                step_s=step_s,
+                tokens=batch.step * settings.tokens_per_step,
+                tokens_per_second=speed,
+                tokens_per_second_per_gpu=speed_per_gpu,
+                mfu=None if peak is None else speed_per_gpu * settings.model_flops_per_token / peak,
+                peak_bytes=peak_bytes(self.share.device),
+                data_wait_s=waited_s,
+                engine_s=engine_s,
+            )
+        )
+        if result.skipped:
+            self._event("step_skipped", "the gradients overflowed in fp16: the loss scale was halved")
+
+    def _evaluate(self) -> None:
+        if self.validation is None:
+            return
+        started = time.perf_counter()
+        limit = MAX_EVALUATION_BATCHES * max(1, self.settings.tokens_per_step // self.validation.sequence_length)
+        indices = arange(min(len(self.validation), limit))
+        total, num_tokens = self.session.evaluate(cut(self.validation, indices, self.share))
+        loss = total / num_tokens
+        self._event(
+            "evaluation",
+            f"loss {loss:.4f} on held-out text",
+            loss=loss,
+            tokens=num_tokens,
+            seconds=time.perf_counter() - started,
+        )
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def _save(self, *, background: bool = True) -> None:
+        if self.saved_step == self.done:
+            return
+        self._tell_of_finished_save(wait=True)
+        self.pending = checkpoint.save(
+            self.session,
+            self.settings.checkpoint_directory,
+            step=self.done,
+            info=self.settings.info,
+            keep=self.settings.keep,
+            background=background,
+            group=self.world.checkpoints,
+        )
+        self.saved_at = time.monotonic()
+
+    def _tell_of_finished_save(self, *, wait: bool) -> str | None:
+        """An event for the pending checkpoint if it has ended; the cause if it failed. Training goes on either way."""
+        pending = self.pending
+        if pending is None or not (wait or pending.done()):
+            return None
+        try:
+            path = pending.wait()
+        except CheckpointFailed as error:
+            self._event("checkpoint_failed", f"{error}; training goes on, older checkpoints are untouched")
+            return str(error)
+        finally:
+            self.pending = None
+        self.last_checkpoint, self.saved_step = str(path), pending.step
+        self._event(
+            "checkpoint",
+            f"{path.name} is whole",
+            step=pending.step,
+            path=str(path),
+            seconds=pending.seconds,
+            blocked_s=pending.blocked_s,
+        )
+        return None
+
+    # Ends ------------------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> Outcome:
+        self._save()
+        self._evaluate()
+        return self._end("finished", None)
+
+    def _stop(self) -> Outcome:
+        self._save()
+        causes = [cause for cause in self.world.gather(self.stop_cause) if cause]
+        return self._end("stopped", causes[0] if causes else "asked to stop")
+
+    def _end(self, kind: Any, cause: str | None) -> Outcome:
+        """The last checkpoint must be there: without it the work since the one before it would be lost in silence."""
+        failure = self._tell_of_finished_save(wait=True)
+        if failure is not None:
+            kind, cause = "failed", f"the last {failure}; free space or set checkpoint.directory, then run again"
+        return Outcome(kind=kind, step=self.done, cause=cause, checkpoint=self.last_checkpoint)
+
+    def _not_finite(self, batch: Batch, error: FloatingPointError) -> Outcome:
+        self._tell_of_finished_save(wait=True)
+        cause = f"step {batch.step}: {error}; the weights are those of step {self.done}"
+        self._event("not_finite", cause, step=batch.step, samples=[int(index) for index in batch.indices])
+        fix = "lower the learning rate, or look at the samples that events.jsonl names"
+        return Outcome(kind="failed", step=self.done, cause=f"{cause}; {fix}", checkpoint=self.last_checkpoint)
+
+    def _event(self, kind: str, cause: str, *, step: int | None = None, **details: Any) -> None:
+        self._report(
+            Event(
+                time_unix_s=time.time(),
+                kind=kind,
+                step=self.done if step is None else step,
+                cause=cause,
+                details=details,
+            )
+        )
+
+
+class Groups:
+    """The loop's own small process groups, on gloo, apart from the engine's: one for decisions, one for checkpoints."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.decisions = dist.new_group(backend="gloo")
+        self.checkpoints = dist.new_group(backend="gloo")
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Each flag, true if it is true on any rank."""
+        votes = torch.tensor([int(flag) for flag in flags])
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self.decisions)
+        return tuple(bool(vote) for vote in votes)
+
+    def gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.decisions)
+        return values
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes at once so far: what torch allocated on a GPU, the resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

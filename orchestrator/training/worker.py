@@ -1,0 +1,346 @@
+"""One worker: joins the others, builds the model under the plan's strategy, resumes, trains.
+
+The same code runs in a Ray actor, under torchrun, in a plain process and in tests: `train` takes an Assignment and two
+functions, and knows nothing of who started it. As a program:
+
+    python -m orchestrator.training.worker ASSIGNMENT.json     # rank and rendezvous from the environment, if it has them
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store, TCPStore
+
+from orchestrator.models.opt import OPT, initial_weights
+from orchestrator.models.weights import read_folder
+from orchestrator.models.workloads import workload
+from orchestrator.spec import parse_job
+from orchestrator.spec.job import Job
+from orchestrator.spec.values import Duration
+from orchestrator.telemetry.records import Event, StepReport, append
+from orchestrator.training import checkpoint
+from orchestrator.training.assignment import Assignment, Outcome
+from orchestrator.training.batches import Batches, Share
+from orchestrator.training.checkpoint import CheckpointInfo
+from orchestrator.training.data import open_datasets
+from orchestrator.training.loop import Groups, Loop, Settings
+from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, read_manifest
+from orchestrator.training.schedule import CheckpointEvery, learning_rate
+from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
+from strategies.engines.engine import OptimizerSettings, Session
+from strategies.engines.native import build_session
+
+TIMEOUT = timedelta(minutes=10)
+"""Longest wait for another rank; a rank that dies is noticed at once, this is for one that hangs."""
+AUTO_EVERY_S = 600.0
+MAY_DIFFER = ("cluster", "strategy", "objective", "targets", "checkpoint", "recovery")
+"""Parts of the job that no loss depends on."""
+
+
+def train(
+    assignment: Assignment,
+    *,
+    report: Callable[[StepReport | Event], None],
+    should_stop: Callable[[], str | None],
+) -> Outcome:
+    """Trains one rank's part of a run to its end, a stop or a failure; collective over the world.
+
+    A mistake of the user's is a failed Outcome with the cause in a sentence; a crash raises.
+
+    Args:
+        report: called on rank 0 alone, from this thread, once a step and for every event.
+        should_stop: asked on every rank after every step; a cause, from any rank, is "checkpoint and stop".
+    """
+    clock = Phases()
+    torch.set_num_threads(assignment.num_threads)
+    job = parse_job(assignment.job, directory=Path(assignment.job_directory))
+    device = torch.device(assignment.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    join(assignment, device)
+    clock.lap("join_s")
+    world = Groups()
+    tell = report if world.rank == 0 else lambda record: None
+    batches: Batches | None = None
+    session: Session | None = None
+    try:
+        train_set, validation = open_datasets(assignment.data_directory, job.batch.sequence_length)
+        check_vocabulary(train_set.index.vocab_size, job.architecture.vocab_size)
+        if world.rank == 0:
+            keep_tokenizer(train_set.index, Path(assignment.run_directory))
+        info = CheckpointInfo(
+            job=assignment.job,
+            num_steps=length_of(job),
+            strategy=asdict(assignment.strategy),
+            data={"tokenizer": train_set.index.tokenizer["fingerprint"], "tokens": train_set.index.fingerprint},
+        )
+        ref = None if assignment.resume_from is None else resumable(Path(assignment.resume_from), job, info)
+        clock.lap("data_s")
+        session = build(assignment, job, device)
+        clock.lap("build_s")
+        settings = settings_of(assignment, job, info)
+        if ref is not None:
+            checkpoint.load(session, ref, group=world.checkpoints)
+            tell_of_resume(ref, settings, tell, job)
+        clock.lap("load_s")
+        done = 0 if ref is None else ref.step
+        if world.rank == 0:
+            checkpoint.sweep(settings.checkpoint_directory)
+        share = share_of(assignment, device)
+        batches = Batches(
+            train_set,
+            share,
+            seed=job.training.seed,
+            global_batch_size=job.batch.global_batch_size,
+            first_step=done + 1,
+        )
+        tell(event("worker_started", done, "the model stands and the first batch is read", **clock.laps))
+        loop = Loop(
+            session,
+            settings,
+            batches=batches,
+            validation=validation,
+            share=share,
+            world=world,
+            report=report,
+            should_stop=should_stop,
+            done=done,
+            loaded_from=assignment.resume_from,
+        )
+        return loop.run()
+    except ValueError as error:  # the user's: a strategy that is not built, a checkpoint that is refused, data amiss
+        tell(event("refused", 0, str(error)))
+        return Outcome(kind="failed", step=0, cause=str(error), checkpoint=assignment.resume_from)
+    finally:
+        if batches is not None:
+            batches.close()
+        if session is not None:
+            session.close()
+        dist.destroy_process_group()
+
+
+# Set-up --------------------------------------------------------------------------------------------------------------
+
+
+def join(assignment: Assignment, device: torch.device) -> None:
+    """The torch process group of the whole world: gloo between CPUs, nccl between GPUs with gloo for what lies on the host."""
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun opened the rendezvous
+        dist.init_process_group(backend, timeout=TIMEOUT)
+        return
+    if assignment.master_address in ("127.0.0.1", "localhost") and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name may lead nowhere
+    store: Store = HashStore()
+    if assignment.world_size > 1:
+        store = TCPStore(
+            assignment.master_address,
+            assignment.master_port,
+            assignment.world_size,
+            is_master=assignment.rank == 0,
+            timeout=TIMEOUT,
+        )
+    dist.init_process_group(
+        backend, store=store, rank=assignment.rank, world_size=assignment.world_size, timeout=TIMEOUT
+    )
+
+
+def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
+    """The module on the meta device, split by the engine, filled a parameter at a time: never whole in memory twice."""
+    architecture = job.architecture
+    with torch.device("meta"):
+        module = OPT(architecture, attention=assignment.strategy.attention)
+    if job.initializes_from_weights:
+        weights = read_folder(job.directory / str(job.model.path), architecture)
+    else:
+        weights = initial_weights(architecture, job.training.seed)
+    optimizer = job.training.optimizer
+    return build_session(
+        module,
+        strategy=assignment.strategy,
+        precision=job.training.precision,
+        weights=weights,
+        optimizer=OptimizerSettings(
+            betas=optimizer.betas,
+            epsilon=optimizer.epsilon,
+            weight_decay=optimizer.weight_decay,
+            gradient_clip=optimizer.gradient_clip,
+        ),
+        device=device,
+        deterministic=job.training.deterministic,
+        z_loss=job.training.z_loss,
+    )
+
+
+def share_of(assignment: Assignment, device: torch.device) -> Share:
+    strategy = assignment.strategy
+    return Share(
+        replica=strategy.degrees.coordinates(assignment.rank)["data"],
+        num_replicas=strategy.data_parallel_degree,
+        micro_batch_size=strategy.micro_batch_size,
+        device=device,
+    )
+
+
+def settings_of(assignment: Assignment, job: Job, info: CheckpointInfo) -> Settings:
+    every = job.checkpoint.every
+    if every == "auto":
+        checkpoint_every = CheckpointEvery(seconds=AUTO_EVERY_S)
+    elif isinstance(every, Duration):
+        checkpoint_every = CheckpointEvery(seconds=float(every))
+    else:
+        checkpoint_every = CheckpointEvery(num_steps=int(every))
+    return Settings(
+        num_steps=info.num_steps,
+        learning_rate=rate_of(job, info.num_steps),
+        tokens_per_step=job.tokens_per_step,
+        evaluate_every=job.training.evaluate_every,
+        checkpoint_every=checkpoint_every,
+        keep=job.checkpoint.keep,
+        checkpoint_directory=Path(assignment.run_directory) / "checkpoints",
+        info=info,
+        model_flops_per_token=workload(job.architecture).model_flops_per_token(job.batch.sequence_length),
+        peak_flops=assignment.peak_flops,
+        # A compiled block is opaque to a dispatch mode.
+        measure_memory=assignment.measure_memory and not assignment.strategy.compile,
+        vocab_size=job.architecture.vocab_size,
+    )
+
+
+def length_of(job: Job) -> int:
+    if job.num_steps is None:
+        raise ValueError("the job gives no length: set training.steps or training.tokens")
+    return job.num_steps
+
+
+def rate_of(job: Job, num_steps: int) -> Callable[[int], float]:
+    schedule = job.training.schedule
+    return partial(
+        learning_rate,
+        peak=job.training.optimizer.learning_rate,
+        num_steps=num_steps,
+        warmup_steps=schedule.warmup_steps,
+        name=schedule.name,
+        final_fraction=schedule.final_fraction,
+    )
+
+
+# Resuming ------------------------------------------------------------------------------------------------------------
+
+
+def resumable(path: Path, job: Job, info: CheckpointInfo) -> CheckpointRef:
+    """The checkpoint, if this job may go on from it. Raises CheckpointRefused that says what differs."""
+    ref = read_manifest(path)
+    told = {key: value for key, value in ref.manifest["job"].items() if key not in MAY_DIFFER}
+    writer = parse_job(told, directory=job.directory)
+    if differences := job.trajectory_difference(writer):
+        raise CheckpointRefused(
+            path.name,
+            f"it is of a job that differs in {', '.join(differences)}; set these back, or start over with --fresh",
+        )
+    for what, mine in info.data.items():
+        if (theirs := ref.manifest["data"].get(what)) != mine:
+            raise CheckpointRefused(
+                path.name,
+                f"it was trained with another {what} ({theirs} instead of {mine}); prepare the data as it was, "
+                "or start over with --fresh",
+            )
+    if ref.step > info.num_steps:
+        raise CheckpointRefused(
+            path.name, f"it is of step {ref.step} and the job ends at {info.num_steps}; set training.steps higher"
+        )
+    return ref
+
+
+def tell_of_resume(ref: CheckpointRef, settings: Settings, tell: Callable[[Event], None], job: Job) -> None:
+    """Where it goes on; and, where the length of the run changed, how far the learning rate jumps."""
+    tell(event("resumed", ref.step, f"training goes on after step {ref.step}", checkpoint=str(ref.path)))
+    before, now = int(ref.manifest["num_steps"]), settings.num_steps
+    if before == now or ref.step == now:
+        return
+    step = ref.step + 1
+    old, new = rate_of(job, before)(step), settings.learning_rate(step)
+    tell(
+        event(
+            "schedule_changed",
+            ref.step,
+            f"the run is now {now} steps long instead of {before}: the learning rate of step {step} is {new:.3g} "
+            f"instead of {old:.3g}",
+            learning_rate=new,
+            learning_rate_before=old,
+        )
+    )
+
+
+# Small tools ---------------------------------------------------------------------------------------------------------
+
+
+class Phases:
+    """Seconds of each phase before the first step."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._mark = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._mark = now - self._mark, now
+
+
+def event(kind: str, step: int, cause: str, **details: Any) -> Event:
+    return Event(time_unix_s=time.time(), kind=kind, step=step, cause=cause, details=details)
+
+
+def main(arguments: list[str]) -> int:
+    """Runs an assignment from a file and writes metrics.jsonl and events.jsonl into its run folder, without Ray."""
+    if len(arguments) != 1:
+        print("usage: python -m orchestrator.training.worker ASSIGNMENT.json", file=sys.stderr)
+        return 2
+    assignment = from_environment(Assignment.from_mapping(json.loads(Path(arguments[0]).read_text(encoding="utf-8"))))
+    run_directory = Path(assignment.run_directory)
+    run_directory.mkdir(parents=True, exist_ok=True)
+    asked: list[str] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, _: asked.append(signal.Signals(received).name))
+
+    def report(record: StepReport | Event) -> None:
+        name = "metrics.jsonl" if isinstance(record, StepReport) else "events.jsonl"
+        append(run_directory / name, record)
+
+    outcome = train(assignment, report=report, should_stop=lambda: asked[0] if asked else None)
+    if assignment.rank == 0:
+        print(json.dumps(asdict(outcome)))
+    return {"finished": 0, "failed": 1, "stopped": 5}[outcome.kind]
+
+
+def from_environment(assignment: Assignment) -> Assignment:
+    """One file serves all ranks: what a launcher such as torchrun knows is in RANK, LOCAL_RANK and WORLD_SIZE."""
+    environment = os.environ
+    if "RANK" not in environment:
+        return assignment
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    return replace(
+        assignment,
+        rank=int(environment["RANK"]),
+        world_size=int(environment.get("WORLD_SIZE", assignment.world_size)),
+        local_rank=local_rank,
+        device=f"cuda:{local_rank}" if assignment.device.startswith("cuda") else assignment.device,
+        master_address=environment.get("MASTER_ADDR", assignment.master_address),
+        master_port=int(environment.get("MASTER_PORT", assignment.master_port)),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
