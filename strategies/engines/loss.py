@@ -4,8 +4,8 @@ torch's cross_entropy on 16-bit logits keeps an fp32 copy, its log-softmax and a
 Here the logits stay in their own dtype and are widened a few rows at a time.
 
 Bytes (V vocabulary, N tokens of a micro batch, e bytes of the parameters): logits e N V from the head's forward to its
-backward, their gradient e N V from the loss's backward on, a chunk of CHUNK_ELEMENTS in fp32 while it is at work
-(twice that in forward where e is 2; backward in fp32 and fp64 needs none).
+backward, their gradient e N V from the loss's backward on, and a chunk of CHUNK_ELEMENTS in fp32 while it is at work
+(backward in fp32 and fp64 needs none; on a CPU, which widens before it sums, 16-bit logits need two).
 
 N tokens, V vocabulary.
 """
@@ -40,10 +40,9 @@ class _TokenLoss(torch.autograd.Function):
         index_N1 = targets_N.clamp(min=0)[:, None]
         losses, partitions = [], []
         for rows in _chunks(logits_NV):
-            x = logits_NV[rows].to(wide)
-            picked = torch.log_softmax(x, -1).gather(1, index_N1[rows])
+            picked = torch.log_softmax(logits_NV[rows], -1, dtype=wide).gather(1, index_N1[rows])
             losses.append(-picked[:, 0])
-            partitions.append((x.gather(1, index_N1[rows]) - picked)[:, 0])
+            partitions.append((logits_NV[rows].gather(1, index_N1[rows]) - picked)[:, 0])
         zero = logits_NV.new_zeros((), dtype=wide)
         partition_N = torch.cat(partitions)
         loss = torch.where(counted_N, torch.cat(losses), zero).sum()
@@ -65,7 +64,7 @@ class _TokenLoss(torch.autograd.Function):
             if into.dtype == wide:
                 probability = torch.softmax(logits_NV[rows], -1, out=into)
             else:
-                probability = torch.softmax(logits_NV[rows].to(wide), -1)
+                probability = torch.softmax(logits_NV[rows], -1, dtype=wide)
             if ctx.z_loss:
                 probability.mul_(1 + 2 * ctx.z_loss * partition_N[rows, None])
             index = index_N1[rows]

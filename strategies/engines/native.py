@@ -69,9 +69,14 @@ def build_session(
     if owns_group:
         backend = "nccl" if build.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-    for room in ROOMS:
-        build = room(build)
-    states: States = build.requests["states"](build, weights)
+    try:
+        for room in ROOMS:
+            build = room(build)
+        states: States = build.requests["states"](build, weights)
+    except BaseException:
+        if owns_group:
+            dist.destroy_process_group()
+        raise
     return NativeSession(build, states, z_loss=z_loss, owns_group=owns_group)
 
 

@@ -38,6 +38,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import init_device_mesh
 
 from strategies.engines.engine import Build
@@ -69,26 +70,25 @@ def apply(build: Build) -> Build:
     degree = strategy.data_parallel_degree
     num_shards = strategy.zero_group_size if strategy.zero_stage else 1
     num_replicas = degree // num_shards
-    mesh: Any = None
-    if num_shards > 1 or strategy.zero_stage >= 2:
-        one_group = num_replicas == 1
-        mesh = init_device_mesh(
-            build.device.type,
-            (num_shards,) if one_group else (num_replicas, num_shards),
-            mesh_dim_names=("shard",) if one_group else ("replicate", "shard"),
-        )
-    requests = {
+    requests: dict[str, Any] = {
         "states": FsdpStates if strategy.zero_stage >= 2 else BucketStates,
         "num_shards": num_shards,
         "num_replicas": num_replicas,
-        "shard_group": mesh["shard"].get_group() if mesh is not None else None,
-        "replica_group": _replica_group(mesh, num_replicas),
+        "shard_rank": 0,
+        "shard_group": None,
+        # Those that hold the same shard: all ranks where nothing is sharded.
+        "replica_group": dist.group.WORLD if num_replicas > 1 else None,
     }
+    mesh: Any = None
+    if num_shards > 1 or strategy.zero_stage >= 2:
+        one_group = num_replicas == 1
+        with unset_fake_temporarily():  # a mesh computes with tensors that a trace may not make fake
+            mesh = init_device_mesh(
+                build.device.type,
+                (num_shards,) if one_group else (num_replicas, num_shards),
+                mesh_dim_names=("shard",) if one_group else ("replicate", "shard"),
+            )
+        requests |= {"shard_rank": mesh.get_local_rank("shard"), "shard_group": mesh.get_group("shard")}
+        if not one_group:
+            requests["replica_group"] = mesh.get_group("replicate")
     return replace(build, mesh=mesh, requests={**build.requests, **requests})
-
-
-def _replica_group(mesh: Any, num_replicas: int) -> Any:
-    """Those that hold the same shard: all ranks where nothing is sharded."""
-    if num_replicas == 1:
-        return None
-    return dist.group.WORLD if mesh is None else mesh["replicate"].get_group()

@@ -102,11 +102,11 @@ class BucketStates:
         self.mesh, self.device = build.mesh, build.device
         self.num_shards, self.num_replicas = build.requests["num_shards"], build.requests["num_replicas"]
         self.shard_group, self.replica_group = build.requests["shard_group"], build.requests["replica_group"]
-        rank = build.mesh["shard"].get_local_rank() if self.num_shards > 1 else 0
+        rank = build.requests["shard_rank"]
         dtype = DTYPES[build.precision]
         self.has_master = dtype.itemsize == 2
         gradient_dtype = torch.float32 if build.strategy.states == "mixed_fp32_gradients" else dtype
-        build.module.to(dtype).to_empty(device=build.device)
+        _materialize(build.module, dtype, build.device)
         self.buckets = [
             Bucket(parameters, num_shards=self.num_shards, rank=rank, dtype=gradient_dtype)
             for parameters in _layout(build.module, build.bucket_bytes, gradient_dtype.itemsize)
@@ -250,6 +250,17 @@ class BucketStates:
             "master_weights": [shard.master for shard in shards] if self.has_master else [],
             "optimizer_states": [moment for shard in shards for moment in (shard.exp_avg, shard.exp_avg_sq)],
         }
+
+
+def _materialize(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """New, unfilled parameters in place of those on the meta device; one that stands in two places stays one. (Module.to
+    swaps a tensor's contents, which a trace's fake tensors do not allow.)"""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if parameter not in made:
+                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+            setattr(part, name, made[parameter])
 
 
 def _layout(module: nn.Module, bucket_bytes: int, itemsize: int) -> list[list[tuple[str, nn.Parameter]]]:

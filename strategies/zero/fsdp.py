@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -23,17 +24,18 @@ class FsdpStates:
         strategy = build.strategy
         self.device = build.device
         self.num_replicas = build.requests["num_replicas"]
+        num_shards, rank = build.requests["num_shards"], build.requests["shard_rank"]
         self.gather_per_step, self.reduce_per_step = strategy.gather == "per_step", strategy.reduce == "per_step"
-        _shard(build, keeps=strategy.zero_stage == 2 or self.gather_per_step)
+        with unset_fake_temporarily():  # on the meta device, whether or not a trace plays what follows
+            _shard(build, keeps=strategy.zero_stage == 2 or self.gather_per_step)
         self.root = cast("Any", build.module)
         self.units = [unit for unit in build.module.modules() if isinstance(unit, FSDPModule)]
         build.module.to_empty(device=build.device)
         self.parameters: dict[str, Any] = dict(build.module.named_parameters())
-        mesh = build.mesh["shard"]
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 whole = weights(name, parameter.shape)
-                parameter.to_local().copy_(rows(whole, mesh.size(), mesh.get_local_rank()))
+                parameter.to_local().copy_(rows(whole, num_shards, rank))
         # Uneven shards move into padded storage at the first use; the optimizer must hold what is there afterwards.
         self.root._get_fsdp_state()._lazy_init()
         self.shards = [

@@ -1,0 +1,58 @@
+"""The chunked loss is torch's cross entropy, value and gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from strategies.engines import loss
+from strategies.engines.loss import token_loss
+
+
+@pytest.fixture
+def logits_NV() -> torch.Tensor:
+    return torch.randn(9, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 3
+
+
+TARGETS_N = torch.tensor([0, 12, -100, 5, 5, -100, 1, 7, 3])
+
+
+@pytest.mark.parametrize("chunk", [1, 13, 40, 10**6])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 1e-5), (torch.bfloat16, 1e-2)]
+)
+def test_equals_cross_entropy_at_any_chunk(logits_NV, monkeypatch, chunk, dtype, tolerance):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk)
+    ours = logits_NV.to(dtype).requires_grad_()
+    theirs = ours.detach().double().requires_grad_()
+    told, trained = token_loss(ours, TARGETS_N)
+    expected = F.cross_entropy(theirs, TARGETS_N, reduction="sum")
+    (trained * 0.5).backward()
+    (expected * 0.5).backward()
+    assert told.dtype == torch.promote_types(dtype, torch.float32)
+    assert not told.requires_grad
+    assert told == trained
+    torch.testing.assert_close(told.double(), expected, atol=tolerance, rtol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=tolerance, rtol=0)
+
+
+def test_z_loss_is_trained_and_not_told(logits_NV, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 30)
+    ours, theirs = logits_NV.clone().requires_grad_(), logits_NV.clone().requires_grad_()
+    told, trained = token_loss(ours, TARGETS_N, z_loss=0.1)
+    cross_entropy = F.cross_entropy(theirs, TARGETS_N, reduction="sum")
+    expected = cross_entropy + 0.1 * theirs.logsumexp(-1)[TARGETS_N != -100].square().sum()
+    trained.backward()
+    expected.backward()
+    torch.testing.assert_close(told, cross_entropy.detach(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(trained, expected, atol=1e-12, rtol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=0)
+
+
+def test_a_micro_batch_without_targets_costs_nothing(logits_NV):
+    logits_NV.requires_grad_()
+    told, trained = token_loss(logits_NV, torch.full((9,), -100), z_loss=0.1)
+    trained.backward()
+    assert told == 0
+    assert not logits_NV.grad.any()
