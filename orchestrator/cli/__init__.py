@@ -20,6 +20,7 @@ VERBS: Mapping[str, tuple[str, str, str]] = {
     "plan": ("orchestrator.cli.plan", "command", "Plan a job: strategy, bytes, speed, cost, and why."),
     "run": ("orchestrator.cli.run", "command", "Train a job here and now, or go on where it stopped."),
     "prepare": ("orchestrator.cli.prepare", "command", "Tokenize a job's text; what is there already is used."),
+    "generate": ("orchestrator.cli.generate", "command", "Sample text from a checkpoint."),
     "convert": ("orchestrator.cli.convert", "command", "Write a checkpoint as a Hugging Face folder."),
     "schema": ("orchestrator.cli.schema", "command", "Print the JSON Schema of a job."),
 }

@@ -81,6 +81,8 @@ class CheckpointInfo:
 
     job: Mapping[str, Any]
     """The job that wrote it, as parse_job takes it: a run continues where the two jobs' trajectories are equal."""
+    architecture: Mapping[str, Any]
+    """Shape of the model, so that the weights can be read without the job's surroundings."""
     num_steps: int
     """Length of that run; it shapes the schedule, and may differ from the run that reads it."""
     strategy: Mapping[str, Any]
@@ -275,6 +277,7 @@ def _publish(
         "step": step,
         "time_unix_s": time.time(),
         "job": dict(info.job),
+        "architecture": dict(info.architecture),
         "num_steps": info.num_steps,
         "strategy": dict(info.strategy),
         "data": dict(info.data),

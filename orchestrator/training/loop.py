@@ -67,14 +67,14 @@ class Loop:
         validation: TokenDataset | None,
         share: Share,
         world: Groups,
-        report: Callable[[StepReport | Event], None],
+        reporter: Reporter,
         should_stop: Callable[[], str | None],
         done: int = 0,
         loaded_from: str | None = None,
     ) -> None:
         self.session, self.settings, self.batches, self.validation = session, settings, batches, validation
         self.share, self.world, self.should_stop = share, world, should_stop
-        self._report = report if world.rank == 0 else lambda record: None
+        self.reporter = reporter
         self.done, self.first = done, done + 1
         self.last_checkpoint, self.saved_step = loaded_from, done if loaded_from else None
         self.pending: PendingSave | None = None
@@ -149,7 +149,7 @@ class Loop:
         speed = settings.tokens_per_step / step_s
         speed_per_gpu = speed / self.world.size
         peak = settings.peak_flops
-        self._report(
+        self.reporter.report(
             StepReport(
                 step=batch.step,
                 time_unix_s=time.time(),
@@ -252,15 +252,21 @@ class Loop:
         return Outcome(kind="failed", step=self.done, cause=f"{cause}; {fix}", checkpoint=self.last_checkpoint)
 
     def _event(self, kind: str, cause: str, *, step: int | None = None, **details: Any) -> None:
-        self._report(
-            Event(
-                time_unix_s=time.time(),
-                kind=kind,
-                step=self.done if step is None else step,
-                cause=cause,
-                details=details,
-            )
-        )
+        self.reporter.event(kind, self.done if step is None else step, cause, **details)
+
+    def close(self) -> None:
+        self.batches.close()
+        self.session.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Reporter:
+    """Where step reports and events go."""
+
+    report: Callable[[StepReport | Event], None]
+
+    def event(self, kind: str, step: int, cause: str, **details: Any) -> None:
+        self.report(Event(time_unix_s=time.time(), kind=kind, step=step, cause=cause, details=details))
 
 
 class Groups:

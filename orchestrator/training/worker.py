@@ -18,7 +18,6 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +35,7 @@ from orchestrator.training.assignment import Assignment, Outcome
 from orchestrator.training.batches import Batches, Share
 from orchestrator.training.checkpoint import CheckpointInfo
 from orchestrator.training.data import open_datasets
-from orchestrator.training.loop import Groups, Loop, Settings
+from orchestrator.training.loop import Groups, Loop, Reporter, Settings
 from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, read_manifest
 from orchestrator.training.schedule import CheckpointEvery, learning_rate
 from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
@@ -72,64 +71,78 @@ def train(
         torch.cuda.set_device(device)
     join(assignment, device)
     clock.lap("join_s")
-    world = Groups()
-    tell = report if world.rank == 0 else lambda record: None
-    batches: Batches | None = None
-    session: Session | None = None
+    loop: Loop | None = None
     try:
-        train_set, validation = open_datasets(assignment.data_directory, job.batch.sequence_length)
-        check_vocabulary(train_set.index.vocab_size, job.architecture.vocab_size)
-        if world.rank == 0:
-            keep_tokenizer(train_set.index, Path(assignment.run_directory))
-        info = CheckpointInfo(
-            job=assignment.job,
-            num_steps=length_of(job),
-            strategy=asdict(assignment.strategy),
-            data={"tokenizer": train_set.index.tokenizer["fingerprint"], "tokens": train_set.index.fingerprint},
-        )
-        ref = None if assignment.resume_from is None else resumable(Path(assignment.resume_from), job, info)
-        clock.lap("data_s")
-        session = build(assignment, job, device)
-        clock.lap("build_s")
-        settings = settings_of(assignment, job, info)
-        if ref is not None:
-            checkpoint.load(session, ref, group=world.checkpoints)
-            tell_of_resume(ref, settings, tell, job)
-        clock.lap("load_s")
-        done = 0 if ref is None else ref.step
-        if world.rank == 0:
-            checkpoint.sweep(settings.checkpoint_directory)
-        share = share_of(assignment, device)
-        batches = Batches(
-            train_set,
-            share,
-            seed=job.training.seed,
-            global_batch_size=job.batch.global_batch_size,
-            first_step=done + 1,
-        )
-        tell(event("worker_started", done, "the model stands and the first batch is read", **clock.laps))
-        loop = Loop(
-            session,
-            settings,
-            batches=batches,
-            validation=validation,
-            share=share,
-            world=world,
-            report=report,
-            should_stop=should_stop,
-            done=done,
-            loaded_from=assignment.resume_from,
-        )
+        world = Groups()
+        reporter = Reporter(report) if world.rank == 0 else Reporter(lambda record: None)
+        try:
+            loop = set_up(assignment, job, device, world, clock, reporter, should_stop)
+        except (
+            ValueError
+        ) as error:  # the user's: a strategy that is not built, a checkpoint that is refused, data amiss
+            reporter.event("refused", 0, str(error))
+            return Outcome(kind="failed", step=0, cause=str(error), checkpoint=assignment.resume_from)
         return loop.run()
-    except ValueError as error:  # the user's: a strategy that is not built, a checkpoint that is refused, data amiss
-        tell(event("refused", 0, str(error)))
-        return Outcome(kind="failed", step=0, cause=str(error), checkpoint=assignment.resume_from)
     finally:
-        if batches is not None:
-            batches.close()
-        if session is not None:
-            session.close()
+        if loop is not None:
+            loop.close()
         dist.destroy_process_group()
+
+
+def set_up(
+    assignment: Assignment,
+    job: Job,
+    device: torch.device,
+    world: Groups,
+    clock: Phases,
+    reporter: Reporter,
+    should_stop: Callable[[], str | None],
+) -> Loop:
+    """Data, model, checkpoint: everything before the first step. ValueError where the user has something to mend."""
+    train_set, validation = open_datasets(assignment.data_directory, job.batch.sequence_length)
+    check_vocabulary(train_set.index.vocab_size, job.architecture.vocab_size)
+    info = CheckpointInfo(
+        job=assignment.job,
+        architecture=asdict(job.architecture),
+        num_steps=length_of(job),
+        strategy=asdict(assignment.strategy),
+        data={"tokenizer": train_set.index.tokenizer["fingerprint"], "tokens": train_set.index.fingerprint},
+    )
+    ref = None if assignment.resume_from is None else resumable(Path(assignment.resume_from), job, info)
+    settings = settings_of(assignment, job, info)
+    if world.rank == 0:
+        keep_tokenizer(train_set.index, Path(assignment.run_directory))
+        checkpoint.sweep(settings.checkpoint_directory)
+    clock.lap("data_s")
+    session = build(assignment, job, device)
+    clock.lap("build_s")
+    done = 0
+    if ref is not None:
+        checkpoint.load(session, ref, group=world.checkpoints)
+        done = ref.step
+        tell_of_resume(ref, settings, job, reporter)
+    clock.lap("load_s")
+    share = share_of(assignment, device)
+    batches = Batches(
+        train_set,
+        share,
+        seed=job.training.seed,
+        global_batch_size=job.batch.global_batch_size,
+        first_step=done + 1,
+    )
+    reporter.event("worker_started", done, "the model stands and the first batch is read", **clock.laps)
+    return Loop(
+        session,
+        settings,
+        batches=batches,
+        validation=validation,
+        share=share,
+        world=world,
+        reporter=reporter,
+        should_stop=should_stop,
+        done=done,
+        loaded_from=assignment.resume_from,
+    )
 
 
 # Set-up --------------------------------------------------------------------------------------------------------------
@@ -264,23 +277,21 @@ def resumable(path: Path, job: Job, info: CheckpointInfo) -> CheckpointRef:
     return ref
 
 
-def tell_of_resume(ref: CheckpointRef, settings: Settings, tell: Callable[[Event], None], job: Job) -> None:
+def tell_of_resume(ref: CheckpointRef, settings: Settings, job: Job, reporter: Reporter) -> None:
     """Where it goes on; and, where the length of the run changed, how far the learning rate jumps."""
-    tell(event("resumed", ref.step, f"training goes on after step {ref.step}", checkpoint=str(ref.path)))
+    reporter.event("resumed", ref.step, f"training goes on after step {ref.step}", checkpoint=str(ref.path))
     before, now = int(ref.manifest["num_steps"]), settings.num_steps
     if before == now or ref.step == now:
         return
     step = ref.step + 1
     old, new = rate_of(job, before)(step), settings.learning_rate(step)
-    tell(
-        event(
-            "schedule_changed",
-            ref.step,
-            f"the run is now {now} steps long instead of {before}: the learning rate of step {step} is {new:.3g} "
-            f"instead of {old:.3g}",
-            learning_rate=new,
-            learning_rate_before=old,
-        )
+    reporter.event(
+        "schedule_changed",
+        ref.step,
+        f"the run is now {now} steps long instead of {before}: the learning rate of step {step} is {new:.3g} "
+        f"instead of {old:.3g}",
+        learning_rate=new,
+        learning_rate_before=old,
     )
 
 
@@ -297,10 +308,6 @@ class Phases:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._mark = now - self._mark, now
-
-
-def event(kind: str, step: int, cause: str, **details: Any) -> Event:
-    return Event(time_unix_s=time.time(), kind=kind, step=step, cause=cause, details=details)
 
 
 def main(arguments: list[str]) -> int:

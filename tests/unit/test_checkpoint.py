@@ -22,7 +22,7 @@ from strategies.engines.native import build_session
 from strategies.strategy import Strategy
 from tests.ranks import spawn
 
-INFO = CheckpointInfo(job={"name": "tiny"}, num_steps=8, strategy={}, data={"tokenizer": "byte"})
+INFO = CheckpointInfo(job={"name": "tiny"}, architecture={}, num_steps=8, strategy={}, data={"tokenizer": "byte"})
 BATCH = MicroBatch(
     input_ids_BS=torch.arange(24).view(2, 12) % 61,
     target_ids_BS=(torch.arange(24).view(2, 12) * 7 + 1) % 61,

@@ -1,0 +1,75 @@
+"""Text from a checkpoint: the weights in one process, one token after the other.
+
+Every token costs a whole forward pass over what is in the window; keys and values are not kept. Good for looking at what a
+model learned, not for serving it.
+S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.models.architecture import Architecture
+from orchestrator.models.opt import OPT
+from orchestrator.training.checkpoint import read_into
+from orchestrator.training.manifest import CheckpointRef
+
+
+def load_model(ref: CheckpointRef) -> OPT:
+    """The model of a checkpoint of any strategy, whole, in fp32. Raises CheckpointRefused."""
+    with torch.device("meta"):
+        model = OPT(Architecture(**ref.manifest["architecture"]))
+    model = model.to(torch.float32).to_empty(device="cpu").eval().requires_grad_(False)
+    targets: dict[str, Any] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    read_into(targets, ref)
+    return model
+
+
+@torch.inference_mode()
+def generate(
+    model: OPT,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    end_of_text: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """New token ids, at most max_tokens, until end_of_text, which is not among them; the same seed gives the same.
+
+    Args:
+        prompt: at least one id. Of what is longer than the position table its last part is seen.
+        vocab_size: of the tokenizer; the model's table may be padded beyond it.
+        temperature: 0 takes the likeliest token always.
+        top_p: the smallest set of tokens whose probabilities reach it (nucleus sampling, arXiv:1904.09751).
+    """
+    if not prompt:
+        raise ValueError("the prompt holds no token; give at least one character")
+    window = model.embed.positions.num_embeddings - model.embed.offset
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(max_tokens):
+        logits_V = model(torch.tensor([tokens[-window:]]))[0, -1, :vocab_size]
+        token = choose(logits_V, temperature=temperature, top_p=top_p, generator=generator)
+        if token == end_of_text:
+            return
+        tokens.append(token)
+        yield token
+
+
+def choose(logits_V: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One token id, drawn from the logits."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    descending_V, ids_V = (logits_V.double() / temperature).softmax(-1).sort(descending=True, stable=True)
+    # A token stays if those before it do not reach top_p yet; the first always does.
+    kept_V = descending_V.cumsum(-1) - descending_V < top_p
+    kept_V[0] = True
+    drawn = torch.multinomial(descending_V * kept_V, 1, generator=generator)
+    return int(ids_V[drawn])
