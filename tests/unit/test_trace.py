@@ -1,0 +1,56 @@
+"""The engine's own step on tensors that hold nothing: what it says is what the closed form and a count by hand say."""
+
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.models.architecture import block_parameters, make_architecture, num_parameters
+from orchestrator.planner.trace import trace
+from strategies.strategy import Stage, Strategy
+
+ARCH = make_architecture(
+    family="opt", num_layers=3, hidden_size=64, num_heads=4, ffn_size=256, vocab_size=512, max_position=128
+)
+
+
+def strategy(zero_stage: int, ranks: int, layers: int = 3) -> Strategy:
+    stage = Stage(
+        stage=0, pipeline_rank=0, first_layer=0, num_layers=layers, num_checkpointed_layers=0, embedding=True, head=True
+    )
+    return Strategy(
+        data_parallel_degree=ranks,
+        zero_stage=zero_stage,
+        zero_group_size=ranks if zero_stage else 1,
+        states="mixed" if zero_stage < 2 else "sharded_fp32",
+        micro_batch_size=2,
+        stages=(stage,),
+    )
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("zero_stage", "ranks"), [(0, 2), (1, 4), (2, 4), (3, 4)])
+def test_states_are_sharded_as_the_zero_paper_says(zero_stage, ranks):
+    played = trace(ARCH, strategy(zero_stage, ranks), sequence_length=64, precision="bf16")
+    count = num_parameters(ARCH)
+    moments = 8 * count / (ranks if zero_stage else 1)
+    assert played.components["optimizer_states"] == pytest.approx(moments, rel=0.02)
+    if zero_stage < 2:
+        assert played.components["parameters"] == 2 * count
+        assert played.components["master_weights"] == pytest.approx(moments / 2, rel=0.02)
+    else:
+        assert played.components["parameters"] == pytest.approx(4 * count / ranks, rel=0.02)
+        assert played.collective_bytes["reduce_scatter"] > 0
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_two_short_depths_give_the_deep_models_peak():
+    from dataclasses import replace
+
+    deep = replace(ARCH, num_layers=9)
+    lined = trace(deep, strategy(1, 2, layers=9), sequence_length=64, precision="bf16")
+    assert lined.num_layers_traced == (3, 5)
+    shallow = trace(ARCH, strategy(1, 2), sequence_length=64, precision="bf16")
+    per_layer = (lined.tensor_peak_bytes - shallow.tensor_peak_bytes) / 6
+    assert per_layer > 10 * block_parameters(ARCH), (
+        "each layer adds at least its states: 2 + 2 + 12/2 bytes a parameter"
+    )
