@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 import shutil
 import threading
 import time
@@ -21,14 +20,14 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict_loader import load as read_shards
 from torch.distributed.checkpoint.state_dict_saver import save as write_shards
 from torch.distributed.tensor import DTensor
@@ -48,6 +47,7 @@ from orchestrator.training.manifest import (
     verify,
     verify_files,
 )
+from orchestrator.training.reader import Reader
 
 if TYPE_CHECKING:
     from strategies.engines.engine import Session
@@ -329,7 +329,7 @@ def read_into(targets: dict[str, Any], ref: CheckpointRef, *, group: dist.Proces
             _together(lambda: verify_files(ref, mine), group)
         except CheckpointFailed as error:
             raise CheckpointRefused(ref.path.name, str(error)) from None
-    reader = _Reader(ref)
+    reader = Reader(ref)
     reader.refuse_unfit(targets)
     try:
         with warnings.catch_warnings():
@@ -343,75 +343,6 @@ def read_into(targets: dict[str, Any], ref: CheckpointRef, *, group: dist.Proces
             )
     except CheckpointException as error:
         raise CheckpointRefused(ref.path.name, f"it cannot be read: {_told(error)}") from None
-
-
-class _Reader(FileSystemReader):
-    """Torch's reader, without its pickle.load: only metadata classes, only files that the manifest vouches for."""
-
-    def __init__(self, ref: CheckpointRef) -> None:
-        super().__init__(ref.path)
-        self.name = ref.path.name
-        try:
-            with open(ref.path / ".metadata", "rb") as file:
-                self.metadata = cast("Metadata", _MetadataUnpickler(file).load())
-        except pickle.UnpicklingError as error:
-            raise CheckpointRefused(self.name, str(error)) from None
-        for info in self.metadata.storage_data.values():
-            if info.relative_path not in ref.manifest["files"]:
-                raise CheckpointRefused(self.name, f"its .metadata names a foreign file: {info.relative_path}")
-        self.metadata.storage_meta = StorageMeta(load_id=self.load_id)
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self.metadata
-
-    def refuse_unfit(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Torch would raise in the middle of a collective, on one rank perhaps, and fill what is missing with nothing."""
-        held = self.metadata.state_dict_metadata
-        if missing := sorted(targets.keys() - held.keys()):
-            raise CheckpointRefused(
-                self.name, f"it lacks {len(missing)} tensors of this model, {missing[0]} among them"
-            )
-        for name, tensor in targets.items():
-            size = getattr(held[name], "size", None)
-            if size != tensor.shape:
-                raise CheckpointRefused(
-                    self.name, f"its {name} has shape {list(size or ())}, this model's {list(tensor.shape)}"
-                )
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads what FileSystemWriter.finish writes (torch 2.11 to 2.13) and refuses every other class or function."""
-
-    ALLOWED = frozenset(
-        {
-            *(
-                ("torch.distributed.checkpoint.metadata", name)
-                for name in (
-                    "Metadata",
-                    "MetadataIndex",
-                    "TensorStorageMetadata",
-                    "BytesStorageMetadata",
-                    "ChunkStorageMetadata",
-                    "TensorProperties",
-                    "StorageMeta",
-                    "_MEM_FORMAT_ENCODING",
-                )
-            ),
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "Path"),
-            ("pathlib._local", "PosixPath"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in self.ALLOWED:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        raise pickle.UnpicklingError(f".metadata asks for {module}.{name}, which no checkpoint of ours contains")
 
 
 # Small tools --------------------------------------------------------------------------------------------------------
