@@ -1,6 +1,7 @@
 """What a strategy needs to know of a model. Pure numbers: no family, no framework.
 
 Elements and FLOPs are per token and per layer unless a name says otherwise; bytes appear when the precision is known.
+h hidden size, f feed-forward size, k key/value width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Matmul:
-    """One linear layer of a block: [tokens, inputs] x [inputs, outputs]."""
+    """Linear layers of one shape in a block: [tokens, inputs] x [inputs, outputs]."""
 
     name: str
     inputs: int
     outputs: int
     split: str
     """column: outputs are split over the tensor group; row: inputs are."""
+    count: int = 1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,16 +44,31 @@ class Workload:
     """Final norm and projections, and the output table unless it is the embedding's."""
     matmuls: tuple[Matmul, ...]
     """Of one block."""
-    saved_elements: int
-    """Elements a token leaves for backward in one block, flash attention, no dropout; those of attention's own scores
-    apart. OPT: 12 h (24 sbh bytes in 16 bit): ReLU's output is also the next product's input, so 34 sbh of
-    arXiv:2205.05198 (GeLU, with dropout) is not its number."""
-    saved_elements_selective: int
-    """The same where matrix products and attention are kept and the element-wise rest is computed again."""
-    elementwise_elements: int
-    """Elements a token's forward pass reads and writes in one block outside the products (norms, activation, residuals)."""
+    saved_whole_elements: int
+    """Elements a token leaves for backward in one block that tensor parallelism alone does not split: inputs and outputs of
+    the norms, 4 h."""
+    saved_split_elements: int
+    """The split ones, without attention's scores and dropout: q, k, v, attention's output and what the feed-forward keeps.
+    OPT: 4 h + f, 24 sbh bytes a layer with the whole ones in 16 bit: ReLU's output is also the next product's input, so
+    34 sbh of arXiv:2205.05198 (GeLU, with dropout's two masks) is not its number."""
+    selective_whole_elements: int
+    """What selective checkpointing keeps in their place: the block's input and the outputs of its row-parallel products."""
+    selective_split_elements: int
+    """The split ones: outputs of the products and of attention; the element-wise rest is computed again."""
+    traffic_whole_elements: int
+    """Elements read and written outside the products by one forward pass, not split: two fused norms, two residual sums."""
+    unfused_norm_elements: int
+    """The same that norms made of separate kernels add (RMS in torch: fp32 copy, square, mean, scale, cast); 0 where the
+    family's norm is one kernel anyway."""
+    traffic_split_elements: int
+    """The split ones: activation, gate, rotary embedding, transposes."""
     num_kernels: int
     """Kernels of one block's forward pass."""
+    attention_bias: bool
+    """Scores carry a bias (ALiBi as BLOOM's stack adds it) that flash kernels do not take: unfused attention runs."""
+    native: bool
+    """The project's own module and loss run this family, and its bytes are those of the code. Others are priced as the
+    stacks that published them."""
 
     @property
     def num_parameters(self) -> int:
@@ -60,10 +77,15 @@ class Workload:
     @property
     def block_matmul_elements(self) -> int:
         """Multiply-adds of one token in one block's linear layers."""
-        return sum(matmul.inputs * matmul.outputs for matmul in self.matmuls)
+        return sum(matmul.count * matmul.inputs * matmul.outputs for matmul in self.matmuls)
 
     def model_flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward, attention over the whole square: 6 N + 12 L h s (PaLM, arXiv:2204.02311, app. B), with N
         the weights that multiply, the head's table among them."""
         weights = self.num_layers * self.block_matmul_elements + self.vocab_size * self.embedding_size
         return 6.0 * weights + 12.0 * self.num_layers * self.num_heads * self.head_dim * sequence_length
+
+    def recomputed_flops_per_token(self, num_layers: int, sequence_length: int) -> float:
+        """One more forward pass of so many layers: what hfu counts and mfu does not."""
+        attention = 4.0 * self.num_heads * self.head_dim * sequence_length
+        return num_layers * (2.0 * self.block_matmul_elements + attention)

@@ -6,6 +6,7 @@ from functools import lru_cache
 
 from orchestrator.models.architecture import (
     Architecture,
+    Family,
     block_parameters,
     embedding_parameters,
     head_parameters,
@@ -13,27 +14,21 @@ from orchestrator.models.architecture import (
 )
 from strategies.workload import Matmul, Workload
 
+BUILT: tuple[Family, ...] = ("opt",)
+"""Families that have a torch module here."""
+
 
 @lru_cache(maxsize=256)
 def workload(arch: Architecture) -> Workload:
     """What the strategies' cost doors see of an architecture."""
-    hidden, ffn, kv = arch.hidden_size, arch.ffn_size, arch.kv_size
-    gated = arch.traits.gated
-    ups = ("gate", "up") if gated else ("up",)
-    matmuls = (
-        Matmul(name="q", inputs=hidden, outputs=hidden, split="column"),
-        Matmul(name="k", inputs=hidden, outputs=kv, split="column"),
-        Matmul(name="v", inputs=hidden, outputs=kv, split="column"),
-        Matmul(name="out", inputs=hidden, outputs=hidden, split="row"),
-        *(Matmul(name=name, inputs=hidden, outputs=ffn, split="column") for name in ups),
-        Matmul(name="down", inputs=ffn, outputs=hidden, split="row"),
-    )
-    # Saved: both norms' inputs and outputs, q k v, the attention's output; then what the MLP's backward needs.
-    mlp = {"relu": ffn, "gelu": 2 * ffn, "swiglu": 4 * ffn, "geglu": 4 * ffn}[arch.traits.activation]
-    attention = 2 * hidden + hidden + 2 * kv + hidden
-    saved = attention + 2 * hidden + mlp
-    products = hidden + hidden + 2 * kv + 2 * hidden + len(ups) * ffn + hidden
-    row_biases = 2 * hidden if arch.traits.bias else 0
+    hidden, ffn, kv, traits = arch.hidden_size, arch.ffn_size, arch.kv_size, arch.traits
+    num_up = 2 if traits.gated else 1
+    # Saved of the feed-forward: ReLU its output; GeLU its input and output; a gate both projections, the activation of one
+    # and the product.
+    saved_ffn = {"relu": 1, "gelu": 2, "swiglu": 4, "geglu": 4}[traits.activation]
+    # Read and written: ReLU and GeLU 2 f; a gate 5 f (activation 2, product 3); transposes of q, k, v and the output 4 h,
+    # rotary q and k 3 h more.
+    rotary = 3 * hidden if traits.positions == "rotary" else 0
     return Workload(
         num_layers=arch.num_layers,
         hidden_size=hidden,
@@ -45,13 +40,23 @@ def workload(arch: Architecture) -> Workload:
         embedding_size=arch.embedding_size,
         tied_embeddings=arch.tied_embeddings,
         block_parameters=block_parameters(arch),
-        block_replicated_parameters=2 * norm_parameters(arch) + row_biases,
+        block_replicated_parameters=2 * norm_parameters(arch) + (2 * hidden if traits.bias else 0),
         embedding_parameters=embedding_parameters(arch),
         head_parameters=head_parameters(arch),
-        matmuls=matmuls,
-        saved_elements=saved,
-        saved_elements_selective=min(saved, products),
-        # Two norms (read, write), two residual additions (two reads, one write), the activation (read, write).
-        elementwise_elements=4 * hidden + 6 * hidden + (3 if gated else 2) * ffn,
-        num_kernels=14 + (3 if gated else 0) + (4 if arch.traits.positions == "rotary" else 0),
+        matmuls=(
+            Matmul(name="qkv", inputs=hidden, outputs=hidden + 2 * kv, split="column"),
+            Matmul(name="out", inputs=hidden, outputs=hidden, split="row"),
+            Matmul(name="up", inputs=hidden, outputs=ffn, split="column", count=num_up),
+            Matmul(name="down", inputs=ffn, outputs=hidden, split="row"),
+        ),
+        saved_whole_elements=4 * hidden,
+        saved_split_elements=2 * hidden + 2 * kv + saved_ffn * ffn,
+        selective_whole_elements=3 * hidden,
+        selective_split_elements=2 * hidden + 2 * kv + num_up * ffn,
+        traffic_whole_elements=2 * 2 * hidden + 2 * 3 * hidden,
+        unfused_norm_elements=32 * hidden if traits.norm == "rms" else 0,
+        traffic_split_elements=(5 if traits.gated else 2) * ffn + 4 * hidden + rotary,
+        num_kernels=14 + (3 if traits.gated else 0) + (4 if traits.positions == "rotary" else 0),
+        attention_bias=arch.family == "bloom",
+        native=arch.family in BUILT,
     )

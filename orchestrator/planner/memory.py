@@ -1,13 +1,22 @@
-"""Bytes of every pipeline rank, by component, at the peak of its step. A fold of the rooms' cost doors.
+"""Bytes of every pipeline rank, by component, at the peak of its step: the fold of the rooms' cost doors.
 
-The peak is the largest of three moments: the end of forward (all activations and the loss), the start of backward's work
-on a block, and the optimizer; not a sum of maxima. b micro batch, s sequence, h hidden, V vocabulary."""
+The peak is the largest of four moments, not a sum of maxima: the end of forward with the loss, the head's backward pass, the
+last block's, and the optimizer. For the families built here the tensors are those of the code (strategies/zero/apply.py,
+engines/loss.py), and benchmarks.trace holds them against the traced step; other families hold what the stacks that published
+them held. docs/explanation/memory-model.md.
+
+For a search, all else equal: bytes never fall as micro_batch_size grows at fixed accumulation, never rise with a wider
+zero_group_size, and more checkpointed layers (one or more) never hold more."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
 
 from clusters.cluster import Cluster
+from orchestrator.planner.roofline import ELEMENT
+from strategies.constants import MEMORY, MemoryConstants
 from strategies.offload import cost as offload
 from strategies.pipeline import cost as pipeline
 from strategies.recompute import cost as recompute
@@ -16,16 +25,12 @@ from strategies.tensor import cost as tensor
 from strategies.workload import Workload
 from strategies.zero import cost as zero
 
-ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
-"""Bytes of an activation."""
-CUDA_CONTEXT_BYTES = int(0.75 * 2**30)
-"""Driver context and library workspaces of one process."""
-COMMUNICATOR_BYTES = 100 * 2**20
-"""Buffers of one NCCL communicator."""
-FRAGMENTATION = {"cuda": 0.03, "cpu": 0.15}
-"""Reserved over allocated, less one: A100 runs show 0.02 to 0.06; on CPU the resident set grows 15 % above live tensors."""
+CPU_FRAGMENTATION = 0.15
+"""Resident set over live tensors, less one, where malloc is left to its defaults."""
 CPU_PROCESS_BYTES = 218 * 2**20
 """Resident after the imports."""
+COMMUNICATOR_BYTES = 64 * 2**20
+"""NCCL's buffers of one communicator beyond the first."""
 MEMORY_ERROR = 0.02
 """Margin kept of what the driver reports as total."""
 
@@ -50,11 +55,42 @@ class StageMemory:
     peak_bytes: int
 
 
+class Stages(Sequence[StageMemory]):
+    """One entry a pipeline rank, worked out when it is read: a search only wants the fullest."""
+
+    def __init__(self, make: Callable[[int], StageMemory], size: int, known: dict[int, StageMemory]) -> None:
+        self._make, self._size, self._known = make, size, known
+
+    def __len__(self) -> int:
+        return self._size
+
+    @overload
+    def __getitem__(self, index: int) -> StageMemory: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[StageMemory]: ...
+    def __getitem__(self, index: int | slice) -> StageMemory | list[StageMemory]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._size))]
+        rank = range(self._size)[index]
+        if rank not in self._known:
+            self._known[rank] = self._make(rank)
+        return self._known[rank]
+
+    def __iter__(self) -> Iterator[StageMemory]:
+        return (self[rank] for rank in range(self._size))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stages) and list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash(self[0])
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryPrice:
     """All pipeline ranks against the budget, bytes."""
 
-    stages: tuple[StageMemory, ...]
+    stages: Sequence[StageMemory]
     peak_bytes: int
     usable_bytes: int
     host_bytes_per_node: int
@@ -79,27 +115,33 @@ def price_memory(
     global_batch_size: int,
     sequence_length: int,
     precision: str,
+    constants: MemoryConstants = MEMORY,
 ) -> MemoryPrice:
-    """Prices a strategy whose `stages` are set. Never falls as micro_batch_size grows at fixed accumulation."""
-    kind = cluster.accelerator.kind
-    degree = strategy.pipeline_parallel_degree
-    stages: list[StageMemory] = []
-    host = nvme = 0.0
-    for rank in range(degree):
-        if 1 < rank < degree - 1 and strategy.num_virtual_stages == 1 and _same_share(strategy, rank):
-            stages.append(replace(stages[-1], pipeline_rank=rank))  # holds less in flight; the one before bounds it
-            continue
-        stage, offloaded = _stage(work, strategy, rank, sequence_length, precision, kind)
-        stages.append(stage)
-        host, nvme = max(host, offloaded.host_bytes), max(nvme, offloaded.nvme_bytes)
-    margin = (
-        cluster.calibration.memory_error if cluster.calibration and cluster.calibration.memory_error else MEMORY_ERROR
-    )
+    """Prices a strategy whose `stages` are set."""
+    element, kind = ELEMENT[precision], cluster.accelerator.kind
+    shares = pipeline.shares(strategy)
+    micro = _micro_batch(work, strategy, constants, sequence_length, element)
+    away: dict[int, offload.Offloaded] = {}
+
+    def make(rank: int) -> StageMemory:
+        held = _held(work, strategy, shares.by_rank[rank], precision)
+        away[rank] = held[0]
+        return _stage(work, strategy, constants, shares.by_rank[rank], held, micro, rank, element, kind)
+
+    known = {rank: make(rank) for rank in shares.distinct}
+    host = max(leaves.host_bytes for leaves in away.values())
+    nvme = max(leaves.nvme_bytes for leaves in away.values())
+    if strategy.offload.activations == "host":
+        host += max(_kept(strategy, share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
+    calibration = cluster.calibration
+    margin = (calibration.memory_error if calibration else None) or MEMORY_ERROR
     ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
-    staging = max(s.parameters + s.master_weights + s.optimizer_states for s in stages)  # one copy for the checkpoint
+    staging = max(
+        s.parameters + s.master_weights + s.optimizer_states for s in known.values()
+    )  # a checkpoint's one copy
     return MemoryPrice(
-        stages=tuple(stages),
-        peak_bytes=max(stage.peak_bytes for stage in stages),
+        stages=Stages(make, strategy.pipeline_parallel_degree, known),
+        peak_bytes=max(stage.peak_bytes for stage in known.values()),
         usable_bytes=int(cluster.accelerator.memory_bytes * (1 - margin)),
         host_bytes_per_node=int((host + staging) * ranks_per_node) if kind == "cuda" else 0,
         nvme_bytes_per_node=int(nvme * ranks_per_node),
@@ -108,108 +150,151 @@ def price_memory(
     )
 
 
-def _same_share(strategy: Strategy, rank: int) -> bool:
-    return strategy.stages[rank].num_layers == strategy.stages[rank - 1].num_layers
+@dataclass(slots=True)
+class _MicroBatch:
+    """Bytes of one micro batch on any rank."""
+
+    tokens: int
+    hidden: float
+    """One activation of the residual stream."""
+    layer: float
+    """An uncheckpointed layer's."""
+    checkpointed: float
+    """A checkpointed layer's."""
+    logits: tuple[float, float]
+    working: float
+    """A block's backward pass beyond what was saved."""
+    final: float
+    """What the head keeps: the last block's output, its norm's, and a narrower projection."""
+
+
+def _micro_batch(
+    work: Workload, strategy: Strategy, constants: MemoryConstants, sequence_length: int, element: int
+) -> _MicroBatch:
+    tokens = strategy.micro_batch_size * sequence_length
+    hidden = float(tokens * work.hidden_size * element)
+    shape = {"tokens": tokens, "sequence_length": sequence_length, "element": element}
+    layer = kept = recompute.saved_bytes(work, strategy, constants, selective=False, **shape)
+    kind = strategy.activation_checkpointing
+    if kind == "full":
+        kept = recompute.boundary_bytes(work, strategy, tokens=tokens, element=element)
+    elif kind == "selective":
+        kept = min(layer, recompute.saved_bytes(work, strategy, constants, selective=True, **shape))
+    if work.native:
+        working = _native_working(work, strategy, tokens, element)
+        working += layer - kept if kind != "none" else 0.0
+    else:
+        working = constants.working_elements * hidden + (constants.recompute_layers * layer if kind == "full" else 0.0)
+    return _MicroBatch(
+        tokens=tokens,
+        hidden=hidden,
+        layer=layer,
+        checkpointed=kept,
+        logits=tensor.logit_bytes(work, strategy, constants, tokens=tokens, element=element),
+        working=working,
+        final=hidden * 2,
+    )
+
+
+def _native_working(work: Workload, strategy: Strategy, tokens: int, element: int) -> float:
+    """The feed-forward's backward pass: gradients of ReLU's output and input, of the residual stream and of the norm's
+    output, and the down projection's weight gradient."""
+    split = strategy.tensor_parallel_degree
+    stream = tokens * element * (2 * work.ffn_size / split + 2 * work.hidden_size)
+    return stream + work.ffn_size * work.hidden_size / split * element
+
+
+def _held(
+    work: Workload, strategy: Strategy, share: pipeline.Share, precision: str
+) -> tuple[offload.Offloaded, float, float, float]:
+    """(states of a rank after offload, its parameters, those of one block, those outside the blocks)."""
+    block = tensor.block_parameters(work, strategy)
+    outside = 0.0
+    if share.embedding:
+        outside += work.embedding_parameters
+    if share.head:
+        outside += work.head_parameters
+        if work.tied_embeddings and not share.embedding:
+            outside += work.vocab_size * work.embedding_size
+    outside /= strategy.tensor_parallel_degree
+    parameters = share.layers * block + outside
+    states = zero.state_bytes(parameters, strategy, precision)
+    owned = parameters / zero.group_size(strategy)
+    left = offload.offloaded(states, strategy, num_owned_parameters=owned, element=ELEMENT[precision])
+    return left, parameters, block, outside
+
+
+def _kept(strategy: Strategy, share: pipeline.Share, micro: _MicroBatch) -> float:
+    """Activations of one micro batch on one rank."""
+    return share.checkpointed * micro.checkpointed + (share.layers - share.checkpointed) * micro.layer
 
 
 def _stage(
-    work: Workload, strategy: Strategy, rank: int, sequence_length: int, precision: str, kind: str
-) -> tuple[StageMemory, offload.Offloaded]:
-    element = ELEMENT[precision]
-    held = [stage for stage in strategy.stages if stage.pipeline_rank == rank]
-    layers = sum(stage.num_layers for stage in held)
-    checkpointed = sum(stage.num_checkpointed_layers for stage in held)
-    embedding, head = any(s.embedding for s in held), any(s.head for s in held)
-    split = strategy.tensor_parallel_degree
-    block = tensor.block_parameters(work, strategy)
-    tied_copy = work.vocab_size * work.embedding_size if head and not embedding and work.tied_embeddings else 0
-    outside = (work.embedding_parameters * embedding + (work.head_parameters + tied_copy) * head) / split
-    parameters = layers * block + outside
-    states = zero.state_bytes(parameters, strategy, precision)
-    owned = parameters / (strategy.zero_group_size if strategy.zero_stage else 1)
-    left = offload.offloaded(states, strategy, num_owned_parameters=owned, element=element)
+    work: Workload,
+    strategy: Strategy,
+    constants: MemoryConstants,
+    share: pipeline.Share,
+    held: tuple[offload.Offloaded, float, float, float],
+    micro: _MicroBatch,
+    rank: int,
+    element: int,
+    kind: str,
+) -> StageMemory:
+    left, parameters, block, outside = held
     gpu = left.gpu
-    tokens = strategy.micro_batch_size * sequence_length
-
-    full_layer = recompute.layer_bytes(work, strategy, tokens=tokens, sequence_length=sequence_length, element=element)
-    kept = _kept_bytes(work, strategy, layers, checkpointed, tokens, element, full_layer)
-    flights = pipeline.in_flight(strategy, rank)
-    if strategy.offload.activations == "host":
-        flights = 1.0
-    boundary = tokens * work.hidden_size * element
-    activations = kept * flights + (boundary if head else 0)
-    logits = 12.0 * tokens * work.vocab_size / split * (2 if precision == "fp64" else 1) if head else 0.0
+    flights = 1.0 if strategy.offload.activations == "host" else pipeline.in_flight(strategy, rank)
+    activations = _kept(strategy, share, micro) * flights
+    logits = at_head = 0.0
+    if share.head:
+        logits, at_head = micro.logits
+        activations += micro.final
 
     gathered = zero.gathered_bytes(parameters, block, outside, strategy, element)
-    unsharded = zero.unsharded_gradient_bytes(parameters, block, outside, strategy, element)
-    # Backward through one block: its gradients in flight, and what recompute makes again of a checkpointed one.
-    width = max(work.ffn_size, 2 * work.hidden_size) / split
-    working = tokens * element * (2 * width + 2 * work.hidden_size)
-    again = full_layer if strategy.activation_checkpointing == "full" and checkpointed else 0.0
-    weight_gradient = work.ffn_size * work.hidden_size / split * element
-    own = strategy.zero_stage < 2
-    grads_in_forward = gpu.gradients if own or strategy.gradient_accumulation_steps > 1 else 0.0
-    fixed = gpu.parameters + gpu.master_weights + gpu.optimizer_states
-    bucket = max(block, outside) * element * (2 if strategy.zero_stage == 1 and strategy.zero_group_size > 1 else 0)
-    step_temporary = owned * 4 * (gpu.master_weights > 0) + bucket
-
-    # (components that differ between the moments): activations, logits, gathered, gradients, buffers, temporary
-    moments = {
-        "forward": (activations, logits, gathered, grads_in_forward, 0.0, 0.0),
-        "backward": (activations, 0.0, gathered, gpu.gradients, unsharded, working + again + weight_gradient),
-        "optimizer": (0.0, 0.0, 0.0, gpu.gradients, bucket, step_temporary - bucket),
-    }
-    phase = max(moments, key=lambda name: sum(moments[name]))
-    acts, logit, gather, grads, buffers, temporary = moments[phase]
-    total = fixed + sum(moments[phase])
-    reserve = total * FRAGMENTATION[kind] + (_cuda_reserve(strategy) if kind == "cuda" else CPU_PROCESS_BYTES)
-    values = [gpu.parameters, gather, gpu.master_weights, grads, gpu.optimizer_states, acts, logit, buffers, temporary]
-    whole = [int(value) for value in values]
-    return (
-        StageMemory(
-            pipeline_rank=rank,
-            peak_phase=phase,
-            parameters=whole[0],
-            gathered_parameters=whole[1],
-            master_weights=whole[2],
-            gradients=whole[3],
-            optimizer_states=whole[4],
-            activations=whole[5],
-            logits=whole[6],
-            communication_buffers=whole[7],
-            temporary=whole[8],
-            reserve=int(reserve),
-            tensor_peak_bytes=sum(whole),
-            peak_bytes=sum(whole) + int(reserve),
-        ),
-        left,
+    if strategy.offload.parameters != "none" and not gathered:
+        gathered = (min(2 * block, parameters - outside) + outside) * element
+    unit = max(block, outside)
+    scattered = zero.unsharded_gradient_bytes(parameters, unit, strategy, element)
+    buffers = zero.all_gather_bytes(unit, strategy, element)
+    buckets = temporary = 0.0
+    if strategy.zero_stage < 2 and strategy.data_parallel_degree > 1:
+        table = work.vocab_size * work.embedding_size / strategy.tensor_parallel_degree
+        largest = table if outside else work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree
+        one = min(zero.bucket_bytes(largest, strategy, element), gpu.gradients) / zero.group_size(strategy)
+        buckets = zero.IN_FLIGHT * one if strategy.zero_stage else 0.0
+        temporary = 2 * one if gpu.master_weights else 0.0
+    sharded = strategy.zero_stage >= 2
+    early = 0.0 if sharded and strategy.gradient_accumulation_steps == 1 else gpu.gradients
+    # (phase, gathered, gradients, activations, logits, buffers, temporary)
+    moments = (
+        ("forward", gathered, early, activations, logits, buffers, 0.0),
+        ("backward", gathered, gpu.gradients, activations, at_head, buffers + buckets, scattered + micro.hidden),
+        ("backward", gathered, gpu.gradients, activations, 0.0, buffers + buckets, scattered + micro.working),
+        ("optimizer", 0.0, gpu.gradients, 0.0, 0.0, buckets, temporary),
+    )
+    phase, *rest = max(moments, key=_size)
+    values = [int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states), *map(int, rest)]
+    tensors = sum(values)
+    if kind == "cuda":
+        reserve = int(tensors * constants.fragmentation + constants.context_bytes)
+    else:
+        reserve = int(tensors * CPU_FRAGMENTATION + CPU_PROCESS_BYTES)
+    return StageMemory(
+        pipeline_rank=rank,
+        peak_phase=phase,
+        parameters=values[0],
+        gathered_parameters=values[3],
+        master_weights=values[1],
+        gradients=values[4],
+        optimizer_states=values[2],
+        activations=values[5],
+        logits=values[6],
+        communication_buffers=values[7],
+        temporary=values[8],
+        reserve=reserve,
+        tensor_peak_bytes=tensors,
+        peak_bytes=tensors + reserve,
     )
 
 
-def _kept_bytes(
-    work: Workload, strategy: Strategy, layers: int, checkpointed: int, tokens: int, element: int, full_layer: float
-) -> float:
-    """Activations of one micro batch on one rank."""
-    if strategy.activation_checkpointing == "none":
-        return layers * full_layer
-    if strategy.activation_checkpointing == "selective":
-        plain = replace(strategy, activation_checkpointing="none") if checkpointed < layers else strategy
-        rest = 0.0
-        if checkpointed < layers:
-            sequence = tokens // strategy.micro_batch_size
-            rest = recompute.layer_bytes(work, plain, tokens=tokens, sequence_length=sequence, element=element)
-        return checkpointed * full_layer + (layers - checkpointed) * rest
-    boundary = recompute.boundary_bytes(work, strategy, tokens=tokens, element=element)
-    return checkpointed * boundary + (layers - checkpointed) * full_layer
-
-
-def _cuda_reserve(strategy: Strategy) -> float:
-    groups = sum(
-        degree > 1
-        for degree in (
-            strategy.data_parallel_degree,
-            strategy.tensor_parallel_degree,
-            strategy.pipeline_parallel_degree,
-        )
-    )
-    return CUDA_CONTEXT_BYTES + (groups + (strategy.num_gpus > 1)) * COMMUNICATOR_BYTES
+def _size(moment: tuple[str, float, float, float, float, float, float]) -> float:
+    return moment[1] + moment[2] + moment[3] + moment[4] + moment[5] + moment[6]

@@ -5,18 +5,24 @@ was found: these terms have no anchor yet, and the plan's stated error says so."
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
+from clusters.cluster import Cluster
+from strategies.constants import MEMORY
+from strategies.pipeline.cost import Share
+from strategies.recompute.cost import boundary_bytes, saved_bytes
 from strategies.strategy import Strategy
+from strategies.workload import Workload
 from strategies.zero.cost import StateBytes
 
 READS = ("offload",)
+HOST_LINK = 0.75
+"""Reached of the host link's rate with pinned memory: 24 of 31.5 GB/s on PCIe 4.0 x16 (nvbandwidth)."""
 PINNED_BYTES = 2 * 64 * 2**20
 """Two staging buffers a rank."""
 
 
-@dataclass(frozen=True, slots=True)
-class Offloaded:
+class Offloaded(NamedTuple):
     """Of one rank: bytes that leave the GPU, and where to; bytes a step over the host link, each way."""
 
     gpu: StateBytes
@@ -47,3 +53,41 @@ def offloaded(states: StateBytes, strategy: Strategy, *, num_owned_parameters: f
         states.optimizer_states * (1 - away),
     )
     return Offloaded(gpu, host + PINNED_BYTES, nvme, link, optimizer)
+
+
+def step_s(away: Offloaded, cluster: Cluster, *, num_ranks: int) -> float:
+    """Seconds that a step's offload takes: gradients down and parameters up, the host's AdamW, NVMe both ways. Nothing of
+    it is hidden: the next step needs the parameters."""
+    host = cluster.host
+    link = away.link_bytes / (cluster.accelerator.host_link_bytes_per_s * HOST_LINK)
+    stepped = 2 * away.optimizer_bytes_on_host * num_ranks / host.memory_bytes_per_s
+    disk = 0.0
+    if away.nvme_bytes:
+        rate = min(host.nvme_read_bytes_per_s, host.nvme_write_bytes_per_s)
+        disk = 2 * away.nvme_bytes * num_ranks / rate if rate else float("inf")
+    return link + stepped + disk
+
+
+def activations_s(
+    work: Workload,
+    strategy: Strategy,
+    cluster: Cluster,
+    share: Share,
+    *,
+    tokens: int,
+    sequence_length: int,
+    element: int,
+) -> float:
+    """Seconds of the host link for one micro batch's activations, down in forward and up in backward: one way at a time."""
+    layer = saved_bytes(
+        work, strategy, MEMORY, selective=False, tokens=tokens, sequence_length=sequence_length, element=element
+    )
+    kind, kept = strategy.activation_checkpointing, layer
+    if kind == "full":
+        kept = boundary_bytes(work, strategy, tokens=tokens, element=element)
+    elif kind == "selective":
+        kept = saved_bytes(
+            work, strategy, MEMORY, selective=True, tokens=tokens, sequence_length=sequence_length, element=element
+        )
+    num_bytes = share.checkpointed * kept + (share.layers - share.checkpointed) * layer
+    return 2 * num_bytes / (cluster.accelerator.host_link_bytes_per_s * HOST_LINK)

@@ -1,13 +1,60 @@
-"""Pipeline parallelism, priced: micro batches in flight, the bubble, transfers.
+"""Pipeline parallelism, priced: what a pipeline rank holds, micro batches in flight, the bubble, transfers.
 
 Source: GPipe arXiv:1811.06965; 1F1B and interleaving arXiv:2104.04473, section 2.2; zero bubble arXiv:2401.10241."""
 
 from __future__ import annotations
 
-from strategies.strategy import SPLIT_BACKWARD, Strategy
+from typing import NamedTuple
+
+from strategies.strategy import SPLIT_BACKWARD, Stage, Strategy
 from strategies.workload import Workload
 
-READS = ("pipeline_parallel_degree", "pipeline_schedule", "num_virtual_stages", "gradient_accumulation_steps")
+READS = ("pipeline_parallel_degree", "pipeline_schedule", "num_virtual_stages", "gradient_accumulation_steps", "stages")
+
+
+class Share(NamedTuple):
+    """What one pipeline rank holds."""
+
+    layers: int
+    checkpointed: int
+    embedding: bool
+    head: bool
+
+
+class Shares(NamedTuple):
+    """All pipeline ranks' shares, and the ranks that can be the fullest or the slowest: the first of each distinct share.
+    Of two ranks with the same share the earlier one keeps at least as many micro batches in flight."""
+
+    by_rank: tuple[Share, ...]
+    distinct: tuple[int, ...]
+
+
+_SHARES: dict[int, tuple[tuple[Stage, ...], Shares]] = {}
+_MOST_SHARES = 65536
+
+
+def shares(strategy: Strategy) -> Shares:
+    """Cached by the identity of `stages`, which a search hands over again and again (stages.cut keeps them)."""
+    stages = strategy.stages
+    known = _SHARES.get(id(stages))
+    if known is not None and known[0] is stages:
+        return known[1]
+    if len(_SHARES) >= _MOST_SHARES:
+        _SHARES.clear()
+    by_rank = tuple(_share(stages, rank) for rank in range(strategy.pipeline_parallel_degree))
+    distinct = tuple(dict.fromkeys(by_rank.index(share) for share in by_rank))
+    _SHARES[id(stages)] = stages, Shares(by_rank, distinct)
+    return _SHARES[id(stages)][1]
+
+
+def _share(stages: tuple[Stage, ...], rank: int) -> Share:
+    held = [stage for stage in stages if stage.pipeline_rank == rank]
+    return Share(
+        sum(stage.num_layers for stage in held),
+        sum(stage.num_checkpointed_layers for stage in held),
+        any(stage.embedding for stage in held),
+        any(stage.head for stage in held),
+    )
 
 
 def in_flight(strategy: Strategy, pipeline_rank: int) -> float:
@@ -33,8 +80,20 @@ def bubble_fraction(strategy: Strategy) -> float:
     return fraction / 3 if strategy.pipeline_schedule in SPLIT_BACKWARD else fraction
 
 
-def transfer_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:
-    """One activation from stage to stage; backward sends as much. Split over the tensor group (scatter and gather)."""
+def bubble_s(strategy: Strategy, *, once_s: float, slowest_s: float) -> float:
+    """Seconds in which the slowest rank waits for the pipeline to fill and drain: one pass over the other ranks.
+
+    once_s: one micro batch over all ranks, forward and backward; slowest_s: over the slowest. Equal ranks: (p - 1) / (m v)."""
     if strategy.pipeline_parallel_degree == 1:
         return 0.0
-    return tokens * work.hidden_size * element / strategy.tensor_parallel_degree
+    waits = (once_s - slowest_s) / strategy.num_virtual_stages
+    return waits / 3 if strategy.pipeline_schedule in SPLIT_BACKWARD else waits
+
+
+def transfer_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:
+    """One activation from stage to stage; backward sends as much. Every tensor rank sends its own copy, split by sequence
+    where the activations are."""
+    if strategy.pipeline_parallel_degree == 1:
+        return 0.0
+    split = strategy.tensor_parallel_degree if strategy.sequence_parallel else 1
+    return tokens * work.hidden_size * element / split

@@ -1,33 +1,49 @@
-"""Activation checkpointing, priced: bytes a layer leaves for backward, and the work that is done again.
+"""Activation checkpointing, priced: bytes a layer leaves for backward.
 
-Source: arXiv:2205.05198, section 5; the constants are the model's own (see Workload.saved_elements)."""
+Source: arXiv:2205.05198, sections 4 and 5. We depart in the elements, which are the model's own (see Workload), and in
+`selective`: it keeps the outputs of products and attention, as apply.py does, not everything but attention's scores."""
 
 from __future__ import annotations
 
+from strategies.constants import MemoryConstants
 from strategies.strategy import Strategy
 from strategies.workload import Workload
 
-READS = ("activation_checkpointing", "sequence_parallel", "tensor_parallel_degree", "attention")
+READS = ("activation_checkpointing", "sequence_parallel", "tensor_parallel_degree", "attention", "fused_norm")
 
 
-def layer_bytes(work: Workload, strategy: Strategy, *, tokens: int, sequence_length: int, element: int) -> float:
-    """Bytes that one uncheckpointed layer leaves for backward, of one micro batch of `tokens`."""
+def saved_bytes(
+    work: Workload,
+    strategy: Strategy,
+    constants: MemoryConstants,
+    *,
+    selective: bool,
+    tokens: int,
+    sequence_length: int,
+    element: int,
+) -> float:
+    """Bytes that one layer leaves for backward, of one micro batch of `tokens`; with everything kept, or `selective`."""
     tensor = strategy.tensor_parallel_degree
-    selective = strategy.activation_checkpointing == "selective"
-    elements = work.saved_elements_selective if selective else work.saved_elements
-    # Inputs and outputs of the norms are whole on every rank of the tensor group unless they are split by sequence.
-    whole = 4 * work.hidden_size if not selective else 2 * work.hidden_size
-    if strategy.sequence_parallel:
-        split = elements / tensor
+    if selective:
+        whole, split = work.selective_whole_elements, work.selective_split_elements
     else:
-        split = (elements - whole) / tensor + whole
-    saved = tokens * split * element
-    statistics = tokens * (4 * 2 + work.num_heads / tensor) * 4  # mean and rstd of two norms; log-sum-exp of each head
-    if strategy.attention != "flash" and not selective:
-        # scores and probabilities, [heads, s] a token (the 5as/h of the paper without dropout's mask)
-        copies = 2 if strategy.attention == "math" else 1
-        saved += copies * tokens * work.num_heads / tensor * sequence_length * element
-    return saved + statistics
+        whole, split = work.saved_whole_elements, work.saved_split_elements
+        if work.unfused_norm_elements and not strategy.fused_norm and element == 2:
+            whole += int(constants.unfused_norm_elements * work.hidden_size)
+    if strategy.sequence_parallel:
+        elements = (whole + split) / tensor
+    else:
+        elements = whole + split / tensor
+    heads = work.num_heads / tensor
+    saved = tokens * elements * element
+    if strategy.attention == "flash" and not work.attention_bias:
+        # log-sum-exp of each head; mean and reciprocal deviation of two norms
+        return saved + tokens * 4.0 * (heads + (0 if selective else 4))
+    if selective:
+        copies = 1.0 if work.native else 0.0
+    else:
+        copies = 2.0 if work.native else constants.score_copies
+    return saved + copies * tokens * heads * sequence_length * element
 
 
 def boundary_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:

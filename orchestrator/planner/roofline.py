@@ -1,0 +1,216 @@
+"""Seconds of one layer and of the head on one accelerator: products by an efficiency curve over their shape, attention,
+element-wise work by bytes, kernel launches. Measured curves replace the GPU's constants on a calibrated cluster.
+
+Sources: roofline (Williams 2009); tile and wave quantization as in NVIDIA's matrix multiplication guide (tiles of 128 x 256,
+one a multiprocessor); the constants are strategies/constants.py's."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from clusters.cluster import Cluster
+from strategies.constants import BACKWARD_FLASH, MATH_PASSES, SUSTAINED, TIME, TimeConstants
+from strategies.strategy import Strategy
+from strategies.workload import Workload
+
+ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+"""Bytes of an activation."""
+TILE_ROWS, TILE_COLUMNS = 128, 256
+CPU_LOGIT_BYTES = 32.0
+"""Bytes read and written of each fp32 logit by the project's own loss, forward and backward."""
+CPU_GRADIENT_PASSES = 3.0
+"""Each micro batch's gradients are written once more and added up, on top of the products' own output."""
+
+
+class Layer(NamedTuple):
+    """Seconds of one layer of one micro batch, without messages."""
+
+    forward_s: float
+    backward_s: float
+    again_full_s: float
+    """What full checkpointing adds."""
+    again_selective_s: float
+
+
+class Roofline:
+    """One model on one accelerator in one precision. Keeps what it has worked out: a search asks again and again."""
+
+    __slots__ = (
+        "_heads",
+        "_layers",
+        "_products",
+        "bandwidth",
+        "cluster",
+        "constants",
+        "element",
+        "flash",
+        "peak",
+        "work",
+    )
+
+    def __init__(self, work: Workload, cluster: Cluster, precision: str, constants: TimeConstants = TIME) -> None:
+        self.work, self.cluster, self.constants = work, cluster, constants
+        self.element = ELEMENT[precision]
+        name = cluster.accelerator.name
+        generation = "a100" if name.startswith("a800") else "-".join(p for p in name.split("-") if not p.endswith("gb"))
+        sustained, flash = SUSTAINED.get(generation, SUSTAINED["other"])
+        calibration = cluster.calibration
+        dense = cluster.accelerator.peak_flops[precision]
+        measured = calibration.matmul_flops.get(precision) if calibration else None
+        self.peak = measured or dense * sustained
+        self.flash = dense * flash * constants.flash
+        measured = calibration.memory_bytes_per_s if calibration else None
+        self.bandwidth = measured or cluster.accelerator.memory_bytes_per_s * constants.memory
+        self._layers: dict[tuple[int, int, int, bool, str, bool], Layer] = {}
+        self._heads: dict[tuple[int, int], float] = {}
+        half_size = constants.matmul_half_size * math.sqrt(dense / 312e12)
+        self._products = (self.peak * constants.matmul, half_size, cluster.accelerator.num_multiprocessors)
+
+    def layer(self, strategy: Strategy, tokens: int, sequence_length: int) -> Layer:
+        key = (
+            tokens,
+            sequence_length,
+            strategy.tensor_parallel_degree,
+            strategy.sequence_parallel,
+            strategy.attention,
+            strategy.fused_norm,
+        )
+        known = self._layers.get(key)
+        if known is None:
+            known = self._layers[key] = (_cpu_layer if self.cluster.accelerator.kind == "cpu" else _gpu_layer)(
+                self, *key
+            )
+        return known
+
+    def head(self, tokens: int, tensor: int) -> float:
+        """Output projection and loss of one micro batch, forward and backward."""
+        key = tokens, tensor
+        known = self._heads.get(key)
+        if known is None:
+            work = self.work
+            columns = work.vocab_size / tensor
+            if self.cluster.accelerator.kind == "cpu":
+                known = _cpu_head(self, tokens)
+            else:
+                product = self.product_s(tokens, work.embedding_size, columns)
+                known = 3 * product + self.constants.logit_bytes * tokens * columns / self.bandwidth
+            self._heads[key] = known
+        return known
+
+    def product_s(self, rows: float, inputs: float, outputs: float) -> float:
+        """One product on a GPU: 2 r k n FLOPs at peak * s / (s + half size), s the cube root of r k n, in whole waves."""
+        peak, half_size, multiprocessors = self._products
+        volume = rows * inputs * outputs
+        waste = 1.0
+        if multiprocessors:
+            tiles = -(-rows // TILE_ROWS) * -(-outputs // TILE_COLUMNS)
+            waste = -(-tiles // multiprocessors) * multiprocessors / tiles
+        return 2.0 * volume * (1 + half_size / float(volume ** (1 / 3))) * waste / peak
+
+    def rate(self, curve: str, size: float, otherwise: float) -> float:
+        """A measured rate, or the one number where the curve was not measured."""
+        calibration = self.cluster.calibration
+        return (calibration.rate(curve, size) if calibration else None) or otherwise
+
+
+def _gpu_layer(
+    roof: Roofline,
+    tokens: int,
+    sequence_length: int,
+    tensor: int,
+    sequence_parallel: bool,
+    attention: str,
+    fused_norm: bool,
+) -> Layer:
+    work, constants = roof.work, roof.constants
+    products = 0.0
+    for matmul in work.matmuls:
+        if matmul.split == "column":
+            seconds = roof.product_s(tokens, matmul.inputs, matmul.outputs / tensor)
+        else:
+            seconds = roof.product_s(tokens, matmul.inputs / tensor, matmul.outputs)
+        products += matmul.count * seconds
+    scores = tokens * sequence_length * work.num_heads / tensor
+    flops = 4.0 * scores * work.head_dim
+    flash = attention == "flash" and not work.attention_bias
+    if flash:  # half of the square is masked and skipped
+        attend = flops / 2 / roof.flash
+        attend_back = BACKWARD_FLASH * attend
+    else:
+        # Tensor cores want rows of whole 16 bytes: BLOOM's trials with heads of 108 ran a third slower than with 96 or 144.
+        aligned = 1.0 if work.head_dim % 8 == 0 else 0.35
+        passes = constants.score_bytes * (MATH_PASSES if attention == "math" else 1.0) * roof.element / 2
+        attend = flops / (roof.peak * constants.score_products * aligned) + passes * scores / roof.bandwidth
+        attend_back = 2 * attend
+    unfused = work.unfused_norm_elements if not fused_norm and roof.element == 2 else 0
+    whole = (work.traffic_whole_elements + unfused) / (tensor if sequence_parallel else 1)
+    traffic = tokens * (whole + work.traffic_split_elements / tensor) * roof.element / roof.bandwidth
+    floor = constants.layer_launch_s * (1.5 if unfused else 1.0)
+    forward = _rounded_max(products + attend + traffic, floor)
+    backward = _rounded_max(2 * products + attend_back + 2 * traffic, 2 * floor)
+    return Layer(forward, backward, forward, traffic + (0.0 if flash else attend))
+
+
+def _rounded_max(seconds: float, floor: float) -> float:
+    """The larger, with the corner rounded: kernels of one layer are partly long and partly short."""
+    return float((seconds**3 + floor**3) ** (1 / 3))
+
+
+def _cpu_layer(
+    roof: Roofline,
+    tokens: int,
+    sequence_length: int,
+    tensor: int,
+    sequence_parallel: bool,
+    attention: str,
+    fused_norm: bool,
+) -> Layer:
+    """Measured curves give forward and backward together; a third of them is forward."""
+    work, element = roof.work, roof.element
+    precision = {2: "bf16", 4: "fp32", 8: "fp64"}[element]
+    products = 0.0
+    for matmul in work.matmuls:
+        volume = tokens * matmul.inputs * matmul.outputs / tensor
+        products += matmul.count * 6 * volume / roof.rate(f"matmul_{precision}", volume, roof.peak)
+    scores = tokens * sequence_length * work.num_heads / tensor
+    slow = roof.rate("matmul_fp32", tokens * work.head_dim * work.head_dim, roof.peak)
+    calibration = roof.cluster.calibration
+    moved = (calibration.elementwise_bytes_per_s if calibration else None) or roof.bandwidth
+    rate = roof.rate("elementwise", tokens * work.hidden_size * element, moved)
+    if attention == "flash" and not work.attention_bias:
+        attend = 6.0 * scores * work.head_dim / roof.rate(f"attention_{precision}", sequence_length, slow)
+    else:
+        attend = 12.0 * scores * work.head_dim / slow + 3 * 4 * 2 * scores * element / rate
+    whole = work.traffic_whole_elements / (tensor if sequence_parallel else 1)
+    traffic = tokens * (whole + work.traffic_split_elements / tensor) * element / rate
+    launches = work.num_kernels * ((calibration.op_overhead_s if calibration else None) or 0.0)
+    gradients = CPU_GRADIENT_PASSES * work.block_parameters / tensor * element / roof.bandwidth
+    forward = (products + attend) / 3 + traffic + launches
+    backward = 2 * (products + attend) / 3 + 2 * traffic + 2 * launches + gradients
+    return Layer(forward, backward, forward, traffic + launches)
+
+
+def _cpu_head(roof: Roofline, tokens: int) -> float:
+    work, element = roof.work, roof.element
+    precision = {2: "bf16", 4: "fp32", 8: "fp64"}[element]
+    volume = tokens * work.embedding_size * work.vocab_size
+    logits = tokens * work.vocab_size
+    product = 6 * volume / roof.rate(f"matmul_{precision}", volume, roof.peak)
+    table = 2 * CPU_GRADIENT_PASSES * work.vocab_size * work.embedding_size * element  # tied: from both its uses
+    return product + (logits * CPU_LOGIT_BYTES * max(1.0, element / 4) + table) / roof.bandwidth
+
+
+_KNOWN: dict[tuple[int, int, str], Roofline] = {}
+_MOST_KNOWN = 512
+
+
+def roofline(work: Workload, cluster: Cluster, precision: str) -> Roofline:
+    """Cached by identity: a search prices one model on one cluster a hundred thousand times."""
+    key = id(work), id(cluster), precision
+    known = _KNOWN.get(key)
+    if known is None or known.work is not work or known.cluster is not cluster:
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        known = _KNOWN[key] = Roofline(work, cluster, precision)
+    return known

@@ -1,0 +1,52 @@
+"""Which link a group of ranks talks over, and how long a collective takes on it. Pure.
+
+Source: ring algorithms, arXiv:1802.05799 and nccl-tests' notion of bus bandwidth. A ring enters and leaves each node once, so
+a group of r local ranks has the network of r cards; all groups of a node talk at the same time and share it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from clusters.cluster import Cluster
+from strategies.constants import HOP_S, TimeConstants
+
+
+class Ring(NamedTuple):
+    """A group's way of talking."""
+
+    size: int
+    bytes_per_s: float
+    """Bus bandwidth: a reduce-scatter or an all-gather of B bytes takes (size - 1) / size * B / bytes_per_s."""
+    hop_s: float
+    """One step of the ring."""
+    inside: bool
+    """Within one node."""
+
+
+def ring(cluster: Cluster, constants: TimeConstants, *, size: int, stride: int, num_gpus: int) -> Ring:
+    """The ring of `size` ranks that stand `stride` apart, where all such groups of `num_gpus` ranks talk at once."""
+    per_node = cluster.gpus_per_node
+    inner, outer = cluster.intra_node, cluster.inter_node
+    rate = inner.bytes_per_s * (1.0 if inner.measured else constants.nvlink)
+    span = size * stride
+    # A group that does not divide the node straddles two of them somewhere.
+    if cluster.num_nodes == 1 or (span <= per_node and per_node % span == 0):
+        return Ring(size, rate, HOP_S.get(inner.name, 2e-6), True)
+    local = max(1, min(size, per_node // stride))
+    groups = min(per_node, num_gpus) / local
+    network = outer.bytes_per_s * (1.0 if outer.measured else constants.network) / max(1.0, groups)
+    return Ring(size, min(rate, network), HOP_S.get(outer.name, 8e-6), False)
+
+
+def half_s(group: Ring, num_bytes: float, *, messages: float = 1.0) -> float:
+    """Seconds of a reduce-scatter or an all-gather of a whole buffer, sent in so many messages."""
+    steps = group.size - 1
+    return steps / group.size * num_bytes / group.bytes_per_s + messages * steps * group.hop_s
+
+
+def all_reduce_s(group: Ring, num_bytes: float, *, messages: float = 1.0) -> float:
+    """Seconds of an all-reduce: twice the bytes of a half; latency by trees, which NCCL takes for it."""
+    steps = group.size - 1
+    depth = 2 * math.log2(group.size) if group.size > 1 else 0.0
+    return 2 * steps / group.size * num_bytes / group.bytes_per_s + messages * depth * group.hop_s
