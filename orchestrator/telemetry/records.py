@@ -97,7 +97,8 @@ class Tail(Generic[Record]):
     """Reads a growing file: each call gives the records added since the one before."""
 
     def __init__(self, path: Path, kind: type[Record], *, from_end: bool = False) -> None:
-        self.path, self.kind = path, kind
+        self.path = path
+        self.kind: type[Record] = kind
         self._position = path.stat().st_size if from_end and path.exists() else 0
         self._rest = b""
 
