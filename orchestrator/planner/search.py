@@ -1,37 +1,29 @@
 """The best strategy of a space, exactly: best first over lower bounds. Pure and deterministic.
 
-A partial choice (the degrees; then micro batch, schedule, sequence parallel; then ZeRO; then offload) stands for a named group
-of candidates and carries a time that none of them can beat. The group with the smallest bound is opened first; the first
-complete strategy that fits and comes out on top is the best of the whole space. What is never opened is rejected with its
-size and one reason. Four facts of the model make the bounds valid, and a test holds the result against brute force:
+A partial choice stands for a named group of candidates and carries seconds that none of them can beat (bounds.py). The group
+with the smallest bound is opened first, in this order:
 
-- a step takes at least (micro batches) x (time of one on the mean stage) x (1 + bubble);
-- sharding, offload and recomputing add time to what the same choice takes without them;
-- of one (degrees, ZeRO stage, offload) family, the smallest micro batch with everything recomputed, sequence parallel, the
-  widest ZeRO group, and talk after every micro batch holds the fewest bytes;
-- more checkpointed layers hold fewer bytes and take longer.
+    degrees -> ZeRO stage, offload -> micro batch, sequence parallel -> ZeRO group, frequencies -> schedule -> recompute
+
+The first complete strategy that fits and comes out on top is the best of the whole space. What is never opened is rejected
+with its size and one reason.
 """
 
 from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
+from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, Leanest, Least, bubble
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
-from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Core, Shape, Sharding, Space, point, simplicity
-from orchestrator.planner.stages import layer_counts
-from strategies.pipeline.cost import bubble_fraction
-from strategies.strategy import Offload, Schedule, Strategy
+from orchestrator.planner.space import Batch, Core, Shape, Sharding, Space, point, simplicity
+from strategies.strategy import Offload
 
 GIB = 2**30
-SLACK = 1 - 1e-9
-"""Bounds are a hair below, so that rounding never puts one above what it bounds."""
 ONE_GPU = 1e9
 """Seconds that one GPU more weighs when the fewest are wanted: longer than any step."""
 
@@ -74,8 +66,9 @@ class SearchResult:
     """What a search found."""
 
     best: Found | None = None
+    """The best that meets the job's targets, or else `fastest`."""
     fastest: Found | None = None
-    """The best without the job's targets; the same as `best` where it meets them."""
+    """The best under the objective, whatever the targets."""
     families: list[Found] = field(default_factory=list)
     """The best of each family, best first, the chosen one's among them."""
     too_large: list[TooLarge] = field(default_factory=list)
@@ -93,8 +86,8 @@ class SearchResult:
 class Wanted:
     """The job's targets as limits on a step; a strategy that keeps them all is taken before any that does not."""
 
-    step_s: float = float("inf")
-    gpu_s: float = float("inf")
+    step_s: float = INFINITE
+    gpu_s: float = INFINITE
     """Seconds of a step times its GPUs."""
 
     def met(self, step_s: float, num_gpus: int) -> bool:
@@ -102,7 +95,7 @@ class Wanted:
 
     @property
     def any(self) -> bool:
-        return self != Wanted()
+        return self.step_s < INFINITE or self.gpu_s < INFINITE
 
 
 def search(problem: Problem, *, wanted: Wanted | None = None, num_families: int = 21) -> SearchResult:
@@ -115,33 +108,39 @@ def search(problem: Problem, *, wanted: Wanted | None = None, num_families: int 
     return result
 
 
-@lru_cache(maxsize=65536)
-def _bubble(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) -> float:
-    return bubble_fraction(
-        Strategy(
-            pipeline_parallel_degree=pipeline,
-            pipeline_schedule=schedule,
-            num_virtual_stages=virtual,
-            gradient_accumulation_steps=accumulation,
-        )
-    )
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A micro batch of a family: the group that is opened into ZeRO groups, schedules and recomputing."""
 
+    shape: Shape
+    sequence_parallel: bool
+    batch: Batch
+    zero: int
+    offload: Offload
+    size: int
+    idle: float
+    """The smallest bubble of the schedules."""
+    least: Least
+    """What must be recomputed at least."""
 
-Opened = Callable[[], None]
+    @property
+    def micro(self) -> int:
+        return self.batch.micro
+
+    @property
+    def shardings(self) -> tuple[Sharding, ...]:
+        return self.batch.shardings[self.zero]
 
 
 class _Search:
     def __init__(self, space: Space, wanted: Wanted, num_families: int) -> None:
         self.space, self.problem, self.wanted, self.num_families = space, space.problem, wanted, num_families
+        self.bounds = Bounds(space)
         self.result = SearchResult()
-        self.messages_count = space.problem.pinned_fields["mesh_order"][-1] == "tensor"
-        """Tensor neighbours are next to each other whatever the other degrees, so their messages cost the same."""
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
-        self.dead: dict[tuple[Shape, int, Offload | None], MemoryPrice | None] = {}
         self.rejected: dict[tuple[Shape, str], tuple[int, str]] = {}
-        self.micro_time: dict[tuple[int, bool, int], tuple[float, float]] = {}
 
     def run(self) -> SearchResult:
         result = self.result
@@ -149,7 +148,7 @@ class _Search:
             size = self.space.shape_size(shape)
             result.num_candidates += size
             if size:
-                self._push(self._shape_floor(shape), shape, size, self._open_shape, shape)
+                self._push(self.bounds.shape_s(shape), shape, size, self._open_shape, shape)
         while self.heap and not self._enough():
             _, is_leaf, _, _, shape, size, (step_s, action, arguments) = heapq.heappop(self.heap)
             if is_leaf:
@@ -159,9 +158,9 @@ class _Search:
             else:
                 action(size, *arguments)
         best = result.best or result.fastest
+        than = f"the best takes {best.step_s:.3g}" if best else "no use"
         for _, is_leaf, _, _, shape, size, (step_s, _, _) in self.heap:
             if not is_leaf:
-                than = f"the best takes {best.step_s:.3g}" if best else "no use"
                 self._reject(shape, "slower", size, f"at least {step_s:.3g} s a step, {than}")
         result.best = best
         result.rejections = [
@@ -189,6 +188,13 @@ class _Search:
         key = self._key(step_s * SLACK, shape.num_gpus)
         heapq.heappush(self.heap, (key, 0, (), next(self.order), shape, size, (step_s, action, arguments)))
 
+    def _push_leaf(self, choice: Choice, step_s: float) -> None:
+        self.result.num_feasible += 1
+        shape = Shape(choice.tensor, choice.pipeline, choice.data)
+        entry = (step_s, None, Found(choice, step_s))
+        key = self._key(step_s, choice.num_gpus)
+        heapq.heappush(self.heap, (key, 1, simplicity(choice), next(self.order), shape, 1, entry))
+
     def _reject(self, shape: Shape, kind: str, number: int, reason: str) -> None:
         if number:
             before, first = self.rejected.get((shape, kind), (0, reason))
@@ -196,10 +202,10 @@ class _Search:
 
     def _take(self, found: Found) -> None:
         """A complete strategy came out on top: the best there is, or the best of its family."""
-        result, num_gpus = self.result, found.choice.num_gpus
+        result = self.result
         if result.fastest is None:
             result.fastest = found
-        if result.best is None and (not self.wanted.any or self.wanted.met(found.step_s, num_gpus)):
+        if result.best is None and (not self.wanted.any or self.wanted.met(found.step_s, found.choice.num_gpus)):
             result.best = found
             if found.family in self.done:  # an earlier member was better, and missed a target
                 result.families = [other for other in result.families if other.family != found.family]
@@ -208,181 +214,191 @@ class _Search:
             self.done.add(found.family)
             result.families.append(found)
 
-    # Bounds on time -------------------------------------------------------------------------------------------------
-
-    def _micro_floor(self, tensor: int, sequence_parallel: bool, micro: int) -> tuple[float, float]:
-        """Seconds of one micro batch through the whole model on one tensor group, nothing recomputed: (compute, messages)."""
-        key = tensor, sequence_parallel, micro
-        if key not in self.micro_time:
-            choice = Choice(tensor=tensor, sequence_parallel=sequence_parallel, micro=micro, reduce=PER_STEP)
-            strategy = self.problem.strategy(choice)
-            price, times = self.problem.time(strategy), strategy.gradient_accumulation_steps
-            messages_s = price.tensor_parallel_s if self.messages_count else 0.0
-            self.micro_time[key] = price.compute_s / times, messages_s / times
-        return self.micro_time[key]
-
-    def _share_floor(self, shape: Shape, sequence_parallel: bool, micro: int) -> float:
-        """Seconds of a step on the mean pipeline rank; the rank with the fewest layers sends the fewest messages."""
-        compute_s, messages_s = self._micro_floor(shape.tensor, sequence_parallel, micro)
-        layers = self.problem.arch.num_layers
-        fewest = min(layer_counts(layers, shape.pipeline, self.problem.head_layers)) / layers
-        return self.problem.accumulation(shape.data, micro) * (compute_s / shape.pipeline + messages_s * fewest)
-
-    def _shape_floor(self, shape: Shape) -> float:
-        flags = self.space.sequence_parallels(shape.tensor)
-        return min(
-            (self._share_floor(shape, flag, micro) for micro in self.space.micros(shape.data) for flag in flags),
-            default=0.0,
-        )
-
-    def _core_floor(self, core: Core) -> float:
-        shape = core.shape
-        share = self._share_floor(shape, core.sequence_parallel, core.micro)
-        if shape.pipeline == 1:
-            return share
-        accumulation = self.problem.accumulation(shape.data, core.micro)
-        return share * (1 + _bubble(shape.pipeline, core.schedule, core.virtual, accumulation))
-
-    # Bounds on memory -----------------------------------------------------------------------------------------------
-
-    def _smallest(self, shape: Shape, zero: int, offload: Offload) -> Choice:
-        """The member of a family that holds the fewest bytes."""
-        space = self.space
-        micro = min(space.micros(shape.data))
-        accumulation = self.problem.accumulation(shape.data, micro)
-        shardings = [s for s in space.shardings(shape.tensor, shape.data, accumulation) if s.zero == zero]
-        sharding = max(shardings, key=lambda s: (s.group, s.gather == PER_MICRO_BATCH, s.reduce == PER_MICRO_BATCH))
-        schedules = space.schedules(shape.pipeline, accumulation) or [("1f1b", 1)]
-        schedule, virtual = next((s for s in schedules if s[0] == "1f1b"), schedules[0])
-        sequence_parallel = any(space.sequence_parallels(shape.tensor))
-        kinds, counts = space.recomputes(shape.pipeline, virtual)
-        kind, layers = ("full", counts[-1]) if counts else (kinds[-1], space.layers_of(kinds[-1]))
-        core = Core(shape, sequence_parallel, micro, schedule, virtual)
-        return point(core, sharding, offload, kind, layers)
-
-    def _too_large(self, shape: Shape, zero: int, offload: Offload | None) -> MemoryPrice | None:
-        """The memory of a family's smallest member where even that is too much. Offload None: whatever is offloaded."""
-        key = shape, zero, offload
-        if key not in self.dead:
-            choice = self._smallest(shape, zero, offload or self.space.offloads[-1])
-            memory = self.problem.memory(self.problem.strategy(choice))
-            fits = memory.fits if offload is not None else memory.peak_bytes <= memory.usable_bytes
-            self.dead[key] = None if fits else memory
-            if not fits:
-                self._note_too_large(choice, memory)
-        return self.dead[key]
-
-    def _note_too_large(self, choice: Choice, memory: MemoryPrice) -> None:
-        found = TooLarge(choice, memory)
-        self.result.too_large.append(found)
-        if self.result.closest is None or _excess(memory) < _excess(self.result.closest.memory):
-            self.result.closest = found
+    def _is_done(self, shape: Shape, zero: int, offload: Offload, size: int) -> bool:
+        """The best of the family is known, and no target sends for another member."""
+        if self.result.best is None or (shape.tensor, shape.pipeline, zero, offload) not in self.done:
+            return False
+        self._reject(shape, "slower", size, "slower than the best of its family")
+        return True
 
     # Opening a group ------------------------------------------------------------------------------------------------
 
     def _open_shape(self, size: int, shape: Shape) -> None:
-        accumulation = self.problem.accumulation(shape.data, min(self.space.micros(shape.data)))
-        stages = sorted({s.zero for s in self.space.shardings(shape.tensor, shape.data, accumulation)})
-        memories = [self._too_large(shape, zero, None) for zero in stages]
-        if all(memory is not None for memory in memories):
-            least = min((memory for memory in memories if memory), key=_excess)
-            self._reject(shape, "memory", size, told_excess(least))
-            return
-        for core in self.space.cores(shape):
-            self._push(self._core_floor(core), shape, self.space.core_size(core), self._open_core, core)
-
-    def _open_core(self, size: int, core: Core) -> None:
-        """Prices the choice under every sharding that is not known to be too large."""
-        shape, space = core.shape, self.space
-        accumulation = self.problem.accumulation(shape.data, core.micro)
-        each = size // len(space.shardings(shape.tensor, shape.data, accumulation))
-        for sharding in space.shardings(shape.tensor, shape.data, accumulation):
-            memory = self._too_large(shape, sharding.zero, None)
-            if memory is not None:
-                self._reject(shape, f"memory {sharding.zero}", each, f"ZeRO {sharding.zero}: {told_excess(memory)}")
+        """Degrees -> (ZeRO stage, offload). Where not even everything offloaded fits, one price rejects a ZeRO stage."""
+        stages: dict[int, int] = {}
+        for batch in self.space.batches(shape):
+            for zero, shardings in batch.shardings.items():
+                stages[zero] = stages.get(zero, 0) + batch.num_recomputes * len(shardings)
+        offloads, floor = self.space.offloads, self.bounds.shape_s(shape)
+        sequence = len(self.space.sequence_parallels(shape.tensor))
+        for zero, number in stages.items():
+            each = number * sequence
+            memory = self._memory(self.bounds.smallest(shape, zero, offloads[-1]))
+            if memory.peak_bytes > memory.usable_bytes:
+                self._too_large(shape, zero, offloads[-1], memory, each * len(offloads))
                 continue
-            first = space.offloads[0]
-            self._push(self._plain_time(core, sharding, first), shape, each, self._open_sharding, core, sharding)
+            for offload in offloads:
+                self._push(floor, shape, each, self._open_family, shape, zero, offload)
 
-    def _plain_time(self, core: Core, sharding: Sharding, offload: Offload) -> float:
-        """Seconds of the choice with as little recomputed as is open."""
-        kinds, counts = self.space.recomputes(core.shape.pipeline, core.virtual)
+    def _memory(self, choice: Choice) -> MemoryPrice:
+        return self.problem.memory(self.problem.strategy(choice))
+
+    def _too_large(self, shape: Shape, zero: int, offload: Offload, memory: MemoryPrice, size: int) -> None:
+        found = TooLarge(self.bounds.smallest(shape, zero, offload), memory)
+        self.result.too_large.append(found)
+        if self.result.closest is None or _excess(memory) < _excess(self.result.closest.memory):
+            self.result.closest = found
+        self._reject(shape, f"memory {zero}", size, f"ZeRO {zero}: {told_excess(memory)}")
+
+    def _open_family(self, size: int, shape: Shape, zero: int, offload: Offload) -> None:
+        """(ZeRO stage, offload) -> micro batches and sequence parallel, one after the other in the order of their bounds."""
+        if self._is_done(shape, zero, offload, size):
+            return
+        space, bounds = self.space, self.bounds
+        smallest = bounds.smallest(shape, zero, offload)
+        memory = self._memory(smallest)
+        if not memory.fits:
+            self._too_large(shape, zero, offload, memory, size)
+            return
+        fixed = bounds.fixed(smallest, memory)
+        rows = []
+        for batch in space.batches(shape):
+            if zero not in batch.shardings:
+                continue
+            idle = min(bubble(shape.pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
+            number = batch.num_recomputes * len(batch.shardings[zero])
+            for flag in space.sequence_parallels(shape.tensor):
+                least = bounds.least(shape, zero, flag, batch.micro, offload, fixed)
+                if least is None:
+                    self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
+                    continue
+                row = Row(shape, flag, batch, zero, offload, number, idle, least)
+                rows.append((self._row_s(row) + fixed.step_s, row))
+        rows.sort(key=lambda pair: -pair[0])
+        self._push_next(rows)
+
+    def _row_s(self, row: Row) -> float:
+        busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
+        return (busy_s + self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)) * (1 + row.idle)
+
+    def _push_next(self, rows: list[tuple[float, Row]]) -> None:
+        """The best of the rows stands in the heap for all that are left."""
+        if rows:
+            floor_s, row = rows[-1]
+            self._push(floor_s, row.shape, sum(other.size for _, other in rows), self._open_rows, rows)
+
+    def _open_rows(self, size: int, rows: list[tuple[float, Row]]) -> None:
+        """(micro batch, sequence parallel) -> the same, with what must be recomputed counted exactly under the leanest schedule
+        and ZeRO group."""
+        floor_s, row = rows[-1]
+        if self._is_done(row.shape, row.zero, row.offload, size):
+            return
+        rows.pop()
+        leanest = self.bounds.leanest(row.shape, row.zero, row.batch, row.sequence_parallel)
+        least = self._least(leanest, row.offload, row.least)
+        if least is None:
+            self._reject(row.shape, "activations", row.size, "activations do not fit however much is recomputed")
+        else:
+            exact = replace(row, least=least)
+            floor_s += self._row_s(exact) - self._row_s(row)
+            self._push(floor_s, row.shape, row.size, self._open_row, exact)
+        self._push_next(rows)
+
+    def _open_row(self, size: int, row: Row) -> None:
+        """(micro batch, sequence parallel) -> ZeRO groups and frequencies, each priced in time under the first schedule with as
+        little recomputed as is open."""
+        if self._is_done(row.shape, row.zero, row.offload, size):
+            return
+        schedule, virtual = row.batch.schedules[0]
+        core = Core(row.shape, row.sequence_parallel, row.micro, schedule, virtual)
+        kinds, counts = self.space.recomputes(row.shape.pipeline, virtual)
         kind, layers = (kinds[0], self.space.layers_of(kinds[0])) if kinds else ("full", counts[0])
-        choice = point(core, sharding, offload, kind, layers)
-        return self.problem.time(self.problem.strategy(choice)).step_s
+        again_s = 0.0
+        if kind == "none":
+            again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)
+        for sharding in row.shardings:
+            time = self.problem.time(self.problem.strategy(point(core, sharding, row.offload, kind, layers)))
+            rest_s = time.step_s - time.pipeline_bubble_s - time.pipeline_transfer_s
+            busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro) + again_s
+            floor_s = rest_s + again_s + busy_s * row.idle
+            each = size // len(row.shardings)
+            self._push(floor_s, row.shape, each, self._open_sharding, row, sharding, rest_s + again_s, busy_s)
 
-    def _open_sharding(self, size: int, core: Core, sharding: Sharding) -> None:
-        """Offload only where the choice does not fit without: it never saves time."""
-        offloads = self.space.offloads
-        each = size // len(offloads)
-        if self._open_offload(each, core, sharding, offloads[0]):
-            self._reject(core.shape, "offload", size - each, "fits without offload, which only adds time")
+    def _open_sharding(self, size: int, row: Row, sharding: Sharding, rest_s: float, busy_s: float) -> None:
+        """ZeRO group and frequencies -> schedules, each with its own bubble."""
+        if self._is_done(row.shape, row.zero, row.offload, size):
             return
-        for offload in offloads[1:]:
-            memory = self._too_large(core.shape, sharding.zero, offload)
-            if memory is not None:
-                self._reject(
-                    core.shape, f"offload {offload}", each, f"ZeRO {sharding.zero}, offload: {told_excess(memory)}"
-                )
-                continue
-            step_s = self._plain_time(core, sharding, offload)
-            self._push(step_s, core.shape, each, self._open_offload, core, sharding, offload)
+        for schedule, virtual in row.batch.schedules:
+            core = Core(row.shape, row.sequence_parallel, row.micro, schedule, virtual)
+            floor_s = rest_s + busy_s * bubble(row.shape.pipeline, schedule, virtual, row.batch.accumulation)
+            number = self.space.num_recomputes(row.shape.pipeline, virtual)
+            self._push(floor_s, row.shape, number, self._open_core, core, sharding, row.offload, row.least)
 
-    def _open_offload(self, size: int, core: Core, sharding: Sharding, offload: Offload) -> bool:
-        """Finds the least recomputing that fits; True where none is needed."""
+    def _open_core(self, size: int, core: Core, sharding: Sharding, offload: Offload, least: Least) -> None:
+        """Finds the least recomputing that fits, from what the leanest schedule and group need."""
         shape, space = core.shape, self.space
-        if (shape.tensor, shape.pipeline, sharding.zero, offload) in self.done and self.result.best is not None:
-            self._reject(shape, "slower", size, "slower than the best of its family")
-            return False
-        memory = self._too_large(shape, sharding.zero, offload)
-        if memory is not None:
-            self._reject(shape, f"memory {sharding.zero}", size, f"ZeRO {sharding.zero}: {told_excess(memory)}")
-            return False
+        if self._is_done(shape, sharding.zero, offload, size):
+            return
         kinds, counts = space.recomputes(shape.pipeline, core.virtual)
         priced = 0
         for kind in kinds:
+            if kind not in least.kinds:
+                continue
             priced += 1
-            if self._leaf(point(core, sharding, offload, kind, space.layers_of(kind))) and kind == "none":
-                self.result.num_priced += priced
-                self._reject(shape, "recompute", size - priced, "fits with less recomputed")
-                return True
-        if counts:
-            priced += self._least_layers(core, sharding, offload, counts)
+            choice = point(core, sharding, offload, kind, space.layers_of(kind))
+            if self._memory(choice).fits:
+                self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
+                if kind == "none":
+                    break
+        else:
+            if least.layers is not None:
+                found, number = self._fewest(core, sharding, offload, counts, self._place(core, counts, least.layers))
+                priced += number
+                if found is not None:
+                    choice = point(core, sharding, offload, "full", counts[found])
+                    self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
         self.result.num_priced += priced
-        self._reject(shape, "recompute", size - priced, "fits with fewer layers recomputed, or does not fit with more")
-        return False
+        self._reject(shape, "recompute", size - priced, "fits with less recomputed, or does not fit with more")
 
-    def _least_layers(self, core: Core, sharding: Sharding, offload: Offload, counts: list[int | None]) -> int:
-        """Bisects the number of recomputed layers; returns how many numbers were priced."""
-        low, high, priced = 0, len(counts), 0
-        while low < high:
-            middle = (low + high) // 2 if priced else high - 1
+    def _least(self, leanest: Leanest, offload: Offload, floor: Least) -> Least | None:
+        """Which recomputing fits at all, under the leanest schedule and ZeRO group; `floor` says where to begin."""
+        core, sharding = leanest.core, leanest.sharding
+        _, counts = self.space.recomputes(core.shape.pipeline, core.virtual)
+        fitting = []
+        for kind in floor.kinds:
+            if self._memory(point(core, sharding, offload, kind, self.space.layers_of(kind))).fits:
+                fitting.append(kind)
+                if kind == "none":
+                    return Least(("none",), 1 if counts else None)
+        found = None
+        if floor.layers is not None:
+            found, _ = self._fewest(core, sharding, offload, counts, self._place(core, counts, floor.layers))
+        if found is None and not fitting:
+            return None
+        return Least(tuple(fitting), None if found is None else (found + 1) * core.virtual)
+
+    def _place(self, core: Core, counts: list[int | None], layers: int) -> int:
+        """Where in counts (1, 2, ... layers of a stage) a pipeline rank recomputes at least so many."""
+        per_stage = -(-layers // core.virtual) if core.shape.pipeline > 1 else layers
+        return max(0, min(per_stage, len(counts)) - 1)
+
+    def _fewest(
+        self, core: Core, sharding: Sharding, offload: Offload, counts: list[int | None], place: int
+    ) -> tuple[int | None, int]:
+        """(place in counts of the fewest recomputed layers that fit, how many places were priced). Each that does not fit says
+        how many more it takes at least, so none is passed over."""
+        priced = 0
+        while place < len(counts):
             priced += 1
-            memory = self.problem.memory(self.problem.strategy(point(core, sharding, offload, "full", counts[middle])))
+            choice = point(core, sharding, offload, "full", counts[place])
+            strategy = self.problem.strategy(choice)
+            memory = self.problem.memory(strategy)
             if memory.fits:
-                high = middle
-            elif middle == len(counts) - 1:
-                return priced
-            else:
-                low = middle + 1
-        choice = point(core, sharding, offload, "full", counts[high])
-        self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
-        return priced
-
-    def _leaf(self, choice: Choice) -> bool:
-        """Prices one strategy and keeps it if it fits."""
-        strategy = self.problem.strategy(choice)
-        if not self.problem.memory(strategy).fits:
-            return False
-        self._push_leaf(choice, self.problem.time(strategy).step_s)
-        return True
-
-    def _push_leaf(self, choice: Choice, step_s: float) -> None:
-        self.result.num_feasible += 1
-        found = Found(choice, step_s)
-        shape = Shape(choice.tensor, choice.pipeline, choice.data)
-        key = self._key(step_s, choice.num_gpus)
-        heapq.heappush(self.heap, (key, 1, simplicity(choice), next(self.order), shape, 1, (step_s, None, found)))
+                return place, priced
+            if place == len(counts) - 1:
+                break
+            place = min(place + self.bounds.layers_short(choice, strategy, memory), len(counts) - 1)
+        return None, priced
 
 
 def _excess(memory: MemoryPrice) -> float:
@@ -390,7 +406,7 @@ def _excess(memory: MemoryPrice) -> float:
 
 
 def told_excess(memory: MemoryPrice) -> str:
-    """ "92.4 GiB on stage 0, 14.1 over"."""
+    """92.4 GiB on stage 0, 14.1 over."""
     over = memory.peak_bytes - memory.usable_bytes
     if over <= 0:
         return "does not fit in host memory or NVMe"

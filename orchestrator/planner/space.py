@@ -47,6 +47,18 @@ class Core(NamedTuple):
     virtual: int
 
 
+class Batch(NamedTuple):
+    """A micro batch on some degrees, and what is open with it."""
+
+    micro: int
+    accumulation: int
+    schedules: tuple[tuple[Schedule, int], ...]
+    shardings: dict[int, tuple[Sharding, ...]]
+    """By ZeRO stage."""
+    num_recomputes: int
+    """Over all schedules."""
+
+
 PER_MICRO_BATCH, PER_STEP = "per_micro_batch", "per_step"
 
 
@@ -57,6 +69,8 @@ class Space:
         """`every_size`: smaller data-parallel degrees are candidates too, for objectives that may prefer fewer GPUs."""
         self.problem, self.pins = problem, problem.pins
         self.every_size = every_size
+        self._batches: dict[Shape, tuple[Batch, ...]] = {}
+        self._recomputes: dict[tuple[int, int], tuple[list[str], list[int | None]]] = {}
 
     def _kept(self, values: list[Any], field: str) -> list[Any]:
         """Under built_only, the values that the engine carries out; the pinned ones are judged by plan.py, by name."""
@@ -186,55 +200,60 @@ class Space:
 
     def recomputes(self, pipeline: int, virtual: int) -> tuple[list[str], list[int | None]]:
         """(none and selective as far as open, numbers of layers for full: None is all of them)."""
+        key = pipeline, virtual if pipeline > 1 else 1
+        if key not in self._recomputes:
+            self._recomputes[key] = self._open_recomputes(key[0] * key[1])
+        return self._recomputes[key]
+
+    def _open_recomputes(self, num_stages: int) -> tuple[list[str], list[int | None]]:
         kind = self.pins.get("activation_checkpointing")
         pinned: int | None = self.pins.get("num_checkpointed_layers_per_stage")
         if kind is not None:
             return ([kind], []) if kind != "full" else ([], [pinned])
         if pinned is not None:
             return ["none"], [pinned]
-        stages = pipeline * (virtual if pipeline > 1 else 1)
-        most = -(-self.problem.arch.num_layers // stages)
+        most = -(-self.problem.arch.num_layers // num_stages)
         return ["none", "selective"], [*range(1, most), None]
 
     def num_recomputes(self, pipeline: int, virtual: int) -> int:
         kinds, counts = self.recomputes(pipeline, virtual)
         return len(kinds) + len(counts)
 
-    def cores(self, shape: Shape) -> Iterator[Core]:
+    def batches(self, shape: Shape) -> tuple[Batch, ...]:
+        """The micro batches of some degrees, those left out that no schedule or no ZeRO group takes."""
+        if shape not in self._batches:
+            self._batches[shape] = tuple(self._open_batches(shape))
+        return self._batches[shape]
+
+    def _open_batches(self, shape: Shape) -> Iterator[Batch]:
         for micro in self.micros(shape.data):
             accumulation = self.problem.accumulation(shape.data, micro)
-            for schedule, virtual in self.schedules(shape.pipeline, accumulation):
-                for sequence_parallel in self.sequence_parallels(shape.tensor):
-                    yield Core(shape, sequence_parallel, micro, schedule, virtual)
-
-    def core_size(self, core: Core) -> int:
-        """Candidates that share these choices."""
-        shape = core.shape
-        accumulation = self.problem.accumulation(shape.data, core.micro)
-        shardings = len(self.shardings(shape.tensor, shape.data, accumulation))
-        return shardings * len(self.offloads) * self.num_recomputes(shape.pipeline, core.virtual)
+            schedules = tuple(self.schedules(shape.pipeline, accumulation))
+            by_stage: dict[int, tuple[Sharding, ...]] = {}
+            for sharding in self.shardings(shape.tensor, shape.data, accumulation):
+                by_stage[sharding.zero] = (*by_stage.get(sharding.zero, ()), sharding)
+            if schedules and by_stage:
+                recomputes = sum(self.num_recomputes(shape.pipeline, virtual) for _, virtual in schedules)
+                yield Batch(micro, accumulation, schedules, by_stage, recomputes)
 
     def shape_size(self, shape: Shape) -> int:
         """Candidates that share these degrees."""
-        total = 0
-        sequence = len(self.sequence_parallels(shape.tensor))
-        for micro in self.micros(shape.data):
-            accumulation = self.problem.accumulation(shape.data, micro)
-            shardings = len(self.shardings(shape.tensor, shape.data, accumulation))
-            schedules = self.schedules(shape.pipeline, accumulation)
-            total += shardings * sum(self.num_recomputes(shape.pipeline, virtual) for _, virtual in schedules)
-        return total * sequence * len(self.offloads)
+        total = sum(batch.num_recomputes * sum(map(len, batch.shardings.values())) for batch in self.batches(shape))
+        return total * len(self.sequence_parallels(shape.tensor)) * len(self.offloads)
 
     def __iter__(self) -> Iterator[Choice]:
         """Every candidate, one by one: for small spaces and for the tests."""
         for shape in self.shapes():
-            for core in self.cores(shape):
-                accumulation = self.problem.accumulation(shape.data, core.micro)
-                kinds, counts = self.recomputes(shape.pipeline, core.virtual)
-                recomputes = [(kind, self.layers_of(kind)) for kind in kinds] + [("full", count) for count in counts]
-                shardings = self.shardings(shape.tensor, shape.data, accumulation)
-                for sharding, offload, (kind, layers) in product(shardings, self.offloads, recomputes):
-                    yield point(core, sharding, offload, kind, layers)
+            for batch, flag in product(self.batches(shape), self.sequence_parallels(shape.tensor)):
+                shardings = [sharding for group in batch.shardings.values() for sharding in group]
+                for schedule, virtual in batch.schedules:
+                    core = Core(shape, flag, batch.micro, schedule, virtual)
+                    kinds, counts = self.recomputes(shape.pipeline, virtual)
+                    recomputes = [(kind, self.layers_of(kind)) for kind in kinds] + [
+                        ("full", count) for count in counts
+                    ]
+                    for sharding, offload, (kind, layers) in product(shardings, self.offloads, recomputes):
+                        yield point(core, sharding, offload, kind, layers)
 
     def layers_of(self, kind: str) -> int | None:
         """A pinned number of checkpointed layers counts for `selective` too."""

@@ -1,0 +1,154 @@
+"""The search is exact: it finds what brute force finds, and accounts for every candidate."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from clusters.catalog import load_cluster
+from clusters.cluster import Cluster
+from orchestrator.models.architecture import make_architecture
+from orchestrator.planner.problem import Problem
+from orchestrator.planner.search import Wanted, search
+from orchestrator.planner.space import Space
+from strategies.strategy import Offload
+
+NO_OFFLOAD = Offload()
+GIB = 2**30
+
+
+def cluster(name: str = "a100-40gb-1x4", *, memory_gib: float | None = None, nvme: bool = False) -> Cluster:
+    found = load_cluster(name)
+    gpu = found.accelerator
+    if memory_gib is not None:
+        gpu = replace(gpu, memory_bytes=int(memory_gib * GIB))
+    host = found.host if nvme else replace(found.host, nvme_bytes=0)
+    return replace(found, accelerator=gpu, host=host)
+
+
+def problem(where: Cluster, *, layers: int = 4, hidden: int = 1024, batch: int = 16, **changes: Any) -> Problem:
+    arch = make_architecture(
+        family="opt", num_layers=layers, hidden_size=hidden, num_heads=8, vocab_size=8192, max_position=1024
+    )
+    fields: dict[str, Any] = {"precision": "bf16", "pins": {}} | changes
+    return Problem(arch=arch, cluster=where, global_batch_size=batch, sequence_length=1024, **fields)
+
+
+def brute_force(asked: Problem, *, every_size: bool) -> tuple[float | None, int, int]:
+    """(the best key, candidates, candidates that fit)."""
+    best: float | None = None
+    number = feasible = 0
+    for choice in Space(asked, every_size=every_size):
+        number += 1
+        strategy = asked.strategy(choice)
+        if not asked.memory(strategy).fits:
+            continue
+        feasible += 1
+        step_s = asked.time(strategy).step_s
+        key = {
+            "fastest": step_s,
+            "cheapest": step_s * choice.num_gpus,
+            "fewest_gpus": choice.num_gpus * 1e9 + step_s,
+        }[asked.objective]
+        best = key if best is None else min(best, key)
+    return best, number, feasible
+
+
+TIGHT = {"memory_gib": 4.0}
+CASES = {
+    "everything fits": problem(cluster()),
+    "memory is tight": problem(cluster(**TIGHT), pins={"offload": NO_OFFLOAD}),
+    "only with offload": problem(cluster(memory_gib=2.5), pins={"pipeline_parallel_degree": 1}, hidden=2048),
+    "an odd batch": problem(cluster(**TIGHT), batch=13, pins={"offload": NO_OFFLOAD, "tensor_parallel_degree": 1}),
+    "uneven stages": problem(cluster(**TIGHT), layers=5, pins={"offload": NO_OFFLOAD, "tensor_parallel_degree": 2}),
+    "two nodes": problem(
+        cluster("a100-40gb-2x2", memory_gib=3.0), hidden=2048, pins={"offload": NO_OFFLOAD, "sequence_parallel": True}
+    ),
+    "cheapest": problem(cluster(**TIGHT), objective="cheapest", pins={"offload": NO_OFFLOAD, "zero_stage": 1}),
+    "fewest": problem(cluster(**TIGHT), objective="fewest_gpus", pins={"offload": NO_OFFLOAD}, hidden=2048),
+    "few layers recomputed": problem(
+        cluster(memory_gib=3.0), pins={"offload": NO_OFFLOAD, "num_checkpointed_layers_per_stage": 1, "zero_stage": 3}
+    ),
+    "selective alone": problem(
+        cluster(**TIGHT),
+        pins={"offload": NO_OFFLOAD, "activation_checkpointing": "selective", "data_parallel_degree": 2},
+    ),
+    "full alone, fp32": problem(
+        cluster(**TIGHT), precision="fp32", pins={"offload": NO_OFFLOAD, "activation_checkpointing": "full"}
+    ),
+    "gpipe": problem(cluster(**TIGHT), pins={"offload": NO_OFFLOAD, "pipeline_schedule": "gpipe", "zero_stage": 1}),
+    "nvme": problem(
+        cluster(memory_gib=2.5, nvme=True),
+        pins={"tensor_parallel_degree": 1, "pipeline_parallel_degree": 1},
+        hidden=2048,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_search_finds_what_brute_force_finds(name: str) -> None:
+    asked = CASES[name]
+    every_size = asked.objective != "fastest"
+    best, number, feasible = brute_force(asked, every_size=every_size)
+    found = search(asked)
+    assert found.num_candidates == number
+    if best is None:
+        assert found.best is None
+        assert found.closest is not None
+        return
+    assert found.best is not None, f"{feasible} fit"
+    got = found.best.step_s
+    key = {"fastest": got, "cheapest": got * found.best.choice.num_gpus}.get(
+        asked.objective, found.best.choice.num_gpus * 1e9 + got
+    )
+    assert key == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_candidate_is_priced_or_rejected_once_with_a_reason(name: str) -> None:
+    found = search(CASES[name])
+    assert found.num_priced + sum(group.candidates for group in found.rejections) == found.num_candidates
+    assert all(group.reason and group.candidates > 0 for group in found.rejections)
+
+
+def test_each_family_is_represented_by_its_best() -> None:
+    asked = problem(cluster(**TIGHT), pins={"offload": NO_OFFLOAD})
+    best: dict[tuple[Any, ...], float] = {}
+    for choice in Space(asked):
+        strategy = asked.strategy(choice)
+        if asked.memory(strategy).fits:
+            family = choice.tensor, choice.pipeline, choice.zero, choice.offload
+            best[family] = min(best.get(family, float("inf")), asked.time(strategy).step_s)
+    found = search(asked, num_families=10**6)
+    assert {family.family: family.step_s for family in found.families} == pytest.approx(best)
+    assert [family.step_s for family in found.families] == sorted(best.values())
+
+
+def test_the_search_is_deterministic() -> None:
+    asked = CASES["memory is tight"]
+    first, second = search(asked), search(asked)
+    assert first.best == second.best
+    assert first.families == second.families
+    assert first.rejections == second.rejections
+
+
+def test_of_two_strategies_of_one_speed_the_simpler_is_taken() -> None:
+    found = search(problem(cluster("a100-40gb"), pins={"micro_batch_size": 1}, batch=1))
+    assert found.best is not None
+    assert (found.best.choice.zero, found.best.choice.offload, found.best.choice.recompute) == (0, NO_OFFLOAD, "none")
+
+
+def test_a_target_is_a_constraint_and_a_hopeless_one_is_passed_over() -> None:
+    asked = problem(cluster(**TIGHT), pins={"offload": NO_OFFLOAD})
+    free = search(asked)
+    assert free.best is not None
+    gpu_s = free.best.step_s * free.best.choice.num_gpus
+    met = search(asked, wanted=Wanted(gpu_s=gpu_s * 0.9))
+    assert met.best is not None
+    if met.best.step_s * met.best.choice.num_gpus <= gpu_s * 0.9:
+        assert met.best.choice.num_gpus < free.best.choice.num_gpus
+    hopeless = search(asked, wanted=Wanted(step_s=free.best.step_s * 0.5))
+    assert hopeless.best is not None
+    assert hopeless.best.step_s == pytest.approx(free.best.step_s)
