@@ -220,7 +220,7 @@ def memory_of(plan: Mapping[str, Any], events: Sequence[Event], reports: Sequenc
     rows.append({"name": "all tensors", "predicted": int(stage["tensor_peak_bytes"]), "measured": peak})
     hint = f"Fullest GPU at its peak ({stage['peak_phase']}), measured / plan."
     if peak is not None and stage["tensor_peak_bytes"]:
-        hint += f" All tensors: {peak / stage['tensor_peak_bytes'] - 1:+.1%} of the plan."
+        hint += f" All tensors: {peak / stage['tensor_peak_bytes'] - 1:+.1%} against the plan."
     if reports:
         whole = max(report.peak_bytes for report in reports)
         hint += f" The process reached {told_bytes(whole)}; the plan adds {told_bytes(reserve)} for what is no tensor."
@@ -255,7 +255,7 @@ def start_of(events: Sequence[Event]) -> dict[str, Any]:
         return {"start": [], "start_hint": ""}
     details = started[-1].details
     rows = [(name, float(details[name])) for name in PHASES if name in details]
-    rows.append(("first_step", float(details.get("step_s", 0.0))))
+    rows.append(("first_step_s", float(details.get("step_s", 0.0))))
     told = f"{told_s(float(details['first_step_s']))} from the command to its end; phases overlap."
     return {"start": rows, "start_hint": told}
 

@@ -129,7 +129,7 @@ def test_one_stop_is_a_checkpoint_and_an_end(supervise):
 
 def test_two_stops_end_at_once(supervise):
     stop = Stop()
-    supervisor, (host,) = supervise([READY, lambda: stop.ask("Ctrl-C"), lambda: stop.ask("Ctrl-C")], stop=stop)
+    supervisor, _ = supervise([READY, lambda: stop.ask("Ctrl-C"), lambda: stop.ask("Ctrl-C")], stop=stop)
     ending = supervisor.run()
     assert (ending.kind, "without a checkpoint" in ending.cause) == ("stopped", True)
 
