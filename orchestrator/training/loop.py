@@ -99,11 +99,13 @@ class Loop:
             self._report_step(batch, result, waited_s=waited_s, engine_s=engine_s)
             self._tell_of_finished_save(wait=False)
             paused_at = time.perf_counter()
-            if settings.evaluate_every and self.done % settings.evaluate_every == 0 and self.done < settings.num_steps:
+            if self.done == settings.num_steps:
+                break
+            if settings.evaluate_every and self.done % settings.evaluate_every == 0:
                 self._evaluate()
             if stop:
                 return self._stop()
-            if due and self.done < settings.num_steps:
+            if due:
                 self._save()
             self.mark += time.perf_counter() - paused_at
         return self._finish()

@@ -204,6 +204,10 @@ def test_a_run_that_is_asked_to_stop_checkpoints_and_goes_on_from_there(assignme
     assert [report.loss for report in before + after] == [report.loss for report in undisturbed]
 
 
+def test_a_run_that_is_asked_to_stop_at_its_last_step_is_finished(assignment):
+    assert run(assignment, stop_after=NUM_STEPS)[0].kind == "finished"
+
+
 def test_a_run_that_is_already_done_is_finished_at_once(assignment):
     run(assignment)
     outcome, reports, _ = run(replace(assignment, resume_from=last_checkpoint(assignment)))
