@@ -6,7 +6,8 @@ The bounds hold for any model in which
   recomputing only add to it;
 - the first pipeline rank holds its share of the states beside the activations of min(m, p) micro batches;
 - of one (degrees, ZeRO stage, offload) family, the smallest micro batch with everything recomputed, sequence parallel, the
-  widest ZeRO group, 1F1B, and talk after every micro batch holds the fewest bytes;
+  widest ZeRO group, and talk after every micro batch holds the fewest bytes; of the schedules 1F1B, or one that deals the
+  layers out otherwise;
 - more checkpointed layers hold fewer bytes and take longer.
 
 tests/unit/test_search.py holds the search against brute force, which needs none of this.
@@ -21,9 +22,8 @@ from typing import NamedTuple
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, Space, point
-from orchestrator.planner.stages import layer_counts
 from strategies.pipeline.cost import bubble_fraction, in_flight
-from strategies.strategy import Offload, Schedule, Strategy
+from strategies.strategy import Offload, Place, Schedule, Strategy
 
 INFINITE = float("inf")
 SLACK = 1 - 1e-9
@@ -99,12 +99,44 @@ class Bounds:
         self.passes: dict[tuple[int, bool, int], Pass] = {}
         self.keeps: dict[tuple[int, bool], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
+        self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
+        self._rank_layers: dict[int, tuple[int, int]] = {}
         self.messages_count = space.problem.pinned_fields["mesh_order"][-1] == "tensor"
         """Tensor neighbours are next to each other whatever the other degrees, so their messages cost the same."""
 
-    def fewest_layers(self, pipeline: int) -> int:
-        """Layers of the pipeline rank that has the fewest."""
-        return min(layer_counts(self.problem.arch.num_layers, pipeline, self.problem.head_layers))
+    def layouts(self, pipeline: int) -> tuple[tuple[Schedule, int], ...]:
+        """Schedules of which one holds the fewest bytes: 1F1B; zbv, whose first rank has the head as well; and where layers
+        are not dealt out evenly or only some are recomputed, every number of stages a rank can have."""
+        if pipeline not in self._layouts:
+            layers = self.problem.arch.num_layers
+            partly = "num_checkpointed_layers_per_stage" in self.space.pins
+            kept: dict[tuple[int, bool], tuple[Schedule, int]] = {}
+            for schedule, virtual in self.space.schedules(pipeline, accumulation=pipeline):
+                even = layers % pipeline == 0 and layers % (pipeline * virtual) == 0 and not partly
+                key = (1 if even and schedule != "zbv" else virtual, schedule == "zbv")
+                if key not in kept or schedule == "1f1b":
+                    kept[key] = schedule, virtual
+            self._layouts[pipeline] = tuple(kept.values()) or (("1f1b", 1),)
+        return self._layouts[pipeline]
+
+    def deals_evenly(self, pipeline: int) -> bool:
+        """Every layout gives each rank the same layers, so that 1F1B stands for all but zbv."""
+        return len(self.layouts(pipeline)) <= 2 and self.problem.arch.num_layers % pipeline == 0
+
+    def rank_layers(self, pipeline: int) -> tuple[int, int]:
+        """(layers of the first pipeline rank, of the rank that has the fewest), the least of any layout."""
+        if pipeline not in self._rank_layers:
+            first, fewest = [], []
+            for schedule, virtual in self.layouts(pipeline):
+                held = [0] * pipeline
+                for stage in self.problem.strategy(
+                    Choice(pipeline=pipeline, schedule=schedule, virtual=virtual)
+                ).stages:
+                    held[stage.pipeline_rank] += stage.num_layers
+                first.append(held[0])
+                fewest.append(min(held))
+            self._rank_layers[pipeline] = min(first), min(fewest)
+        return self._rank_layers[pipeline]
 
     def micro_pass(self, tensor: int, sequence_parallel: bool, micro: int) -> Pass:
         key = tensor, sequence_parallel, micro
@@ -146,7 +178,7 @@ class Bounds:
         """Seconds of a step on the mean pipeline rank, nothing recomputed; the rank with the fewest layers has the fewest
         messages."""
         one = self.micro_pass(shape.tensor, sequence_parallel, micro)
-        fewest = self.fewest_layers(shape.pipeline) / self.problem.arch.num_layers
+        fewest = self.rank_layers(shape.pipeline)[1] / self.problem.arch.num_layers
         return self.problem.accumulation(shape.data, micro) * (one.compute_s / shape.pipeline + one.messages_s * fewest)
 
     def shape_s(self, shape: Shape) -> float:
@@ -165,7 +197,7 @@ class Bounds:
         partly = "num_checkpointed_layers_per_stage" in self.space.pins
         if partly or flights == 0:  # a pinned number of layers may be less than all; what it saves is left open here
             return Least(tuple(kinds), 1 if counts else None)
-        first = layer_counts(self.problem.arch.num_layers, shape.pipeline, self.problem.head_layers)[0]
+        first = self.rank_layers(shape.pipeline)[0]
         free = (fixed.usable_bytes - held) / flights / micro
         kept = self.kept(shape.tensor, sequence_parallel)
         sizes = {"none": kept.none_bytes, "selective": kept.selective_bytes}
@@ -179,29 +211,41 @@ class Bounds:
 
     # Bytes ----------------------------------------------------------------------------------------------------------
 
-    def smallest(self, shape: Shape, zero: int, offload: Offload) -> Choice:
-        """The member of a family that holds the fewest bytes."""
+    def smallest(self, shape: Shape, zero: int, offload: Offload) -> list[Choice]:
+        """The members of a family of which one holds the fewest bytes, the likeliest first."""
         space = self.space
-        core, sharding = self.leanest(shape, zero, space.batches(shape)[0], any(space.sequence_parallels(shape.tensor)))
-        kinds, counts = space.recomputes(shape.pipeline, core.virtual)
-        kind, layers = ("full", counts[-1]) if counts else (kinds[-1], space.layers_of(kinds[-1]))
-        return point(core, sharding, offload, kind, layers)
+        leanest = self.leanest(shape, zero, space.batches(shape)[0], any(space.sequence_parallels(shape.tensor)))
+        choices = []
+        for core, sharding in leanest:
+            kinds, counts = space.recomputes(shape.pipeline, core.virtual)
+            kind, layers = ("full", counts[-1]) if counts else (kinds[-1], space.layers_of(kinds[-1]))
+            choices.append(point(core, sharding, offload, kind, layers))
+        return choices
 
-    def leanest(self, shape: Shape, zero: int, batch: Batch, sequence_parallel: bool) -> Leanest:
-        """The schedule and ZeRO group that hold the fewest bytes at a micro batch: 1F1B if it is open, the widest group, and
-        talk after every micro batch."""
+    def leanest(self, shape: Shape, zero: int, batch: Batch, sequence_parallel: bool) -> list[Leanest]:
+        """The schedules and the ZeRO group of which one holds the fewest bytes at a micro batch. Not every schedule here can run
+        this many micro batches: as a bound it holds all the same."""
         sharding = max(
             batch.shardings[zero], key=lambda s: (s.group, s.gather == PER_MICRO_BATCH, s.reduce == PER_MICRO_BATCH)
         )
-        schedule, virtual = next((s for s in batch.schedules if s[0] == "1f1b"), batch.schedules[0])
-        return Leanest(Core(shape, sequence_parallel, batch.micro, schedule, virtual), sharding)
+        return [
+            Leanest(Core(shape, sequence_parallel, batch.micro, schedule, virtual), sharding)
+            for schedule, virtual in self.layouts(shape.pipeline)
+        ]
+
+    def hungriest(self, shape: Shape, zero: int, activations: Place) -> Choice:
+        """The member of a ZeRO stage that puts most into host memory."""
+        batch = self.space.batches(shape)[-1]
+        core, sharding = self.leanest(shape, zero, batch, False)[0]
+        offload = Offload(optimizer="host", parameters="host", activations=activations)  # type: ignore[arg-type]
+        return point(core, sharding._replace(group=1), offload, "none", None)
 
     def again_s(self, shape: Shape, sequence_parallel: bool, micro: int, least: Least) -> float:
         """Seconds that recomputing adds to a step, at least."""
         if "none" in least.kinds or "num_checkpointed_layers_per_stage" in self.space.pins:
             return 0.0
         key, num_layers = (shape.tensor, sequence_parallel, micro), self.problem.arch.num_layers
-        fewest, options = self.fewest_layers(shape.pipeline), []
+        fewest, options = self.rank_layers(shape.pipeline)[1], []
         if "selective" in least.kinds:
             options.append(self.added_s(*key, "selective") * fewest / num_layers)
         if least.layers is not None:
@@ -216,20 +260,24 @@ class Bounds:
         grown = stage.peak_bytes / max(1, stage.peak_bytes - stage.reserve)
         flights = in_flight(strategy, stage.pipeline_rank) * (choice.virtual if choice.pipeline > 1 else 1)
         saved = (kept.none_bytes - kept.full_bytes) * choice.micro * flights * grown
-        if saved <= 0 or choice.offload.activations != "none":
+        if saved <= 0:
             return 1
         return max(1, math.ceil((stage.peak_bytes - memory.usable_bytes) / saved * (1 - 1e-3)))
 
-    def fixed(self, smallest: Choice, memory: MemoryPrice) -> Fixed:
-        """What every member of the family has, from its smallest member."""
-        shape = Shape(smallest.tensor, smallest.pipeline, smallest.data)
-        choice = smallest._replace(micro=self.space.batches(shape)[-1].micro, schedule="1f1b", virtual=1)
-        if smallest.zero == 3:
+    def fixed(self, smallest: list[tuple[Choice, MemoryPrice]]) -> Fixed:
+        """What every member of the family has, from its smallest members."""
+        first = smallest[0][0]
+        shape = Shape(first.tensor, first.pipeline, first.data)
+        choice = first._replace(micro=self.space.batches(shape)[-1].micro, schedule="1f1b", virtual=1)
+        if choice.zero == 3:
             choice = choice._replace(gather=PER_STEP)
         time = self.problem.time(self.problem.strategy(choice))
-        first = memory.stages[0]
-        states = first.parameters + first.master_weights + first.optimizer_states + first.gathered_parameters
-        return Fixed(states + first.reserve, first.gradients, memory.usable_bytes, time.optimizer_s + time.offload_s)
+        stages = [memory.stages[0] for _, memory in smallest]
+        states = min(
+            s.parameters + s.master_weights + s.optimizer_states + s.gathered_parameters + s.reserve for s in stages
+        )
+        gradients = min(stage.gradients for stage in stages)
+        return Fixed(states, gradients, smallest[0][1].usable_bytes, time.optimizer_s + time.offload_s)
 
 
 def _micro_choice(tensor: int, sequence_parallel: bool, micro: int, kind: str) -> Choice:

@@ -140,6 +140,7 @@ class _Search:
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
+        self.host_holds: dict[tuple[Shape, int, str], bool] = {}
         self.rejected: dict[tuple[Shape, str], tuple[int, str]] = {}
 
     def run(self) -> SearchResult:
@@ -233,21 +234,43 @@ class _Search:
         sequence = len(self.space.sequence_parallels(shape.tensor))
         for zero, number in stages.items():
             each = number * sequence
-            memory = self._memory(self.bounds.smallest(shape, zero, offloads[-1]))
-            if memory.peak_bytes > memory.usable_bytes:
-                self._too_large(shape, zero, offloads[-1], memory, each * len(offloads))
+            members = self._smallest(shape, zero, offloads[-1])
+            if all(memory.peak_bytes > memory.usable_bytes for _, memory in members):
+                self._too_large(shape, zero, members, each * len(offloads))
                 continue
             for offload in offloads:
-                self._push(floor, shape, each, self._open_family, shape, zero, offload)
+                if self._host_holds(shape, zero, offload):
+                    self._reject(shape, "nvme", each, "host memory holds what would go to NVMe, which is slower")
+                else:
+                    self._push(floor, shape, each, self._open_family, shape, zero, offload)
+
+    def _host_holds(self, shape: Shape, zero: int, offload: Offload) -> bool:
+        """What would go to NVMe fits in host memory as well, whatever else is chosen."""
+        if "nvme" not in (offload.optimizer, offload.parameters) or "offload" in self.space.pins:
+            return False
+        key = shape, zero, offload.activations
+        if key not in self.host_holds:
+            memory = self._memory(self.bounds.hungriest(shape, zero, offload.activations))
+            self.host_holds[key] = memory.host_bytes_per_node <= memory.host_usable_bytes
+        return self.host_holds[key]
 
     def _memory(self, choice: Choice) -> MemoryPrice:
         return self.problem.memory(self.problem.strategy(choice))
 
-    def _too_large(self, shape: Shape, zero: int, offload: Offload, memory: MemoryPrice, size: int) -> None:
-        found = TooLarge(self.bounds.smallest(shape, zero, offload), memory)
-        self.result.too_large.append(found)
+    def _smallest(self, shape: Shape, zero: int, offload: Offload) -> list[tuple[Choice, MemoryPrice]]:
+        """The smallest members of a family that fit, or else all that might have been."""
+        members = []
+        for choice in self.bounds.smallest(shape, zero, offload):
+            members.append((choice, self._memory(choice)))
+            if members[-1][1].fits and self.bounds.deals_evenly(shape.pipeline):
+                return members[-1:]
+        return members
+
+    def _too_large(self, shape: Shape, zero: int, members: list[tuple[Choice, MemoryPrice]], size: int) -> None:
+        choice, memory = min(members, key=lambda member: _excess(member[1]))
+        self.result.too_large.append(TooLarge(choice, memory))
         if self.result.closest is None or _excess(memory) < _excess(self.result.closest.memory):
-            self.result.closest = found
+            self.result.closest = TooLarge(choice, memory)
         self._reject(shape, f"memory {zero}", size, f"ZeRO {zero}: {told_excess(memory)}")
 
     def _open_family(self, size: int, shape: Shape, zero: int, offload: Offload) -> None:
@@ -255,12 +278,11 @@ class _Search:
         if self._is_done(shape, zero, offload, size):
             return
         space, bounds = self.space, self.bounds
-        smallest = bounds.smallest(shape, zero, offload)
-        memory = self._memory(smallest)
-        if not memory.fits:
-            self._too_large(shape, zero, offload, memory, size)
+        members = self._smallest(shape, zero, offload)
+        if not any(memory.fits for _, memory in members):
+            self._too_large(shape, zero, members, size)
             return
-        fixed = bounds.fixed(smallest, memory)
+        fixed = bounds.fixed(members)
         rows = []
         for batch in space.batches(shape):
             if zero not in batch.shardings:
@@ -360,22 +382,26 @@ class _Search:
         self.result.num_priced += priced
         self._reject(shape, "recompute", size - priced, "fits with less recomputed, or does not fit with more")
 
-    def _least(self, leanest: Leanest, offload: Offload, floor: Least) -> Least | None:
-        """Which recomputing fits at all, under the leanest schedule and ZeRO group; `floor` says where to begin."""
-        core, sharding = leanest.core, leanest.sharding
-        _, counts = self.space.recomputes(core.shape.pipeline, core.virtual)
-        fitting = []
-        for kind in floor.kinds:
-            if self._memory(point(core, sharding, offload, kind, self.space.layers_of(kind))).fits:
-                fitting.append(kind)
-                if kind == "none":
-                    return Least(("none",), 1 if counts else None)
-        found = None
-        if floor.layers is not None:
-            found, _ = self._fewest(core, sharding, offload, counts, self._place(core, counts, floor.layers))
-        if found is None and not fitting:
+    def _least(self, leanest: list[Leanest], offload: Offload, floor: Least) -> Least | None:
+        """Which recomputing fits at all, under the leanest schedules and ZeRO group; `floor` says where to begin."""
+        fitting: set[str] = set()
+        layers: int | None = None
+        for core, sharding in leanest:
+            _, counts = self.space.recomputes(core.shape.pipeline, core.virtual)
+            for kind in floor.kinds:
+                if kind not in fitting:
+                    choice = point(core, sharding, offload, kind, self.space.layers_of(kind))
+                    fitting |= {kind} if self._memory(choice).fits else set()
+                if "none" in fitting:
+                    return Least(("none", *floor.kinds[1:]), floor.layers)
+            if floor.layers is not None:
+                found, _ = self._fewest(core, sharding, offload, counts, self._place(core, counts, floor.layers))
+                if found is not None:
+                    needed = found * core.virtual + 1
+                    layers = needed if layers is None else min(layers, needed)
+        if layers is None and not fitting:
             return None
-        return Least(tuple(fitting), None if found is None else (found + 1) * core.virtual)
+        return Least(tuple(kind for kind in floor.kinds if kind in fitting), layers)
 
     def _place(self, core: Core, counts: list[int | None], layers: int) -> int:
         """Where in counts (1, 2, ... layers of a stage) a pipeline rank recomputes at least so many."""

@@ -1,7 +1,8 @@
 """The space of strategies that one problem leaves open: each field's values, in the order of the search. Pure.
 
 A pinned field has one value. Values that can only waste are not in the space: a micro batch that neither divides a replica's
-share of the batch nor is a power of two, a data-parallel degree that leaves GPUs idle without saving a micro batch.
+share of the batch nor is a power of two, a pipeline that divides neither the layers nor the GPUs, a data-parallel degree that
+leaves GPUs idle without saving a micro batch.
 """
 
 from __future__ import annotations
@@ -101,8 +102,9 @@ class Space:
     def pipelines(self, tensor: int) -> list[int]:
         if "pipeline_parallel_degree" in self.pins:
             return [self.pins["pipeline_parallel_degree"]]
-        most = min(self.problem.arch.num_layers, self.problem.num_gpus // tensor)
-        return self._kept(list(range(1, most + 1)), "pipeline_parallel_degree")
+        layers, room = self.problem.arch.num_layers, self.problem.num_gpus // tensor
+        values = [n for n in range(1, min(layers, room) + 1) if layers % n == 0 or room % n == 0]
+        return self._kept(values, "pipeline_parallel_degree")
 
     def datas(self, tensor: int, pipeline: int) -> list[int]:
         room = self.problem.num_gpus // (tensor * pipeline)

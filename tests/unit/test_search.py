@@ -56,33 +56,41 @@ def brute_force(asked: Problem, *, every_size: bool) -> tuple[float | None, int,
     return best, number, feasible
 
 
-TIGHT = {"memory_gib": 4.0}
+def tight(asked: Problem, share: float, *, nvme: bool = False) -> Problem:
+    """The problem on GPUs that hold about `share` of its candidates."""
+    peaks = sorted(asked.memory(asked.strategy(choice)).peak_bytes for choice in list(Space(asked))[::5])
+    memory_bytes = int(peaks[int(share * len(peaks))] * 1.03)
+    host = asked.cluster.host if nvme else replace(asked.cluster.host, nvme_bytes=0)
+    gpu = replace(asked.cluster.accelerator, memory_bytes=memory_bytes)
+    return asked.changed(cluster=replace(asked.cluster, accelerator=gpu, host=host))
+
+
+PURE = {"offload": NO_OFFLOAD}
 CASES = {
-    "everything fits": problem(cluster()),
-    "memory is tight": problem(cluster(**TIGHT), pins={"offload": NO_OFFLOAD}),
-    "only with offload": problem(cluster(memory_gib=2.5), pins={"pipeline_parallel_degree": 1}, hidden=2048),
-    "an odd batch": problem(cluster(**TIGHT), batch=13, pins={"offload": NO_OFFLOAD, "tensor_parallel_degree": 1}),
-    "uneven stages": problem(cluster(**TIGHT), layers=5, pins={"offload": NO_OFFLOAD, "tensor_parallel_degree": 2}),
-    "two nodes": problem(
-        cluster("a100-40gb-2x2", memory_gib=3.0), hidden=2048, pins={"offload": NO_OFFLOAD, "sequence_parallel": True}
+    "everything fits": problem(cluster(), pins={"sequence_parallel": False}),
+    "memory is tight": tight(problem(cluster(), pins=PURE), 0.2),
+    "memory is very tight": tight(problem(cluster(), pins=PURE), 0.01),
+    "nothing fits": problem(cluster(memory_gib=0.5), pins=PURE),
+    "with offload": tight(problem(cluster(), pins={"pipeline_parallel_degree": 1}, hidden=2048), 0.05),
+    "an odd batch": tight(problem(cluster(), batch=13, pins=PURE | {"tensor_parallel_degree": 1}), 0.2),
+    "uneven stages": tight(problem(cluster(), layers=5, pins=PURE | {"tensor_parallel_degree": 2}), 0.2),
+    "two nodes": tight(problem(cluster("a100-40gb-2x2"), hidden=2048, pins=PURE | {"sequence_parallel": True}), 0.1),
+    "cheapest": tight(problem(cluster(), objective="cheapest", pins=PURE | {"zero_stage": 1}), 0.3),
+    "fewest": tight(problem(cluster(), objective="fewest_gpus", pins=PURE, hidden=2048), 0.1),
+    "few layers recomputed": tight(
+        problem(cluster(), pins=PURE | {"num_checkpointed_layers_per_stage": 1, "zero_stage": 3}), 0.2
     ),
-    "cheapest": problem(cluster(**TIGHT), objective="cheapest", pins={"offload": NO_OFFLOAD, "zero_stage": 1}),
-    "fewest": problem(cluster(**TIGHT), objective="fewest_gpus", pins={"offload": NO_OFFLOAD}, hidden=2048),
-    "few layers recomputed": problem(
-        cluster(memory_gib=3.0), pins={"offload": NO_OFFLOAD, "num_checkpointed_layers_per_stage": 1, "zero_stage": 3}
+    "selective alone": tight(
+        problem(cluster(), pins=PURE | {"activation_checkpointing": "selective", "data_parallel_degree": 2}), 0.3
     ),
-    "selective alone": problem(
-        cluster(**TIGHT),
-        pins={"offload": NO_OFFLOAD, "activation_checkpointing": "selective", "data_parallel_degree": 2},
+    "full alone, fp32": tight(
+        problem(cluster(), precision="fp32", pins=PURE | {"activation_checkpointing": "full"}), 0.1
     ),
-    "full alone, fp32": problem(
-        cluster(**TIGHT), precision="fp32", pins={"offload": NO_OFFLOAD, "activation_checkpointing": "full"}
-    ),
-    "gpipe": problem(cluster(**TIGHT), pins={"offload": NO_OFFLOAD, "pipeline_schedule": "gpipe", "zero_stage": 1}),
-    "nvme": problem(
-        cluster(memory_gib=2.5, nvme=True),
-        pins={"tensor_parallel_degree": 1, "pipeline_parallel_degree": 1},
-        hidden=2048,
+    "gpipe": tight(problem(cluster(), pins=PURE | {"pipeline_schedule": "gpipe", "zero_stage": 1}), 0.3),
+    "nvme": tight(
+        problem(cluster(), pins={"tensor_parallel_degree": 1, "pipeline_parallel_degree": 1}, hidden=2048),
+        0.1,
+        nvme=True,
     ),
 }
 
@@ -114,7 +122,7 @@ def test_every_candidate_is_priced_or_rejected_once_with_a_reason(name: str) -> 
 
 
 def test_each_family_is_represented_by_its_best() -> None:
-    asked = problem(cluster(**TIGHT), pins={"offload": NO_OFFLOAD})
+    asked = CASES["memory is tight"]
     best: dict[tuple[Any, ...], float] = {}
     for choice in Space(asked):
         strategy = asked.strategy(choice)
@@ -141,7 +149,7 @@ def test_of_two_strategies_of_one_speed_the_simpler_is_taken() -> None:
 
 
 def test_a_target_is_a_constraint_and_a_hopeless_one_is_passed_over() -> None:
-    asked = problem(cluster(**TIGHT), pins={"offload": NO_OFFLOAD})
+    asked = CASES["memory is tight"]
     free = search(asked)
     assert free.best is not None
     gpu_s = free.best.step_s * free.best.choice.num_gpus
