@@ -244,7 +244,10 @@ def _targets(plan: Plan) -> Iterator[str]:
         text = f"{row['name']}: wanted {_target_value(row['name'], row['wanted'])}, gets {got}"
         yield painted(f"met     {text}", GREEN) if row["met"] else painted(f"missed  {text}", RED)
         if not row["met"]:
-            yield f"        {'would meet: ' + row['would_meet'] if row['would_meet'] else 'no size within a factor of 8 meets it'}"
+            met_by = (
+                f"would meet: {row['would_meet']}" if row["would_meet"] else "no size within a factor of 8 meets it"
+            )
+            yield f"        {met_by}"
 
 
 def _target_value(name: str, value: float) -> str:
@@ -256,7 +259,8 @@ def _target_value(name: str, value: float) -> str:
 def _losers(losers: Sequence[Loser], width: int) -> Iterator[str]:
     for loser in losers:
         fits = "" if loser.fits else painted(" does not fit", RED)
-        yield f"{loser.tokens_per_second_per_gpu:>8,.0f} tokens/s/GPU, {bytes_told(loser.peak_bytes)}{fits}: {strategy_told(loser.strategy)}"
+        price = f"{loser.tokens_per_second_per_gpu:>8,.0f} tokens/s/GPU, {bytes_told(loser.peak_bytes)}{fits}"
+        yield f"{price}: {strategy_told(loser.strategy)}"
         for line in _wrapped(loser.because, width - MARGIN - 9):
             yield painted(f"{'':8} {line}", DIM)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -138,7 +139,11 @@ def run(module, tmp_path, monkeypatch):
     keep_tokenizer(index, tmp_path / "runs" / "tiny")
     state = {f"model.{name}": parameter.detach() for name, parameter in module.named_parameters()}
     info = CheckpointInfo(
-        job=mapping, num_steps=3, strategy={}, data={"tokenizer": index.tokenizer["fingerprint"], "tokens": ""}
+        job=mapping,
+        architecture=asdict(ARCH),
+        num_steps=3,
+        strategy={},
+        data={"tokenizer": index.tokenizer["fingerprint"], "tokens": ""},
     )
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
