@@ -18,6 +18,8 @@ VERBS: Mapping[str, tuple[str, str, str]] = {
     "calibrate": ("orchestrator.cli.calibrate", "command", "Measure this machine, for plans that rest on its numbers."),
     "doctor": ("orchestrator.cli.doctor", "command", "Check whether this machine is fit to plan and to run."),
     "plan": ("orchestrator.cli.plan", "command", "Plan a job: strategy, bytes, speed, cost, and why."),
+    "estimate": ("orchestrator.cli.estimate", "command", "Bytes of one strategy, by component and pipeline rank."),
+    "capacity": ("orchestrator.cli.capacity", "command", "Models x GPU counts: what fits, how fast, for how much."),
     "run": ("orchestrator.cli.run", "command", "Train a job here and now, or go on where it stopped."),
     "prepare": ("orchestrator.cli.prepare", "command", "Tokenize a job's text; what is there already is used."),
     "generate": ("orchestrator.cli.generate", "command", "Sample text from a checkpoint."),

@@ -59,7 +59,7 @@ def render(plan: Plan, *, width: int = 88) -> str:
         _section("targets", _targets(plan)),
         _section("losers", _losers(plan.alternatives[:3], width)),
         _section("would fit", _nearest(plan, width)),
-        _section("notes", (line for note in plan.notes for line in _wrapped(note, width - MARGIN - 2))),
+        _section("notes", (line for note in plan.notes for line in wrapped(note, width - MARGIN - 2))),
         _section("search", _search(plan)),
     ]
     return "\n".join(section for section in sections if section)
@@ -135,7 +135,8 @@ def _section(name: str, lines: Iterable[str]) -> str:
     return "\n".join([f"  {painted(f'{name:<{MARGIN - 2}}', BOLD)}{first}", *(f"{'':{MARGIN}}{line}" for line in rest)])
 
 
-def _wrapped(text: str, columns: int) -> list[str]:
+def wrapped(text: str, columns: int) -> list[str]:
+    """Lines of at most so many columns, broken at spaces."""
     lines, line = [], ""
     for word in text.split():
         if line and len(line) + 1 + len(word) > columns:
@@ -258,10 +259,12 @@ def _target_value(name: str, value: float) -> str:
 
 def _losers(losers: Sequence[Loser], width: int) -> Iterator[str]:
     for loser in losers:
-        fits = "" if loser.fits else painted(" does not fit", RED)
-        price = f"{loser.tokens_per_second_per_gpu:>8,.0f} tokens/s/GPU, {bytes_told(loser.peak_bytes)}{fits}"
-        yield f"{price}: {strategy_told(loser.strategy)}"
-        for line in _wrapped(loser.because, width - MARGIN - 9):
+        speed = f"{loser.tokens_per_second_per_gpu:>8,.0f} tokens/s/GPU"
+        verdict = "" if loser.fits else painted(" too large", RED)
+        yield f"{speed}, {bytes_told(loser.peak_bytes)}{verdict}"
+        for line in wrapped(strategy_told(loser.strategy), width - MARGIN - 11):
+            yield f"{'':8} {line}"
+        for line in wrapped(loser.because, width - MARGIN - 11):
             yield painted(f"{'':8} {line}", DIM)
 
 

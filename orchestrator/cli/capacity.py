@@ -1,0 +1,139 @@
+"""shardwise capacity: models x numbers of GPUs, and the smallest cluster that fits or meets a target."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import click
+
+from orchestrator.cli.errors import CommandError, ExitCode
+
+if TYPE_CHECKING:
+    from orchestrator.models.architecture import Architecture
+
+_RANGE = re.compile(r"([1-9][0-9]*)\.\.([1-9][0-9]*)")
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+@click.command("capacity")
+@click.option(
+    "--model", "models", multiple=True, required=True, metavar="NAME", help="A catalog model; may be repeated."
+)
+@click.option("--gpu", required=True, metavar="NAME", help="A catalog GPU, such as a100-80gb.")
+@click.option("--gpus", default="1..64", show_default=True, metavar="RANGE", help="1..64 (doublings) or 8,16,24.")
+@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--tokens", type=float, metavar="N", help="Length of the training, for days and dollars (300e9).")
+@click.option(
+    "--global-batch-size", type=click.IntRange(min=1), default=1024, show_default=True, help="Sequences a step."
+)
+@click.option("--sequence-length", type=click.IntRange(min=1), default=2048, show_default=True)
+@click.option("--precision", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
+@click.option("--target", type=float, metavar="TOKENS/S/GPU", help="Mark what is as fast as this.")
+@click.option("--finish-within", metavar="DURATION", help="Mark what is done in time: 30d.")
+@click.option("--budget-usd", type=float, metavar="USD", help="Mark what costs no more.")
+@click.option("--json", "as_json", is_flag=True, help="Print {cells[], smallest{}}.")
+@click.option("--html", metavar="FILE", help="Write a heat map as one self-contained page.")
+def command(
+    models: tuple[str, ...],
+    gpu: str,
+    gpus: str,
+    gpus_per_node: int,
+    tokens: float | None,
+    global_batch_size: int,
+    sequence_length: int,
+    precision: str,
+    target: float | None,
+    finish_within: str | None,
+    budget_usd: float | None,
+    as_json: bool,
+    html: str | None,
+) -> int:
+    """What fits on how many GPUs, how fast, in how many days, at what price."""
+    from clusters.catalog import load_cluster
+    from clusters.cluster import Cluster
+    from orchestrator.planner.capacity import Question, capacity, told
+
+    question = Question(
+        global_batch_size=global_batch_size,
+        sequence_length=sequence_length,
+        precision=precision,
+        tokens=int(tokens) if tokens else None,
+        tokens_per_second_per_gpu=target,
+        finish_within_s=_seconds(finish_within),
+        budget_usd=budget_usd,
+    )
+    if (finish_within or budget_usd) and not tokens:
+        raise CommandError("a deadline or a budget needs the length of the training", "add --tokens 300e9")
+
+    def cluster_of(size: int) -> Cluster:
+        nodes, per_node = (1, size) if size <= gpus_per_node else (size // gpus_per_node, gpus_per_node)
+        return load_cluster(f"{gpu}-{nodes}x{per_node}")
+
+    archs = [_architecture(name) for name in models]
+    try:
+        cluster_of(1)
+    except ValueError as error:
+        message, _, fix = str(error).partition("\n  to fix: ")
+        raise CommandError(message, fix or "see `ls clusters/catalog`") from None
+    table = capacity(archs, _sizes(gpus, gpus_per_node), cluster_of=cluster_of, question=question)
+    if html:
+        from orchestrator.planner.html import write_capacity
+
+        write_capacity(table, html)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(table.to_dict(), indent=1))
+    else:
+        click.echo("\n".join(told(table)))
+    good = [cell.meets if question.has_target else cell.fits for cell in table.cells]
+    return ExitCode.DONE if any(good) else ExitCode.DOES_NOT_FIT
+
+
+def _architecture(name: str) -> Architecture:
+    from difflib import get_close_matches
+
+    from orchestrator.models.architecture import CATALOG
+
+    if name not in CATALOG:
+        near = get_close_matches(name, CATALOG, 1)
+        raise CommandError(
+            f"there is no model {name!r} in the catalog",
+            f"did you mean {near[0]}?" if near else f"one of {', '.join(CATALOG)}",
+        )
+    return CATALOG[name]
+
+
+def _sizes(text: str, gpus_per_node: int) -> list[int]:
+    """1..64: doublings from 1 to 64, both ends among them. 8,16,24: those."""
+    match = _RANGE.fullmatch(text.strip())
+    if match:
+        first, last = int(match[1]), int(match[2])
+        sizes = []
+        while first < last:
+            sizes.append(first)
+            first *= 2
+        sizes.append(last)
+    elif re.fullmatch(r"\s*[1-9][0-9]*\s*(,\s*[1-9][0-9]*\s*)*", text):
+        sizes = sorted({int(part) for part in text.split(",")})
+    else:
+        raise CommandError(f"--gpus {text!r} is no number of GPUs", "write 1..64 (doublings), or 8,16,24")
+    wrong = [size for size in sizes if size > gpus_per_node and size % gpus_per_node]
+    if wrong or sizes[-1] > 10**6 or (match and int(match[1]) > int(match[2])):
+        raise CommandError(
+            f"--gpus {text!r} does not fill nodes of {gpus_per_node}",
+            f"multiples of {gpus_per_node} beyond one node, ascending",
+        )
+    return sizes
+
+
+def _seconds(text: str | None) -> float | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]*)([smhd])", text)
+    if not match:
+        raise CommandError(
+            f"--finish-within {text!r} is not a duration", "write a whole number and s, m, h or d, as in 30d"
+        )
+    return float(int(match[1]) * _UNITS[match[2]])
