@@ -16,38 +16,38 @@ GIB = 2**30
 class TimeConstants:
     """Of the time model on GPUs."""
 
-    matmul: float = 0.88
+    matmul: float = 0.876
     """Reached by a training step's large products over what a benchmark of single products sustains (SUSTAINED)."""
-    matmul_half_size: float = 480.0
+    matmul_half_size: float = 504
     """Cube root of rows * inputs * outputs at which a product has half of that, on a GPU of 312 TFLOP/s; grows with the
     square root of the peak."""
-    flash: float = 0.44
+    flash: float = 0.443
     """Reached by a training step's flash attention over the kernel paper's best (SUSTAINED)."""
-    score_products: float = 0.35
+    score_products: float = 0.34
     """Reached by the batched products of unfused attention over what large products sustain."""
-    score_bytes: float = 6.5
+    score_bytes: float = 6.39
     """Bytes read and written of each score by a fused masked softmax, forward; plain torch operations: MATH_PASSES times."""
-    memory: float = 0.84
+    memory: float = 0.844
     """Of the datasheet's memory bandwidth, element-wise kernels."""
-    logit_bytes: float = 50.0
+    logit_bytes: float = 51.4
     """Bytes read and written of each logit, forward and backward: casts to fp32, log-softmax, its gradient."""
-    layer_launch_s: float = 0.6e-3
+    layer_launch_s: float = 0.000639
     """Seconds in which the host issues one layer's forward pass, and half a backward pass: a floor under small layers."""
-    nvlink: float = 0.55
+    nvlink: float = 0.6
     """Bus bandwidth of collectives over the link's rate, inside a node."""
-    collective_s: float = 100e-6
+    collective_s: float = 0.0001
     """Seconds that a blocking collective inside a node takes beyond its bytes: launch, synchronisation, skew."""
-    network: float = 0.9
+    network: float = 0.95
     """Bus bandwidth over line rate, between nodes."""
-    bucket_bytes: float = 80e6
+    bucket_bytes: float = 8.47e+07
     """Bytes of one data-parallel message at ZeRO 0 and 1: each walks the whole ring, so large groups pay latency."""
-    hidden: float = 0.16
+    hidden: float = 0.454
     """Part of the gradient and parameter traffic of ZeRO 0 and 1 that backward hides."""
-    hidden_sharded: float = 0.5
+    hidden_sharded: float = 0.587
     """The same of FSDP's gathers and scatters, as long as compute is longer."""
-    transfer: float = 0.2
+    transfer: float = 0.143
     """Part of the stage-to-stage traffic that no compute hides."""
-    step_s: float = 3e-3
+    step_s: float = 0.00169
     """Seconds of every step outside the model: data, loss read-out, optimizer launch."""
 
 
@@ -55,23 +55,25 @@ class TimeConstants:
 class MemoryConstants:
     """Of the memory model: what tensors the stacks that published hold beyond theory, and what is no tensor at all."""
 
-    score_copies: float = 3.1
+    score_copies: float = 2.73
     """Copies of the [heads, s, s] scores kept for backward by unfused attention: scores, probabilities, dropout's output."""
-    logit_bytes: float = 14.8
+    kept_logit_bytes: float = 13.8
     """Bytes a logit at the loss: 16-bit logits, fp32 copy, log-softmax, gradient in part."""
-    gathered_logit_bytes: float = 22.3
+    gathered_logit_bytes: float = 22.5
     """The same of logits gathered from the tensor group, where the loss is not vocabulary-parallel."""
-    sharded_logit_bytes: float = 4.0
+    sharded_logit_bytes: float = 2
     """The same in FSDP stacks, whose fused loss writes its gradient in place."""
-    unfused_norm_elements: float = 7.6
+    unfused_norm_elements: float = 7.11
     """Hidden-size elements that two unfused RMS norms keep beyond a fused norm's: fp32 copies and products."""
-    recompute_layers: float = 2.9
-    """One layer's activations and their gradients while it is computed again, in layers."""
-    working_elements: float = 12.0
+    recompute_layers: float = 2.87
+    """One layer's activations and their gradients while it is computed again, in layers, scores apart."""
+    recompute_scores: float = 9.45
+    """Copies of the scores of unfused attention while its layer is computed again and goes backward."""
+    working_elements: float = 9.61
     """Hidden-size elements a token at work in backward outside the saved ones."""
-    context_bytes: float = 3.4 * GIB
+    context_bytes: float = 3.35 * GIB
     """CUDA context, libraries' workspaces, NCCL buffers."""
-    fragmentation: float = 0.03
+    fragmentation: float = 0.0421
     """Reserved over allocated, less one."""
 
 

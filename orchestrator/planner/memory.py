@@ -31,7 +31,7 @@ CPU_PROCESS_BYTES = 218 * 2**20
 """Resident after the imports."""
 COMMUNICATOR_BYTES = 64 * 2**20
 """NCCL's buffers of one communicator beyond the first."""
-MEMORY_ERROR = 0.02
+MEMORY_ERROR = 0.05
 """Margin kept of what the driver reports as total."""
 
 
@@ -184,7 +184,11 @@ def _micro_batch(
         working = _native_working(work, strategy, tokens, element)
         working += layer - kept if kind != "none" else 0.0
     else:
-        working = constants.working_elements * hidden + (constants.recompute_layers * layer if kind == "full" else 0.0)
+        working = constants.working_elements * hidden
+        if kind == "full":
+            scores = recompute.score_bytes(work, strategy, **shape)
+            working += constants.recompute_layers * (layer - constants.score_copies * scores)
+            working += constants.recompute_scores * scores
     return _MicroBatch(
         tokens=tokens,
         hidden=hidden,

@@ -43,7 +43,14 @@ def saved_bytes(
         copies = 1.0 if work.native else 0.0
     else:
         copies = 2.0 if work.native else constants.score_copies
-    return saved + copies * tokens * heads * sequence_length * element
+    return saved + copies * score_bytes(work, strategy, tokens=tokens, sequence_length=sequence_length, element=element)
+
+
+def score_bytes(work: Workload, strategy: Strategy, *, tokens: int, sequence_length: int, element: int) -> float:
+    """One copy of a layer's attention scores; 0 where the kernel never writes them."""
+    if strategy.attention == "flash" and not work.attention_bias:
+        return 0.0
+    return tokens * work.num_heads / strategy.tensor_parallel_degree * sequence_length * element
 
 
 def boundary_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:

@@ -40,7 +40,7 @@ def logit_bytes(
     wide = element / 2
     if strategy.zero_stage >= 2:
         return constants.sharded_logit_bytes * wide * local, element * local
-    total = constants.logit_bytes * wide * local
+    total = constants.kept_logit_bytes * wide * local
     if tensor > 1 and not work.tied_embeddings and strategy.states not in VOCABULARY_PARALLEL:
         total += constants.gathered_logit_bytes * wide * local * tensor
     return total, element * local
