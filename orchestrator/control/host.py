@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import queue
 import shutil
@@ -46,7 +47,8 @@ class RayHost:
                 start_new_session=True,
             )
         self._messages: queue.Queue[dict[str, Any]] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -73,3 +75,8 @@ class RayHost:
         self.process.wait(timeout=10)
         end_marked(self.mark)  # quicker than ray.shutdown, and there is nothing for Ray to save
         shutil.rmtree(self.session, ignore_errors=True)
+        self._reader.join(timeout=10)  # nobody is left to write
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            with contextlib.suppress(BrokenPipeError):
+                pipe.close()

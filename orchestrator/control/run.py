@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from clusters.cluster import Cluster
     from orchestrator.planner.plan import Plan
     from orchestrator.spec import Job
+    from orchestrator.telemetry.metrics import Metrics
 
 
 class DoesNotFit(Exception):
@@ -79,6 +81,8 @@ def run_job(
         raise RunRefused(
             "the job says no length", where=job.file, fix="set training.steps: 1000, or training.tokens: 300e9"
         )
+    if job.data is None:
+        raise RunRefused("the job has no data", where=job.file, fix="add data: {train: [corpus/*.txt]}")
     folder = RunFolder(Path(directory or job.checkpoint.directory).resolve() / job.name)
     with held(folder):
         if fresh and (aside := folder.move_aside()):
@@ -88,9 +92,7 @@ def run_job(
         folder.create()
         early = Early(lambda: start_host(folder.path))  # Python and Ray are imported while the plan is made
         try:
-            return _run(
-                job, cluster, folder, early, clock, view=view, stop=stop, fresh=fresh, metrics_port=metrics_port
-            )
+            return _run(job, cluster, folder, early, clock, view=view, stop=stop, metrics_port=metrics_port)
         finally:
             early.end()
 
@@ -104,7 +106,6 @@ def _run(
     *,
     view: View,
     stop: Stop,
-    fresh: bool,
     metrics_port: int | None,
 ) -> RunResult:
     from orchestrator.planner.plan import plan
@@ -137,27 +138,34 @@ def _run(
         folder.write_plan(document)
         ending = Ending(kind="finished", step=done, cause="there was nothing left to do")
         return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=None)
-    supervisor.begin()
-    from orchestrator.training.prepare import prepare_job
+    with contextlib.ExitStack() as stack:
+        stack.callback(supervisor.close)
+        supervisor.begin()
+        from orchestrator.training.prepare import prepare_job
 
-    index = prepare_job(job, progress=view.preparing)
-    clock.lap("prepare_s")
-    folder.write_job(job)
-    folder.write_plan(document)
-    supervisor.assign = assigner(job, planned, folder, str(index.directory), on_gpus=on_gpus)
-    append(folder.events, _begun(job, planned, done))
-    metrics = Metrics(document, num_gpus=num_gpus)
-    try:
-        url = None if metrics_port is None else metrics.serve(metrics_port)
+        index = prepare_job(job, progress=view.preparing)
+        clock.lap("prepare_s")
+        folder.write_job(job)
+        folder.write_plan(document)
+        supervisor.assign = assigner(job, planned, folder, str(index.directory), on_gpus=on_gpus)
+        append(folder.events, _begun(job, planned, done))
+        metrics = Metrics(document, num_gpus=num_gpus)
+        stack.callback(metrics.close)
+        url = None if metrics_port is None else served(metrics, metrics_port)
         if url is not None:
             append(folder.events, _event("metrics_endpoint", url, done, address=url))
             view.note(f"metrics   {url}")
         supervisor.watchers = [metrics, *view.watchers]
         ending = supervisor.run()
-    finally:
-        supervisor.close()
-        metrics.close()
     return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=url)
+
+
+def served(metrics: Metrics, port: int) -> str:
+    try:
+        return metrics.serve(port)
+    except OSError as error:
+        told = f"the metrics cannot be served on port {port}: {error.strerror}"
+        raise RunRefused(told, where="--metrics-port", fix="another port, or 0 for any that is free") from None
 
 
 def assigner(

@@ -87,8 +87,8 @@ def test_the_page_shows_what_the_files_say(folder):
     assert (data["predicted_speed"], data["target_speed"]) == (20.0, 32.0)
     assert data["speed_hint"] == "Median 16: -20% of the plan, -50% of the target."
     assert "It was restarted 1 time; no step was lost." in data["lead"]
-    assert ["recovering", pytest.approx(0.0)] != data["ledger"]["parts"]
-    assert [event["kind"] for event in data["events"]][0] == "finished"
+    assert dict(data["ledger"]["parts"])["recovering"] > 0
+    assert data["events"][0]["kind"] == "finished"
     assert dict(data["plan"])["offload"] == "optimizer to host"
     assert dict(data["plan"])["note"] == "one GPU stays idle"
     assert data["start"] == [("ray_s", 3.0), ("workers_s", 2.0), ("first_step_s", 2.0)]

@@ -1,0 +1,70 @@
+"""`shardwise run` from end to end: real Ray, real workers, two of them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from benchmarks import chaos
+from orchestrator.control.processes import end_marked, marked
+from orchestrator.telemetry.records import Event, read, steps
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture
+def workspace(tmp_path):
+    yield tmp_path
+    end_marked(str((tmp_path / "runs" / "small").resolve()))
+
+
+def with_steps(file, steps: int):
+    mapping = yaml.safe_load(file.read_text())
+    mapping["training"]["steps"] = steps
+    file.write_text(yaml.safe_dump(mapping))
+
+
+def test_a_run_is_stopped_by_ctrl_c_and_goes_on_to_its_end(workspace):
+    file = chaos.job(workspace, name="small", workers=2, steps=100_000)
+    folder = workspace / "runs" / "small"
+    run = chaos.start(file, workspace / "log")
+    deadline = time.monotonic() + 120
+    while chaos.last_step(folder) < 3 and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(timeout=60) == 5, (workspace / "log").read_text()
+    stopped_at = steps(folder / "metrics.jsonl")[-1].step
+    assert stopped_at >= 3
+    assert (folder / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").exists()
+
+    with_steps(file, stopped_at + 4)
+    again = subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", "run", str(file), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    assert again.returncode == 0, again.stderr
+    assert f"after step {stopped_at:,} of {stopped_at + 4:,}" in again.stderr
+    result = json.loads(again.stdout)
+    assert (result["ending"], result["step"], result["restarts"]) == ("finished", stopped_at + 4, 0)
+    reports = steps(folder / "metrics.jsonl")
+    assert [report.step for report in reports] == list(range(1, stopped_at + 5))
+    assert reports[-1].loss < reports[0].loss
+    kinds = [event.kind for event in read(folder / "events.jsonl", Event)]
+    assert [kind for kind in kinds if kind in ("run", "started", "stopped", "resumed", "finished")] == [
+        *("run", "started", "stopped"),
+        *("run", "resumed", "started", "finished"),
+    ]
+    assert {"job.yaml", "plan.json", "events.jsonl", "metrics.jsonl", "report.html", "checkpoints", "logs"} <= {
+        path.name for path in folder.iterdir()
+    }
+    assert (folder / "logs" / "rank-0001.log").exists()
+    assert marked(str(folder.resolve())) == []

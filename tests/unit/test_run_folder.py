@@ -1,0 +1,166 @@
+"""A run's folder: who may write into it, and which job may go on in it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from clusters.catalog import load_cluster
+from orchestrator.cli import main
+from orchestrator.control.folder import RunFolder, RunRefused, held
+from orchestrator.control.processes import end_marked, marked, marked_environment
+from orchestrator.control.run import refuse_elsewhere
+from orchestrator.spec import parse_job
+
+JOB = {
+    "version": 1,
+    "name": "small",
+    "model": {
+        "family": "opt",
+        "num_layers": 2,
+        "hidden_size": 64,
+        "num_heads": 4,
+        "vocab_size": 264,
+        "max_position": 64,
+    },
+    "data": {"train": ["text.txt"]},
+    "batch": {"global_batch_size": 4, "sequence_length": 64},
+    "training": {"steps": 10, "seed": 7},
+}
+
+
+def job(**sections: object):
+    return parse_job(JOB | sections)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = RunFolder(tmp_path / "small")
+    folder.create()
+    folder.write_job(job())
+    return folder
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {},
+        {"training": {"steps": 1000, "seed": 7}},
+        {"strategy": {"zero_stage": 3}, "cluster": "h100-80gb-8x2", "checkpoint": {"every": 5}},
+        {"targets": {"tokens_per_second_per_gpu": 100}, "recovery": {"max_restarts": 3}},
+    ],
+)
+def test_a_job_with_the_same_trajectory_goes_on(folder, sections):
+    folder.check_continuation(job(**sections))
+
+
+@pytest.mark.parametrize(
+    ("sections", "told"),
+    [
+        ({"training": {"steps": 10, "seed": 8}}, "training.seed: 7 -> 8"),
+        ({"model": JOB["model"] | {"num_layers": 3}}, "model.num_layers: 2 -> 3"),
+        ({"batch": {"global_batch_size": 8, "sequence_length": 64}}, "batch.global_batch_size: 4 -> 8"),
+        ({"data": {"train": ["other.txt"]}}, "data.train: ('text.txt',) -> ('other.txt',)"),
+    ],
+)
+def test_a_job_with_another_trajectory_is_refused_with_the_difference_and_the_way_out(folder, sections, told):
+    with pytest.raises(RunRefused) as refused:
+        folder.check_continuation(job(**sections))
+    assert told in refused.value.message
+    assert "--fresh" in refused.value.fix
+
+
+@pytest.mark.parametrize("text", ["", "- 1", "version: [", "version: 1\nname: small\n", "\x00"])
+def test_a_job_file_that_cannot_be_read_is_told_and_not_overwritten(folder, text):
+    folder.job.write_text(text)
+    with pytest.raises(RunRefused, match="cannot be read"):
+        folder.check_continuation(job())
+
+
+def test_a_folder_without_a_job_is_free(tmp_path):
+    RunFolder(tmp_path / "new").check_continuation(job())
+
+
+def test_fresh_moves_the_old_folder_aside_each_time(folder):
+    first = folder.move_aside()
+    folder.create()
+    second = folder.move_aside()
+    assert folder.move_aside() is None
+    assert first != second
+    assert (first / "job.yaml").exists()
+
+
+def test_two_runs_of_one_job_cannot_collide(folder):
+    with held(folder):
+        with pytest.raises(RunRefused, match=f"runs already, in process {os.getpid()}"), held(folder):
+            pass
+    with held(folder):
+        pass
+
+
+def test_the_lock_of_a_killed_run_is_free(folder):
+    take = (
+        "import os, sys; from pathlib import Path; from orchestrator.control.folder import RunFolder, held\n"
+        "with held(RunFolder(Path(sys.argv[1]))): os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", take, str(folder.path)], check=False, timeout=60)
+    with held(folder):
+        pass
+
+
+def test_processes_are_found_by_their_mark_and_ended():
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    mine = subprocess.Popen(sleeper, env=marked_environment("/runs/mine"))
+    other = subprocess.Popen(sleeper, env=marked_environment("/runs/mine2"))
+    try:
+        assert [process.pid for process in marked("/runs/mine")] == [mine.pid]
+        assert end_marked("/runs/mine") == [mine.pid]
+        assert marked("/runs/mine") == []
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait(timeout=10)
+        mine.wait(timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "told"),
+    [("a100-80gb-2x8", "is 2 nodes and `run` trains on one"), ("a100-80gb", "is for 1 GPUs")],
+)
+def test_a_cluster_that_is_not_this_machine_is_refused(cluster, told, monkeypatch):
+    monkeypatch.setattr("clusters.inventory.local.nvml_devices", lambda: [])
+    with pytest.raises(RunRefused) as refused:
+        refuse_elsewhere(load_cluster(cluster), 1, job(cluster=cluster))
+    assert told in refused.value.message
+    assert "cluster: auto" in refused.value.fix
+
+
+@pytest.mark.parametrize(
+    ("text", "told", "fix"),
+    [
+        ("training: {precision: fp32}", "the job says no length", "training.steps"),
+        ("training: {steps: 3, precision: fp32}", "the job has no data", "data: {train:"),
+        ("training: {steps: 3, precision: fp32}\ndata: {train: [nothing-here.txt]}", "nothing-here.txt", ""),
+        (
+            "training: {steps: 3, precision: fp32}\ndata: {train: [job.yaml]}\nstrategy: {tensor_parallel_degree: 2}",
+            "tensor",
+            "",
+        ),
+    ],
+)
+def test_run_refuses_what_it_cannot_do_before_it_writes(tmp_path, monkeypatch, capfd, text, told, fix):
+    model = "model: {family: opt, num_layers: 2, hidden_size: 64, num_heads: 4, vocab_size: 264, max_position: 64}"
+    batch = "batch: {global_batch_size: 4, sequence_length: 64}"
+    cluster = "cluster: {gpu: cpu, nodes: 1, gpus_per_node: 2}"
+    (tmp_path / "job.yaml").write_text(f"version: 1\nname: refused\n{model}\n{batch}\n{cluster}\n{text}\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "job.yaml"]) == 2
+    error = capfd.readouterr().err
+    assert told in error
+    assert fix in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "runs" / "refused" / "metrics.jsonl").exists()
+    assert not marked(str((tmp_path / "runs" / "refused").resolve()))
