@@ -13,10 +13,15 @@ from orchestrator.spec import load_job
 @click.command("plan")
 @click.argument("job")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON (docs/reference/plan.md).")
+@click.option("--html", metavar="FILE", help="Write the plan as one self-contained page.")
 @click.option("--top", type=click.IntRange(min=0), default=20, show_default=True, help="Alternatives to list.")
-def command(job: str, as_json: bool, top: int) -> int:
+def command(job: str, as_json: bool, html: str | None, top: int) -> int:
     """Plans JOB, a YAML file. Nothing is started, no GPU is needed. Exit code 3: does not fit, or misses a target."""
     made = plan(load_job(job), top=top)
+    if html:
+        from orchestrator.planner.html import write_page
+
+        write_page(made, html)
     if as_json:
         import json
 
@@ -25,4 +30,6 @@ def command(job: str, as_json: bool, top: int) -> int:
     from orchestrator.planner.render import render
 
     click.echo(render(made, width=shutil.get_terminal_size((88, 24)).columns))
+    if html:
+        click.echo(f"\n  the page is {html}")
     return made.exit_code

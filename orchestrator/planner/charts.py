@@ -1,0 +1,163 @@
+"""Charts of a plan as hand-written SVG: stacked bars, a schedule, a frontier, a heat map. Colours are CSS classes. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import TYPE_CHECKING
+
+from orchestrator.planner.gantt import Bar
+
+if TYPE_CHECKING:
+    from orchestrator.planner.capacity import Cell
+
+WIDTH = 720
+"""Of every drawing, in its own units; the page scales it."""
+
+
+def svg(height: float, body: str, label: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label, quote=True)}" '
+        f'preserveAspectRatio="xMidYMid meet">{body}</svg>'
+    )
+
+
+def text(x: float, y: float, words: str, css: str = "", anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{css}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def rect(x: float, y: float, width: float, height: float, css: str, title: str = "") -> str:
+    tip = f"<title>{escape(title)}</title>" if title else ""
+    return (
+        f'<rect x="{x:.2f}" y="{y:.2f}" width="{max(0.0, width):.2f}" height="{height:.2f}" class="{css}">{tip}</rect>'
+    )
+
+
+def stacked_bars(
+    rows: Sequence[tuple[str, Sequence[tuple[str, float, str, str]]]],
+    *,
+    limit: float,
+    limit_label: str,
+    total_label: Sequence[str],
+    label: str,
+) -> str:
+    """One bar a row of (name, value, css class, tooltip) parts; a line at the limit."""
+    left, right, each = 86.0, 96.0, 26.0
+    most = max([limit, *(sum(part[1] for part in parts) for _, parts in rows)]) or 1.0
+    scale = (WIDTH - left - right) / most
+    body = []
+    for i, (name, parts) in enumerate(rows):
+        y, x = 22 + i * each, left
+        body.append(text(left - 8, y + 13, name, "axis", "end"))
+        for _, value, css, title in parts:
+            if value > 0:
+                body.append(rect(x, y, max(0.5, value * scale - 1), each - 8, css, title))
+                x += value * scale
+        body.append(text(x + 6, y + 13, total_label[i], "axis strong"))
+    height = 22 + len(rows) * each + 8
+    if limit_label:
+        at = left + limit * scale
+        body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="16" y2="{height - 6:.0f}" class="limit"/>')
+        body.append(text(at, 11, limit_label, "axis", "end" if at > WIDTH * 0.6 else "middle"))
+    return svg(height, "".join(body), label)
+
+
+def one_bar(parts: Sequence[tuple[str, float, str, str]], *, label: str) -> str:
+    """A single bar over the whole width, a name inside each part that is wide enough."""
+    total = sum(part[1] for part in parts) or 1.0
+    body, x = [], 0.0
+    for name, value, css, title in parts:
+        width = value / total * WIDTH
+        if width > 0.3:
+            body.append(rect(x, 2, max(0.5, width - 1.5), 40, css, title))
+            if width > 9 * len(name):
+                body.append(text(x + width / 2, 27, name, "inside", "middle"))
+        x += width
+    return svg(44, "".join(body), label)
+
+
+def schedule(bars: Sequence[Bar], ranks: int, label: str) -> str:
+    """Ranks down, time across: forward, backward and weight gradients, the micro batch in each that has room."""
+    left, each = 46.0, max(9.0, min(26.0, 320.0 / ranks))
+    end = max(bar.end for bar in bars)
+    scale = (WIDTH - left) / end
+    body = []
+    for rank in range(ranks):
+        y = rank * each
+        body.append(rect(left, y + 1, WIDTH - left, each - 3, "idle"))
+        if each >= 12 or rank % 4 == 0:
+            body.append(text(left - 6, y + each / 2 + 4, f"rank {rank}", "axis", "end"))
+    for bar in bars:
+        x, width, y = left + bar.start * scale, (bar.end - bar.start) * scale, bar.rank * each
+        shade = " later" if bar.stage >= ranks else ""
+        title = f"{bar.kind} of micro batch {bar.micro}, stage {bar.stage}, rank {bar.rank}"
+        body.append(rect(x, y + 1, max(0.4, width - 0.6), each - 3, f"{bar.kind}{shade}", title))
+        if width > 13 and each >= 14:
+            body.append(text(x + width / 2, y + each / 2 + 3.5, str(bar.micro), "tiny", "middle"))
+    return svg(ranks * each + 4, "".join(body), label)
+
+
+def frontier(points: Sequence[tuple[float, float, str, str]], *, limit: float, unit: str, label: str) -> str:
+    """(memory in GiB, speed, css class, tooltip): memory across, speed up; a line at the budget."""
+    left, bottom, top, height = 62.0, 34.0, 14.0, 300.0
+    most_x = max([limit * 1.05, *(point[0] for point in points)])
+    most_x = min(most_x, limit * 2.2)
+    most_y = max(point[1] for point in points) * 1.06
+    body = []
+
+    def place(memory: float, speed: float) -> tuple[float, float]:
+        x = left + min(memory, most_x) / most_x * (WIDTH - left - 12)
+        return x, top + (1 - speed / most_y) * (height - top - bottom)
+
+    for i in range(5):
+        speed, memory = most_y * i / 4, most_x * i / 4
+        x, y = place(memory, speed)
+        body.append(f'<line x1="{left}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        body.append(text(left - 6, y + 4, f"{speed:,.0f}", "axis", "end"))
+        body.append(text(x, height - 16, f"{memory:,.0f}", "axis", "middle"))
+    body.append(text(WIDTH - 12, height - 2, "GiB on the fullest GPU", "axis", "end"))
+    body.append(text(left, 10, unit, "axis"))
+    at, _ = place(limit, 0)
+    body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{height - bottom}" class="limit"/>')
+    body.append(text(at - 5, top + 10, "budget", "axis", "end"))
+    for memory, speed, css, title in points:
+        x, y = place(memory, speed)
+        radius = 8 if "chosen" in css else 5
+        body.append(
+            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"><title>{escape(title)}</title></circle>'
+        )
+    return svg(height, "".join(body), label)
+
+
+def heat_map(cells: Sequence[Cell]) -> str:
+    """Models down, GPUs across: the darker, the larger the part of the peak that is used; what does not fit is crossed out."""
+    models, sizes = list(dict.fromkeys(c.model for c in cells)), list(dict.fromkeys(c.num_gpus for c in cells))
+    left, top, each = 110.0, 26.0, 46.0
+    width = (WIDTH - left) / len(sizes)
+    most = max((cell.mfu or 0.0 for cell in cells), default=0.0) or 1.0
+    body = [
+        text(left + (i + 0.5) * width, 16, f"{size:,}" + (" GPUs" if i == 0 else ""), "axis", "middle")
+        for i, size in enumerate(sizes)
+    ]
+    for cell in cells:
+        x, y = left + sizes.index(cell.num_gpus) * width, top + models.index(cell.model) * each
+        if cell.mfu is None:
+            body.append(
+                rect(x + 1, y + 1, width - 2, each - 2, "cold", f"{cell.model} on {cell.num_gpus}: does not fit")
+            )
+            body.append(text(x + width / 2, y + each / 2 + 4, "–", "axis", "middle"))
+            continue
+        tip = f"{cell.model} on {cell.num_gpus}: {cell.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU {cell.mfu:.1%}"
+        level = max(1, round(cell.mfu / most * 5))
+        css = (
+            f"heat{level}"
+            + ("" if cell.plain else " offloaded")
+            + (" met" if cell.question.has_target and cell.meets else "")
+        )
+        body.append(rect(x + 1, y + 1, width - 2, each - 2, css, tip))
+        body.append(text(x + width / 2, y + 20, f"{cell.tokens_per_second_per_gpu:,.0f}", f"on{level}", "middle"))
+        days = f"{cell.wall_s / 86400:,.0f} d" if cell.wall_s else f"{cell.mfu:.0%}"
+        body.append(text(x + width / 2, y + 36, days, f"tiny on{level}", "middle"))
+    for i, model in enumerate(models):
+        body.append(text(left - 8, top + (i + 0.5) * each + 4, model, "axis strong", "end"))
+    return svg(top + len(models) * each + 4, "".join(body), "tokens per second and GPU, by model and number of GPUs")

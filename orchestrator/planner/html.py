@@ -1,0 +1,384 @@
+"""A plan, or a table of capacity, as one page that opens offline: hand-written SVG, no request to anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.planner import charts, explain
+from orchestrator.planner.formulas import headline_formulas, memory_formulas, time_formulas
+from orchestrator.planner.gantt import timeline
+from orchestrator.planner.render import (
+    COMPONENTS,
+    TIMES,
+    bytes_told,
+    offload_told,
+    recompute_told,
+    seconds_told,
+    strategy_told,
+)
+
+if TYPE_CHECKING:
+    from orchestrator.planner.capacity import Capacity
+    from orchestrator.planner.plan import Plan
+
+GIB = 2**30
+MOST_BARS = 40
+"""Pipeline ranks drawn; of more, the first, the last and the fullest stay."""
+COLOURS = dict(
+    zip(
+        [name for name, _ in COMPONENTS],
+        (
+            "parameters",
+            "gathered",
+            "master",
+            "gradients",
+            "optimizer",
+            "activations",
+            "logits",
+            "buffers",
+            "temporary",
+            "reserve",
+        ),
+        strict=True,
+    )
+) | dict(
+    zip(
+        [name for name, _, _ in TIMES],
+        ("compute", "recompute", "tensor", "data", "bubble", "transfer", "offload", "step"),
+        strict=True,
+    )
+)
+SCRIPT = """
+const root = document.documentElement, dark = matchMedia('(prefers-color-scheme: dark)');
+document.getElementById('theme').onclick = () => {
+  const now = root.dataset.theme || (dark.matches ? 'dark' : 'light');
+  root.dataset.theme = now === 'dark' ? 'light' : 'dark';
+};
+document.getElementById('all').onclick = event => {
+  const open = event.target.dataset.open !== 'yes';
+  document.querySelectorAll('details').forEach(d => { d.open = open; });
+  event.target.dataset.open = open ? 'yes' : 'no';
+  event.target.textContent = open ? 'hide formulas' : 'all formulas';
+};
+"""
+
+
+def write_page(plan: Plan, path: str | Path) -> None:
+    """Writes the plan's page."""
+    Path(path).write_text(page(plan), encoding="utf-8")
+
+
+def write_capacity(table: Capacity, path: str | Path) -> None:
+    """Writes the heat map of a capacity table."""
+    Path(path).write_text(capacity_page(table), encoding="utf-8")
+
+
+def page(plan: Plan) -> str:
+    """The plan's page."""
+    problem = plan.solution.problem
+    name = problem.arch.name or f"{problem.work.num_parameters / 1e6:,.0f}M {problem.arch.family}"
+    where = f"{plan.cluster.num_nodes} x {plan.cluster.gpus_per_node} {plan.cluster.accelerator.name}"
+    if not plan.fits:
+        verdict = '<span class="bad">does not fit</span>'
+    else:
+        verdict = '<span class="good">fits</span>' if plan.targets_met else '<span class="bad">misses a target</span>'
+    sections = [
+        _summary(plan),
+        _memory(plan),
+        _time(plan),
+        _schedule(plan),
+        _frontier(plan),
+        _losers(plan),
+        _nearest(plan),
+        _targets(plan),
+        _sensitivity(plan),
+        _notes(plan),
+    ]
+    heading = f"{escape(plan.job.name)}: {escape(name)} on {escape(where)} {verdict}"
+    return _document(f"{plan.job.name}: plan", heading, "".join(section for section in sections if section))
+
+
+def _document(title: str, heading: str, body: str) -> str:
+    css = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{css}</style></head><body><main>"
+        f'<header><h1>{heading}</h1><span><button id="all">all formulas</button> '
+        '<button id="theme">theme</button></span></header>'
+        f"{body}</main><script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _section(title: str, body: str, soft: str = "") -> str:
+    note = f'<p class="soft">{escape(soft)}</p>' if soft else ""
+    return f"<section><h2>{escape(title)}</h2>{note}{body}</section>"
+
+
+def _number(value: str, name: str, formula: str) -> str:
+    return (
+        f'<details><summary><span class="value">{escape(value)}</span><br><span class="soft">{escape(name)}</span></summary>'
+        f'<div class="formula">{escape(formula)}</div></details>'
+    )
+
+
+def _parts(rows: Iterable[tuple[str, str, str, str]]) -> str:
+    """(css colour, name, value, formula) as a list, each with its formula a click away."""
+    items = [
+        f'<li><details><summary><span class="key f-{css}"></span><span class="name">{escape(name)}</span>'
+        f'<span class="num">{escape(value)}</span></summary><div class="formula">{escape(formula)}</div></details></li>'
+        for css, name, value, formula in rows
+    ]
+    return f'<ul class="parts">{"".join(items)}</ul>'
+
+
+def _summary(plan: Plan) -> str:
+    rates, cost, formulas, s = plan.throughput, plan.cost, headline_formulas(plan), plan.strategy
+    peak = plan.price.memory.peak_bytes
+    numbers = [
+        _number(f"{rates['tokens_per_second_per_gpu']:,.0f}", "tokens/s/GPU", formulas["speed"]),
+        _number(f"± {plan.confidence['throughput_error']:.0%}", "stated error", formulas["error"]),
+        _number(f"{rates['mfu']:.1%}", "MFU", formulas["mfu"]),
+        _number(bytes_told(peak), f"of {bytes_told(plan.price.memory.usable_bytes)} a GPU", formulas["peak"]),
+    ]
+    if rates["hfu"] > rates["mfu"]:
+        numbers.insert(3, _number(f"{rates['hfu']:.1%}", "HFU", formulas["hfu"]))
+    if cost["wall_s"] is not None:
+        numbers.append(_number(seconds_told(cost["wall_s"]), f"{plan.job.num_steps:,} steps", formulas["wall"]))
+    if cost["usd"] is not None:
+        numbers.append(_number(f"${cost['usd']:,.0f}", f"{cost['gpu_hours']:,.0f} GPU-hours", formulas["usd"]))
+    virtual = f", {s.num_virtual_stages} stages a rank" if s.num_virtual_stages > 1 else ""
+    degrees = (
+        f"tensor {s.tensor_parallel_degree} x pipeline {s.pipeline_parallel_degree} x data {s.data_parallel_degree}"
+    )
+    choices = [
+        f"{degrees} = {s.num_gpus} GPUs",
+        f"ZeRO {s.zero_stage}"
+        + (f" in groups of {s.zero_group_size}" if 1 < s.zero_group_size < s.data_parallel_degree else ""),
+        f"schedule {s.pipeline_schedule}{virtual}" if s.pipeline_parallel_degree > 1 else "",
+        recompute_told(s) or "no recompute",
+        "sequence parallel" if s.sequence_parallel else "",
+        offload_told(s.offload),
+        f"micro batch {s.micro_batch_size} x {s.gradient_accumulation_steps} a step",
+    ]
+    body = f'<div class="numbers">{"".join(numbers)}</div>'
+    return f"<section><p>{escape('; '.join(choice for choice in choices if choice))}</p>{body}</section>"
+
+
+def _memory(plan: Plan) -> str:
+    memory, formulas = plan.price.memory, memory_formulas(plan)
+    fullest = max(memory.stages, key=lambda stage: stage.peak_bytes)
+    keep = {0, len(memory.stages) - 1, fullest.pipeline_rank}
+    stages = [
+        s
+        for s in memory.stages
+        if len(memory.stages) <= MOST_BARS or s.pipeline_rank in keep or s.pipeline_rank % 4 == 0
+    ]
+    rows = []
+    for stage in stages:
+        parts = [
+            (name, getattr(stage, name) / GIB, f"f-{COLOURS[name]}", f"{name}: {bytes_told(getattr(stage, name))}")
+            for name, _ in COMPONENTS
+        ]
+        rows.append((f"rank {stage.pipeline_rank}" if len(memory.stages) > 1 else "every GPU", parts))
+    chart = charts.stacked_bars(
+        rows,
+        limit=memory.usable_bytes / GIB,
+        limit_label=f"budget {memory.usable_bytes / GIB:.1f} GiB",
+        total_label=[f"{stage.peak_bytes / GIB:.1f} GiB" for stage in stages],
+        label="memory of each pipeline rank against the budget",
+    )
+    listed = _parts(
+        (COLOURS[name], name.replace("_", " "), bytes_told(getattr(fullest, name)), formulas[name])
+        for name, _ in COMPONENTS
+        if getattr(fullest, name)
+    )
+    host = ""
+    if plan.strategy.offload.any:
+        of = bytes_told(memory.host_usable_bytes)
+        host = f"<p>Each node's host memory holds {bytes_told(memory.host_bytes_per_node)} of {of}"
+        host += f", its NVMe {bytes_told(memory.nvme_bytes_per_node)}.</p>" if memory.nvme_bytes_per_node else ".</p>"
+    where = f"on pipeline rank {fullest.pipeline_rank} " if len(memory.stages) > 1 else ""
+    return _section(
+        "Memory", chart + listed + host, f"At its fullest {where}in {fullest.peak_phase}; the list is that GPU's."
+    )
+
+
+def _time(plan: Plan) -> str:
+    time, formulas = plan.price.time, time_formulas(plan)
+    rows = [(name, label, getattr(time, name)) for name, label, _ in TIMES if getattr(time, name) > 0]
+    bar = charts.one_bar(
+        [(label, value, f"f-{COLOURS[name]}", f"{label}: {seconds_told(value)}") for name, label, value in rows],
+        label="the parts of a step",
+    )
+    listed = _parts(
+        (COLOURS[name], label, f"{seconds_told(value)} · {value / time.step_s:.1%}", formulas[name])
+        for name, label, value in rows
+    )
+    return _section(f"A step: {seconds_told(time.step_s)}", bar + listed, formulas["step_s"])
+
+
+def _schedule(plan: Plan) -> str:
+    s, time = plan.strategy, plan.price.time
+    if s.pipeline_parallel_degree == 1 or s.pipeline_parallel_degree > 64:
+        return ""
+    shown = min(s.gradient_accumulation_steps, max(4, 2 * s.pipeline_parallel_degree))
+    if s.num_virtual_stages > 1 and s.pipeline_schedule != "zbv":
+        shown = max(s.pipeline_parallel_degree, shown // s.pipeline_parallel_degree * s.pipeline_parallel_degree)
+    again = time.recompute_s / time.compute_s * 3 if time.compute_s else 0.0
+    bars = timeline(s, num_micro_batches=shown, recompute=again)
+    label = f"{s.pipeline_schedule}: {shown} of {s.gradient_accumulation_steps} micro batches"
+    key = '<p class="soft"><span class="forward-key">forward blue, backward green'
+    key += ", weight gradients amber" if any(bar.kind == "weights" for bar in bars) else ""
+    key += "; paler: a rank's later stages; grey: the bubble. Numbers are micro batches.</span></p>"
+    return _section("Pipeline schedule", key + charts.schedule(bars, s.pipeline_parallel_degree, label), label)
+
+
+def _frontier(plan: Plan) -> str:
+    losers = plan.alternatives
+    if not losers:
+        return ""
+    points = [
+        (
+            loser.peak_bytes / GIB,
+            loser.tokens_per_second_per_gpu,
+            "dot" if loser.fits else "dot large",
+            f"{strategy_told(loser.strategy)}: {bytes_told(loser.peak_bytes)}, "
+            f"{loser.tokens_per_second_per_gpu:,.0f} tokens/s/GPU",
+        )
+        for loser in losers
+    ]
+    mine = plan.price.memory.peak_bytes
+    chosen = f"chosen: {strategy_told(plan.strategy)}: {bytes_told(mine)}, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
+    points.append((mine / GIB, plan.tokens_per_second_per_gpu, "dot chosen", chosen))
+    chart = charts.frontier(
+        points, limit=plan.price.memory.usable_bytes / GIB, unit="tokens/s/GPU", label="memory against speed"
+    )
+    return _section(
+        "Memory against speed",
+        chart,
+        "The best of each family; blue is chosen, hollow does not fit. Hover or tap for the strategy.",
+    )
+
+
+def _losers(plan: Plan) -> str:
+    rows = [
+        f'<tr><td class="num">{loser.tokens_per_second_per_gpu:,.0f}</td><td class="num">{loser.peak_bytes / GIB:,.1f}</td>'
+        f"<td>{escape(strategy_told(loser.strategy))}</td>"
+        f"<td{'' if loser.fits else ' class=bad'}>{escape(loser.because)}</td></tr>"
+        for loser in plan.alternatives
+    ]
+    if not rows:
+        return ""
+    head = (
+        '<tr><th class="num">tokens/s/GPU</th><th class="num">GiB</th><th>strategy</th><th>rejected because</th></tr>'
+    )
+    search = plan.search
+    note = ""
+    if search is not None:
+        note = (
+            f"{search.num_candidates:,} candidates: {search.num_priced:,} priced, {search.num_candidates - search.num_priced:,} "
+            f"rejected by bounds in groups, each with one reason; {seconds_told(search.seconds)}."
+        )
+    return _section("Why the others lost", f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>', note)
+
+
+def _nearest(plan: Plan) -> str:
+    rows = [
+        f'<tr><td>{escape(row["change"])}</td><td class="num">{row["num_gpus"]}</td>'
+        f'<td class="num">{row["peak_bytes"] / GIB:,.1f}</td><td class="num">{row["tokens_per_second_per_gpu"]:,.0f}</td></tr>'
+        for row in plan.nearest
+    ]
+    if plan.fits:
+        return ""
+    head = '<tr><th>change</th><th class="num">GPUs</th><th class="num">GiB</th><th class="num">tokens/s/GPU</th></tr>'
+    return _section(
+        "What would fit",
+        f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>' if rows else "<p>Nothing tried.</p>",
+    )
+
+
+def _targets(plan: Plan) -> str:
+    rows = []
+    for row in plan.targets:
+        got = "unknown" if row["got"] is None else f"{row['got']:,.0f}"
+        verdict = (
+            '<td class="good">met</td>'
+            if row["met"]
+            else f'<td class="bad">missed; {escape(row["would_meet"] or "nothing near meets it")}</td>'
+        )
+        rows.append(
+            f'<tr><td>{escape(row["name"])}</td><td class="num">{row["wanted"]:,.0f}</td><td class="num">{got}</td>{verdict}</tr>'
+        )
+    head = '<tr><th>target</th><th class="num">wanted</th><th class="num">gets</th><th></th></tr>'
+    return _section("Targets", f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>') if rows else ""
+
+
+def _sensitivity(plan: Plan) -> str:
+    if plan.search is None or plan.search.best is None or plan.strategy.num_gpus == 1:
+        return ""
+    lines = []
+    for row in explain.sensitivity(plan.solution):
+        if row["same_choice"]:
+            lines.append(
+                f"With a 10 % slower {row['link']} the choice stays; a step takes {seconds_told(row['step_s'])}."
+            )
+        else:
+            lines.append(
+                f"With a 10 % slower {row['link']} the choice would be {strategy_told(row['strategy'])}, "
+                f"{seconds_told(row['best_step_s'])} a step; this one would take {seconds_told(row['step_s'])}."
+            )
+    return _section("How firm is the choice", "".join(f"<p>{escape(line)}</p>" for line in lines))
+
+
+def _notes(plan: Plan) -> str:
+    return _section("Notes", "".join(f"<p>{escape(note)}</p>" for note in plan.notes)) if plan.notes else ""
+
+
+def capacity_page(table: Capacity) -> str:
+    """The heat map, the smallest clusters, and every cell as a row."""
+    heat = charts.heat_map(table.cells)
+    smallest = []
+    for model, found in table.smallest.items():
+        told = [
+            f"{name.replace('_', ' ')}: {cell.num_gpus if cell else 'none of these'}" for name, cell in found.items()
+        ]
+        smallest.append(f"<p><b>{escape(model)}</b>, smallest number of GPUs that {escape('; '.join(told))}</p>")
+    rows = []
+    for cell in table.cells:
+        if cell.best is None:
+            rows.append(
+                f'<tr><td>{escape(cell.model)}</td><td class="num">{cell.num_gpus}</td>'
+                '<td colspan="5" class="bad">does not fit</td></tr>'
+            )
+            continue
+        days = f"{cell.wall_s / 86400:,.1f}" if cell.wall_s is not None else "–"
+        usd = f"{cell.usd:,.0f}" if cell.usd is not None else "–"
+        rows.append(
+            f'<tr><td>{escape(cell.model)}</td><td class="num">{cell.num_gpus}</td>'
+            f'<td class="num">{cell.tokens_per_second_per_gpu:,.0f}</td><td class="num">{cell.mfu:.1%}</td>'
+            f'<td class="num">{days}</td><td class="num">{usd}</td><td>{escape(strategy_told(cell.best.strategy))}</td></tr>'
+        )
+    head = "".join(
+        f'<th class="{css}">{name}</th>'
+        for name, css in (
+            ("model", ""),
+            ("GPUs", "num"),
+            ("tokens/s/GPU", "num"),
+            ("MFU", "num"),
+            ("days", "num"),
+            ("dollars", "num"),
+            ("strategy", ""),
+        )
+    )
+    body = _section(
+        "Tokens per second and GPU",
+        heat,
+        "Darker: a larger part of the GPU's peak. Dashed: only with offload. Green frame: meets the target.",
+    )
+    body += _section("Smallest clusters", "".join(smallest))
+    body += _section("Every cell", f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>')
+    return _document("capacity", "What fits on how many GPUs", body)
