@@ -31,7 +31,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "matmul": (0.5, 1.0), "flash": (0.3, 1.0), "score_products": (0.2, 1.0), "memory": (0.6, 0.92), "nvlink": (0.6, 0.85),
     "network": (0.5, 0.95), "hidden": (0.02, 0.95), "hidden_sharded": (0.3, 0.98), "transfer": (0.1, 1.0),
     "collective_s": (30e-6, 100e-6), "step_s": (1e-3, 50e-3), "score_copies": (2.0, 4.0), "sharded_logit_bytes": (2.0, 10.0),
-    "recompute_layers": (1.0, 3.0), "recompute_scores": (2.0, 12.0), "working_elements": (2.0, 12.0), "context_bytes": (1.5 * GIB, 5 * GIB),
+    "recompute_layers": (1.0, 3.0), "recompute_scores": (2.0, 12.0), "working_elements": (2.0, 12.0),
+    "context_bytes": (1.5 * GIB, 5 * GIB),
     "fragmentation": (0.01, 0.08), "unfused_norm_elements": (4.0, 9.0),
 }  # fmt: skip
 """What is physical: nobody reaches more than a benchmark of the part alone."""

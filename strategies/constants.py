@@ -39,7 +39,7 @@ class TimeConstants:
     """Seconds that a blocking collective inside a node takes beyond its bytes: launch, synchronisation, skew."""
     network: float = 0.95
     """Bus bandwidth over line rate, between nodes."""
-    bucket_bytes: float = 8.47e+07
+    bucket_bytes: float = 8.47e07
     """Bytes of one data-parallel message at ZeRO 0 and 1: each walks the whole ring, so large groups pay latency."""
     hidden: float = 0.454
     """Part of the gradient and parameter traffic of ZeRO 0 and 1 that backward hides."""

@@ -94,9 +94,8 @@ def test_fresh_moves_the_old_folder_aside_each_time(folder):
 
 
 def test_two_runs_of_one_job_cannot_collide(folder):
-    with held(folder):
-        with pytest.raises(RunRefused, match=f"runs already, in process {os.getpid()}"), held(folder):
-            pass
+    with held(folder), pytest.raises(RunRefused, match=f"runs already, in process {os.getpid()}"), held(folder):
+        pass
     with held(folder):
         pass
 
@@ -131,7 +130,7 @@ def test_processes_are_found_by_their_mark_and_ended():
     [("a100-80gb-2x8", "is 2 nodes and `run` trains on one"), ("a100-80gb", "is for 1 GPUs")],
 )
 def test_a_cluster_that_is_not_this_machine_is_refused(cluster, told, monkeypatch):
-    monkeypatch.setattr("clusters.inventory.local.nvml_devices", lambda: [])
+    monkeypatch.setattr("clusters.inventory.local.nvml_devices", list)
     with pytest.raises(RunRefused) as refused:
         refuse_elsewhere(load_cluster(cluster), 1, job(cluster=cluster))
     assert told in refused.value.message
