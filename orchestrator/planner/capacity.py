@@ -156,6 +156,8 @@ def price_cell(arch: Architecture, cluster: Cluster, question: Question) -> Cell
         sequence_length=question.sequence_length,
         precision=question.precision,
     )
+    best: Solution | None
+    plain: Solution | None
     try:
         best = solve(problem, wanted=Wanted())
         plain = best if not best.strategy.offload.any else solve(problem.changed(pins={"offload": Offload()}))

@@ -11,13 +11,13 @@ from orchestrator.planner.gantt import Bar
 if TYPE_CHECKING:
     from orchestrator.planner.capacity import Cell
 
-WIDTH = 720
-"""Of every drawing, in its own units; the page scales it."""
+WIDE, NARROW = 720, 360
+"""Of a drawing, in its own units: the page scales it, and shows the narrow one on a phone."""
 
 
-def svg(height: float, body: str, label: str) -> str:
+def svg(height: float, body: str, label: str, width: float = WIDE) -> str:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label, quote=True)}" '
+        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(label, quote=True)}" '
         f'preserveAspectRatio="xMidYMid meet">{body}</svg>'
     )
 
@@ -40,11 +40,12 @@ def stacked_bars(
     limit_label: str,
     total_label: Sequence[str],
     label: str,
+    width: float = WIDE,
 ) -> str:
     """One bar a row of (name, value, css class, tooltip) parts; a line at the limit."""
-    left, right, each = 86.0, 96.0, 26.0
+    left, right, each = 74.0, 70.0, 26.0
     most = max([limit, *(sum(part[1] for part in parts) for _, parts in rows)]) or 1.0
-    scale = (WIDTH - left - right) / most
+    scale = (width - left - right) / most
     body = []
     for i, (name, parts) in enumerate(rows):
         y, x = 22 + i * each, left
@@ -58,33 +59,33 @@ def stacked_bars(
     if limit_label:
         at = left + limit * scale
         body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="16" y2="{height - 6:.0f}" class="limit"/>')
-        body.append(text(at, 11, limit_label, "axis", "end" if at > WIDTH * 0.6 else "middle"))
-    return svg(height, "".join(body), label)
+        body.append(text(at, 11, limit_label, "axis", "end" if at > width * 0.6 else "middle"))
+    return svg(height, "".join(body), label, width)
 
 
-def one_bar(parts: Sequence[tuple[str, float, str, str]], *, label: str) -> str:
+def one_bar(parts: Sequence[tuple[str, float, str, str]], *, label: str, width: float = WIDE) -> str:
     """A single bar over the whole width, a name inside each part that is wide enough."""
     total = sum(part[1] for part in parts) or 1.0
     body, x = [], 0.0
     for name, value, css, title in parts:
-        width = value / total * WIDTH
-        if width > 0.3:
-            body.append(rect(x, 2, max(0.5, width - 1.5), 40, css, title))
-            if width > 9 * len(name):
-                body.append(text(x + width / 2, 27, name, "inside", "middle"))
-        x += width
-    return svg(44, "".join(body), label)
+        wide = value / total * width
+        if wide > 0.3:
+            body.append(rect(x, 2, max(0.5, wide - 1.5), 40, css, title))
+            if wide > 9 * len(name):
+                body.append(text(x + wide / 2, 27, name, "inside", "middle"))
+        x += wide
+    return svg(44, "".join(body), label, width)
 
 
 def schedule(bars: Sequence[Bar], ranks: int, label: str) -> str:
     """Ranks down, time across: forward, backward and weight gradients, the micro batch in each that has room."""
     left, each = 46.0, max(9.0, min(26.0, 320.0 / ranks))
     end = max(bar.end for bar in bars)
-    scale = (WIDTH - left) / end
+    scale = (WIDE - left) / end
     body = []
     for rank in range(ranks):
         y = rank * each
-        body.append(rect(left, y + 1, WIDTH - left, each - 3, "idle"))
+        body.append(rect(left, y + 1, WIDE - left, each - 3, "idle"))
         if each >= 12 or rank % 4 == 0:
             body.append(text(left - 6, y + each / 2 + 4, f"rank {rank}", "axis", "end"))
     for bar in bars:
@@ -97,55 +98,58 @@ def schedule(bars: Sequence[Bar], ranks: int, label: str) -> str:
     return svg(ranks * each + 4, "".join(body), label)
 
 
-def frontier(points: Sequence[tuple[float, float, str, str]], *, limit: float, unit: str, label: str) -> str:
-    """(memory in GiB, speed, css class, tooltip): memory across, speed up; a line at the budget."""
-    left, bottom, top, height = 62.0, 34.0, 14.0, 300.0
-    most_x = max([limit * 1.05, *(point[0] for point in points)])
-    most_x = min(most_x, limit * 2.2)
-    most_y = max(point[1] for point in points) * 1.06
+def frontier(
+    points: Sequence[tuple[float, float, str, str]], *, limit: float, unit: str, label: str, width: float = WIDE
+) -> str:
+    """(memory in GiB, speed, css class, tooltip): memory across, speed up; a line at the budget. The axes begin where the
+    points do."""
+    left, bottom, top, height = 58.0, 36.0, 20.0, 300.0
+    speeds, sizes = [point[1] for point in points], [min(point[0], limit * 2) for point in points]
+    low_y, high_y = min(speeds) * 0.97, max(speeds) * 1.02
+    low_x, high_x = min(sizes) * 0.9, max(limit * 1.06, *sizes)
     body = []
 
     def place(memory: float, speed: float) -> tuple[float, float]:
-        x = left + min(memory, most_x) / most_x * (WIDTH - left - 12)
-        return x, top + (1 - speed / most_y) * (height - top - bottom)
+        x = left + (min(memory, high_x) - low_x) / (high_x - low_x) * (width - left - 14)
+        return x, top + (high_y - speed) / (high_y - low_y) * (height - top - bottom)
 
     for i in range(5):
-        speed, memory = most_y * i / 4, most_x * i / 4
+        speed, memory = low_y + (high_y - low_y) * i / 4, low_x + (high_x - low_x) * i / 4
         x, y = place(memory, speed)
-        body.append(f'<line x1="{left}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        body.append(f'<line x1="{left}" x2="{width - 14}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
         body.append(text(left - 6, y + 4, f"{speed:,.0f}", "axis", "end"))
-        body.append(text(x, height - 16, f"{memory:,.0f}", "axis", "middle"))
-    body.append(text(WIDTH - 12, height - 2, "GiB on the fullest GPU", "axis", "end"))
-    body.append(text(left, 10, unit, "axis"))
-    at, _ = place(limit, 0)
+        body.append(text(x, height - 19, f"{memory:,.0f}", "axis", "middle"))
+    body.append(text(width - 14, height - 4, "GiB on the fullest GPU", "axis", "end"))
+    body.append(text(4, 10, unit, "axis"))
+    at, _ = place(limit, low_y)
     body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{top}" y2="{height - bottom}" class="limit"/>')
-    body.append(text(at - 5, top + 10, "budget", "axis", "end"))
+    body.append(text(at - 5, height - bottom - 6, "budget", "axis", "end"))
     for memory, speed, css, title in points:
         x, y = place(memory, speed)
         radius = 8 if "chosen" in css else 5
         body.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"><title>{escape(title)}</title></circle>'
         )
-    return svg(height, "".join(body), label)
+    return svg(height, "".join(body), label, width)
 
 
-def heat_map(cells: Sequence[Cell]) -> str:
+def heat_map(cells: Sequence[Cell], *, width: float = WIDE) -> str:
     """Models down, GPUs across: the darker, the larger the part of the peak that is used; what does not fit is crossed out."""
     models, sizes = list(dict.fromkeys(c.model for c in cells)), list(dict.fromkeys(c.num_gpus for c in cells))
-    left, top, each = 110.0, 26.0, 46.0
-    width = (WIDTH - left) / len(sizes)
+    left, top, each = 84.0, 26.0, 46.0
+    wide = (width - left) / len(sizes)
     most = max((cell.mfu or 0.0 for cell in cells), default=0.0) or 1.0
     body = [
-        text(left + (i + 0.5) * width, 16, f"{size:,}" + (" GPUs" if i == 0 else ""), "axis", "middle")
+        text(left + (i + 0.5) * wide, 16, f"{size:,}" + (" GPUs" if i == 0 else ""), "axis", "middle")
         for i, size in enumerate(sizes)
     ]
     for cell in cells:
-        x, y = left + sizes.index(cell.num_gpus) * width, top + models.index(cell.model) * each
+        x, y = left + sizes.index(cell.num_gpus) * wide, top + models.index(cell.model) * each
         if cell.mfu is None:
             body.append(
-                rect(x + 1, y + 1, width - 2, each - 2, "cold", f"{cell.model} on {cell.num_gpus}: does not fit")
+                rect(x + 1, y + 1, wide - 2, each - 2, "cold", f"{cell.model} on {cell.num_gpus}: does not fit")
             )
-            body.append(text(x + width / 2, y + each / 2 + 4, "–", "axis", "middle"))
+            body.append(text(x + wide / 2, y + each / 2 + 4, "–", "axis", "middle"))
             continue
         tip = f"{cell.model} on {cell.num_gpus}: {cell.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU {cell.mfu:.1%}"
         level = max(1, round(cell.mfu / most * 5))
@@ -154,10 +158,11 @@ def heat_map(cells: Sequence[Cell]) -> str:
             + ("" if cell.plain else " offloaded")
             + (" met" if cell.question.has_target and cell.meets else "")
         )
-        body.append(rect(x + 1, y + 1, width - 2, each - 2, css, tip))
-        body.append(text(x + width / 2, y + 20, f"{cell.tokens_per_second_per_gpu:,.0f}", f"on{level}", "middle"))
+        body.append(rect(x + 1, y + 1, wide - 2, each - 2, css, tip))
+        body.append(text(x + wide / 2, y + 20, f"{cell.tokens_per_second_per_gpu:,.0f}", f"on{level}", "middle"))
         days = f"{cell.wall_s / 86400:,.0f} d" if cell.wall_s else f"{cell.mfu:.0%}"
-        body.append(text(x + width / 2, y + 36, days, f"tiny on{level}", "middle"))
+        body.append(text(x + wide / 2, y + 36, days, f"tiny on{level}", "middle"))
     for i, model in enumerate(models):
         body.append(text(left - 8, top + (i + 0.5) * each + 4, model, "axis strong", "end"))
-    return svg(top + len(models) * each + 4, "".join(body), "tokens per second and GPU, by model and number of GPUs")
+    height = top + len(models) * each + 4
+    return svg(height, "".join(body), "tokens per second and GPU, by model and number of GPUs", width)

@@ -136,7 +136,7 @@ def _because(solution: Solution, strategy: Strategy, price: Price) -> str:
     """The part of the step that grew most against the chosen strategy, as a share of the loser's own step."""
     best, step_s = solution.price.time, price.time.step_s
     parts = {
-        "offload_s": (f"offload of {_offload_word(strategy.offload)}", "on the host link"),
+        "offload_s": (f"offload of {_offload_word(strategy.offload)}", "host link and host optimizer"),
         "pipeline_bubble_s": (f"pipeline {strategy.pipeline_parallel_degree}", "bubble"),
         "tensor_parallel_s": (f"tensor {strategy.tensor_parallel_degree}", "messages"),
         "data_parallel_exposed_s": (
@@ -146,24 +146,34 @@ def _because(solution: Solution, strategy: Strategy, price: Price) -> str:
         "recompute_s": (f"{strategy.activation_checkpointing} recompute", "forward again"),
         "pipeline_transfer_s": (f"pipeline {strategy.pipeline_parallel_degree}", "transfers"),
         "optimizer_s": (f"ZeRO {strategy.zero_stage}", "optimizer"),
-        "compute_s": (f"micro batch {strategy.micro_batch_size}", "less efficient products"),
     }
     grown = {name: getattr(price.time, name) - getattr(best, name) for name in parts}
     name = max(grown, key=lambda part: grown[part])
-    if grown[name] <= 0 or step_s <= best.step_s:
+    more, slower = price.time.compute_s - best.compute_s, step_s / best.step_s - 1
+    if max(more, grown[name]) <= 0 or slower <= 0:
         if strategy.num_gpus != solution.strategy.num_gpus:
-            return f"uses {strategy.num_gpus} GPUs, {step_s:.3g} s a step"
+            return f"{strategy.num_gpus} GPUs, {step_s:.3g} s a step"
         return "as fast, and less simple"
+    if more > grown[name]:
+        return f"{_why_longer(solution.strategy, strategy)}: compute {more / best.compute_s:.1%} longer, step {slower:.1%} slower"
     what, how = parts[name]
-    slower = step_s / best.step_s - 1
-    if name == "compute_s":
-        cause = (
-            what if strategy.micro_batch_size != solution.strategy.micro_batch_size else "uneven or smaller products"
-        )
-        if strategy.num_gpus < solution.strategy.num_gpus:
-            cause = f"leaves {solution.strategy.num_gpus - strategy.num_gpus} more GPUs idle"
-        return f"{cause}: compute {grown[name] / best.step_s:.1%} longer, step {slower:.1%} slower"
     return f"{what}: {how} {getattr(price.time, name) / step_s:.0%} of the step, {slower:.1%} slower"
+
+
+def _why_longer(chosen: Strategy, strategy: Strategy) -> str:
+    """What makes the products of a strategy take longer."""
+    if strategy.num_gpus < chosen.num_gpus:
+        return f"{chosen.num_gpus - strategy.num_gpus} more GPUs idle"
+    if strategy.micro_batch_size < chosen.micro_batch_size:
+        return f"micro batch {strategy.micro_batch_size}, smaller products"
+    if strategy.tensor_parallel_degree > chosen.tensor_parallel_degree:
+        return f"tensor {strategy.tensor_parallel_degree}, smaller products"
+    if strategy.pipeline_parallel_degree > chosen.pipeline_parallel_degree:
+        return f"pipeline {strategy.pipeline_parallel_degree}, a slowest stage with more work"
+    places = strategy.micro_batch_size * strategy.gradient_accumulation_steps * strategy.data_parallel_degree
+    return (
+        f"micro batch {strategy.micro_batch_size} x {strategy.gradient_accumulation_steps}, {places} places in a step"
+    )
 
 
 def _offload_word(offload: Offload) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -118,9 +118,14 @@ def _section(title: str, body: str, soft: str = "") -> str:
     return f"<section><h2>{escape(title)}</h2>{note}{body}</section>"
 
 
+def _both(draw: Callable[[float], str]) -> str:
+    """A drawing for a wide screen, and one for a phone."""
+    return f'<div class="wide">{draw(charts.WIDE)}</div><div class="narrow">{draw(charts.NARROW)}</div>'
+
+
 def _number(value: str, name: str, formula: str) -> str:
     return (
-        f'<details><summary><span class="value">{escape(value)}</span><br><span class="soft">{escape(name)}</span></summary>'
+        f'<details><summary><span class="value">{escape(value)}</span><span class="soft name">{escape(name)}</span></summary>'
         f'<div class="formula">{escape(formula)}</div></details>'
     )
 
@@ -184,12 +189,15 @@ def _memory(plan: Plan) -> str:
             for name, _ in COMPONENTS
         ]
         rows.append((f"rank {stage.pipeline_rank}" if len(memory.stages) > 1 else "every GPU", parts))
-    chart = charts.stacked_bars(
-        rows,
-        limit=memory.usable_bytes / GIB,
-        limit_label=f"budget {memory.usable_bytes / GIB:.1f} GiB",
-        total_label=[f"{stage.peak_bytes / GIB:.1f} GiB" for stage in stages],
-        label="memory of each pipeline rank against the budget",
+    chart = _both(
+        lambda width: charts.stacked_bars(
+            rows,
+            limit=memory.usable_bytes / GIB,
+            limit_label=f"budget {memory.usable_bytes / GIB:.1f} GiB",
+            total_label=[f"{stage.peak_bytes / GIB:.1f} GiB" for stage in stages],
+            label="memory of each pipeline rank against the budget",
+            width=width,
+        )
     )
     listed = _parts(
         (COLOURS[name], name.replace("_", " "), bytes_told(getattr(fullest, name)), formulas[name])
@@ -210,10 +218,8 @@ def _memory(plan: Plan) -> str:
 def _time(plan: Plan) -> str:
     time, formulas = plan.price.time, time_formulas(plan)
     rows = [(name, label, getattr(time, name)) for name, label, _ in TIMES if getattr(time, name) > 0]
-    bar = charts.one_bar(
-        [(label, value, f"f-{COLOURS[name]}", f"{label}: {seconds_told(value)}") for name, label, value in rows],
-        label="the parts of a step",
-    )
+    parts = [(label, value, f"f-{COLOURS[name]}", f"{label}: {seconds_told(value)}") for name, label, value in rows]
+    bar = _both(lambda width: charts.one_bar(parts, label="the parts of a step", width=width))
     listed = _parts(
         (COLOURS[name], label, f"{seconds_told(value)} · {value / time.step_s:.1%}", formulas[name])
         for name, label, value in rows
@@ -234,7 +240,11 @@ def _schedule(plan: Plan) -> str:
     key = '<p class="soft"><span class="forward-key">forward blue, backward green'
     key += ", weight gradients amber" if any(bar.kind == "weights" for bar in bars) else ""
     key += "; paler: a rank's later stages; grey: the bubble. Numbers are micro batches.</span></p>"
-    return _section("Pipeline schedule", key + charts.schedule(bars, s.pipeline_parallel_degree, label), label)
+    return _section(
+        "Pipeline schedule",
+        key + f'<div class="scroll">{charts.schedule(bars, s.pipeline_parallel_degree, label)}</div>',
+        label,
+    )
 
 
 def _frontier(plan: Plan) -> str:
@@ -254,8 +264,11 @@ def _frontier(plan: Plan) -> str:
     mine = plan.price.memory.peak_bytes
     chosen = f"chosen: {strategy_told(plan.strategy)}: {bytes_told(mine)}, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
     points.append((mine / GIB, plan.tokens_per_second_per_gpu, "dot chosen", chosen))
-    chart = charts.frontier(
-        points, limit=plan.price.memory.usable_bytes / GIB, unit="tokens/s/GPU", label="memory against speed"
+    limit = plan.price.memory.usable_bytes / GIB
+    chart = _both(
+        lambda width: charts.frontier(
+            points, limit=limit, unit="tokens/s/GPU", label="memory against speed", width=width
+        )
     )
     return _section(
         "Memory against speed",
@@ -283,7 +296,7 @@ def _losers(plan: Plan) -> str:
             f"{search.num_candidates:,} candidates: {search.num_priced:,} priced, {search.num_candidates - search.num_priced:,} "
             f"rejected by bounds in groups, each with one reason; {seconds_told(search.seconds)}."
         )
-    return _section("Why the others lost", f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>', note)
+    return _section("Why the others lost", f'<table class="stack">{head}{"".join(rows)}</table>', note)
 
 
 def _nearest(plan: Plan) -> str:
@@ -340,7 +353,7 @@ def _notes(plan: Plan) -> str:
 
 def capacity_page(table: Capacity) -> str:
     """The heat map, the smallest clusters, and every cell as a row."""
-    heat = charts.heat_map(table.cells)
+    heat = _both(lambda width: charts.heat_map(table.cells, width=width))
     smallest = []
     for model, found in table.smallest.items():
         told = [
