@@ -125,10 +125,28 @@ def _value(job: Job, key: str) -> object:
     return value
 
 
+def lock_of(folder: RunFolder) -> Path:
+    """Beside the folder, not in it: `--fresh` moves the folder aside."""
+    return folder.path.with_name(f".{folder.path.name}.lock")
+
+
+def holder(folder: RunFolder) -> int | None:
+    """The process whose `run` holds the folder now, if one does."""
+    try:
+        with lock_of(folder).open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except OSError:
+                return int(file.read().strip() or 0)
+    except FileNotFoundError:
+        pass
+    return None
+
+
 @contextmanager
 def held(folder: RunFolder) -> Iterator[None]:
     """One `run` at a time. The kernel frees the lock with the process, however it ends: none is ever stale."""
-    path = folder.path.with_name(f".{folder.path.name}.lock")
+    path = lock_of(folder)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
