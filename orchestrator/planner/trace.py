@@ -1,7 +1,8 @@
 """The project's own training step, played for one rank on fake devices: no GPU, no memory, no other process.
 
 Third opinion between the closed form and a run: the very modules and the very apply doors under torch's FakeTensorMode and
-its fake process group. Two steps: the first allocates what every later step has, the second is counted."""
+its fake process group. Three steps: the first allocates what every later step has, of the second the bytes are
+counted, of the third FLOPs and messages."""
 
 from __future__ import annotations
 
@@ -102,12 +103,14 @@ def _play(shape: tuple[Architecture, Strategy], sequence_length: int, precision:
             )
             batches = _batches(strategy, sequence_length)
             _step(session, batches)
+            with LiveBytes(session.tensors(), vocab_size=arch.vocab_size) as live:
+                _step(session, batches)
+            # Apart: FlopCounterMode keeps alive what checkpointing computes again.
             collectives = _Collectives()
             flops = FlopCounterMode(display=False)
             stack.enter_context(flops)
             stack.enter_context(collectives)
-            with LiveBytes(session.tensors(), vocab_size=arch.vocab_size) as live:
-                _step(session, batches)
+            _step(session, batches)
         return Trace(
             tensor_peak_bytes=live.peak_bytes,
             peak_phase=live.peak_phase,
