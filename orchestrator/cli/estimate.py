@@ -94,7 +94,7 @@ def _table(made: Plan) -> list[str]:
     from orchestrator.planner.render import COMPONENTS, bytes_told, painted, strategy_told
 
     memory = made.price.memory
-    fullest = max(memory.stages, key=lambda stage: stage.peak_bytes)
+    fullest = memory.stages.fullest()
     shown = sorted({0, fullest.pipeline_rank, len(memory.stages) - 1})
     stages = [memory.stages[rank] for rank in shown]
     heads = [f"rank {stage.pipeline_rank}" if len(memory.stages) > 1 else "every GPU" for stage in stages]

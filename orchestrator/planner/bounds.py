@@ -4,7 +4,8 @@ The bounds hold for any model in which
 
 - a step takes at least (micro batches) x (time of one on the mean pipeline rank) x (1 + bubble), and sharding, offload and
   recomputing only add to it;
-- the first pipeline rank holds its share of the states beside the activations of min(m, p) micro batches;
+- the first pipeline rank holds its share of the states beside the activations of min(m, p) micro batches, or of one where
+  the others' are offloaded;
 - of one (degrees, ZeRO stage, offload) family, the smallest micro batch with everything recomputed, sequence parallel, the
   widest ZeRO group, and talk after every micro batch holds the fewest bytes; of the schedules 1F1B, or one that deals the
   layers out otherwise;
@@ -75,6 +76,12 @@ class Least(NamedTuple):
     kinds: tuple[str, ...]
     layers: int | None
 
+    def with_floor(self, other: Least) -> Least | None:
+        """What both allow."""
+        kinds = tuple(kind for kind in self.kinds if kind in other.kinds)
+        layers = None if self.layers is None or other.layers is None else max(self.layers, other.layers)
+        return Least(kinds, layers) if kinds or layers is not None else None
+
 
 @lru_cache(maxsize=65536)
 def bubble(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) -> float:
@@ -91,6 +98,20 @@ def bubble(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) -
     )
 
 
+@lru_cache(maxsize=65536)
+def flights(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) -> float:
+    """Micro batches that the first pipeline rank holds at once."""
+    return in_flight(
+        Strategy(
+            pipeline_parallel_degree=pipeline,
+            pipeline_schedule=schedule,
+            num_virtual_stages=virtual,
+            gradient_accumulation_steps=accumulation,
+        ),
+        0,
+    )
+
+
 class Bounds:
     """Lower bounds of one space, each made from exact prices when it is first asked for."""
 
@@ -99,6 +120,7 @@ class Bounds:
         self.passes: dict[tuple[int, bool, int], Pass] = {}
         self.keeps: dict[tuple[int, bool], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
+        self.shares: dict[tuple[Shape, bool, int], float] = {}
         self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
         self._rank_layers: dict[int, tuple[int, int]] = {}
         self.messages_count = space.problem.pinned_fields["mesh_order"][-1] == "tensor"
@@ -177,6 +199,12 @@ class Bounds:
     def share_s(self, shape: Shape, sequence_parallel: bool, micro: int) -> float:
         """Seconds of a step on the mean pipeline rank, nothing recomputed; the rank with the fewest layers has the fewest
         messages."""
+        key = shape, sequence_parallel, micro
+        if key not in self.shares:
+            self.shares[key] = self._share_s(*key)
+        return self.shares[key]
+
+    def _share_s(self, shape: Shape, sequence_parallel: bool, micro: int) -> float:
         one = self.micro_pass(shape.tensor, sequence_parallel, micro)
         fewest = self.rank_layers(shape.pipeline)[1] / self.problem.arch.num_layers
         return self.problem.accumulation(shape.data, micro) * (one.compute_s / shape.pipeline + one.messages_s * fewest)
@@ -187,15 +215,22 @@ class Bounds:
         return min(times, default=0.0)
 
     def least(
-        self, shape: Shape, zero: int, sequence_parallel: bool, micro: int, offload: Offload, fixed: Fixed
+        self,
+        shape: Shape,
+        zero: int,
+        sequence_parallel: bool,
+        batch: Batch,
+        offload: Offload,
+        fixed: Fixed,
+        flights: float,
     ) -> Least | None:
-        """What must be recomputed at least for the first pipeline rank to hold its activations; None where nothing can."""
-        accumulation = self.problem.accumulation(shape.data, micro)
-        held = fixed.first_rank_bytes + fixed.gradient_bytes * (zero < 2 or accumulation > 1)
-        flights = 0 if offload.activations != "none" else min(accumulation, shape.pipeline)
+        """What must be recomputed at least for the first pipeline rank to hold the activations of so many micro batches; None
+        where nothing can."""
+        held = fixed.first_rank_bytes + fixed.gradient_bytes * (zero < 2 or batch.accumulation > 1)
+        flights, micro = (1.0 if offload.activations != "none" else flights), batch.micro
         kinds, counts = self.space.recomputes(shape.pipeline, 1)
         partly = "num_checkpointed_layers_per_stage" in self.space.pins
-        if partly or flights == 0:  # a pinned number of layers may be less than all; what it saves is left open here
+        if partly:  # a pinned number of layers may be less than all; what it saves is left open here
             return Least(tuple(kinds), 1 if counts else None)
         first = self.rank_layers(shape.pipeline)[0]
         free = (fixed.usable_bytes - held) / flights / micro
@@ -256,9 +291,10 @@ class Bounds:
         """Layers of a stage that must be recomputed beyond those of a choice that does not fit, at least: on the fullest rank
         each saves no more than it leaves there, times what the allocator adds."""
         kept = self.kept(choice.tensor, choice.sequence_parallel)
-        stage = max(memory.stages, key=lambda stage: stage.peak_bytes)
+        stage = memory.stages.fullest()
         grown = stage.peak_bytes / max(1, stage.peak_bytes - stage.reserve)
-        flights = in_flight(strategy, stage.pipeline_rank) * (choice.virtual if choice.pipeline > 1 else 1)
+        flights = in_flight(strategy, stage.pipeline_rank) if choice.offload.activations == "none" else 1.0
+        flights *= choice.virtual if choice.pipeline > 1 else 1
         saved = (kept.none_bytes - kept.full_bytes) * choice.micro * flights * grown
         if saved <= 0:
             return 1

@@ -134,12 +134,20 @@ def _memory(plan: Plan) -> dict[str, Any]:
 def _search(plan: Plan) -> dict[str, Any]:
     found = plan.search
     if found is None:
-        return {"candidates": 1, "priced": 1, "feasible": int(plan.fits), "seconds": 0.0, "rejected": []}
+        return {
+            "candidates": 1,
+            "priced": 1,
+            "feasible": int(plan.fits),
+            "seconds": 0.0,
+            "alternatives_seconds": 0.0,
+            "rejected": [],
+        }
     return {
         "candidates": found.num_candidates,
         "priced": found.num_priced,
         "feasible": found.num_feasible,
         "seconds": found.seconds,
+        "alternatives_seconds": found.alternatives_seconds,
         "rejected": [
             {"group": group.group, "candidates": group.candidates, "reason": group.reason} for group in found.rejections
         ],

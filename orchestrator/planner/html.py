@@ -175,7 +175,7 @@ def _summary(plan: Plan) -> str:
 
 def _memory(plan: Plan) -> str:
     memory, formulas = plan.price.memory, memory_formulas(plan)
-    fullest = max(memory.stages, key=lambda stage: stage.peak_bytes)
+    fullest = memory.stages.fullest()
     keep = {0, len(memory.stages) - 1, fullest.pipeline_rank}
     stages = [
         s

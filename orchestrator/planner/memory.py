@@ -79,6 +79,10 @@ class Stages(Sequence[StageMemory]):
     def __iter__(self) -> Iterator[StageMemory]:
         return (self[rank] for rank in range(self._size))
 
+    def fullest(self) -> StageMemory:
+        """The entry with the largest peak, without working out the others."""
+        return max(self._known.values(), key=lambda stage: stage.peak_bytes)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stages) and list(self) == list(other)
 
@@ -90,7 +94,7 @@ class Stages(Sequence[StageMemory]):
 class MemoryPrice:
     """All pipeline ranks against the budget, bytes."""
 
-    stages: Sequence[StageMemory]
+    stages: Stages
     peak_bytes: int
     usable_bytes: int
     host_bytes_per_node: int

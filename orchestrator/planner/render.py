@@ -57,7 +57,7 @@ def render(plan: Plan, *, width: int = 88) -> str:
         _section("speed", _speed(plan)),
         _section("cost", _cost(plan)),
         _section("targets", _targets(plan)),
-        _section("losers", _losers(plan.alternatives[:3], width)),
+        _section("losers", _losers(plan.alternatives, width)),
         _section("would fit", _nearest(plan, width)),
         _section("notes", (line for note in plan.notes for line in wrapped(note, width - MARGIN - 2))),
         _section("search", _search(plan)),
@@ -183,7 +183,7 @@ def _strategy(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan, width: int) -> Iterator[str]:
     memory = plan.price.memory
-    stage = max(memory.stages, key=lambda row: row.peak_bytes)
+    stage = memory.stages.fullest()
     where = f" on pipeline rank {stage.pipeline_rank}" if len(memory.stages) > 1 else ""
     budget = memory.usable_bytes
     over = stage.peak_bytes - budget
@@ -283,6 +283,6 @@ def _search(plan: Plan) -> Iterator[str]:
     if found is not None:
         yield painted(
             f"{found.num_candidates:,} candidates, {found.num_priced:,} priced, the rest rejected by bounds; "
-            f"{seconds_told(found.seconds)}",
+            f"{seconds_told(found.seconds + found.alternatives_seconds)}",
             DIM,
         )

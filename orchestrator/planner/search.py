@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
-from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, Leanest, Least, bubble
+from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, Fixed, Leanest, Least, bubble, flights
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.space import Batch, Core, Shape, Sharding, Space, point, simplicity
@@ -80,6 +80,9 @@ class SearchResult:
     num_feasible: int = 0
     rejections: list[Rejection] = field(default_factory=list)
     seconds: float = 0.0
+    """Until the best was known."""
+    alternatives_seconds: float = 0.0
+    """From then until the best of the other families asked for were."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +106,8 @@ def search(problem: Problem, *, wanted: Wanted | None = None, num_families: int 
     started = time.perf_counter()
     wanted = wanted or Wanted()
     space = Space(problem, every_size=problem.objective != "fastest" or wanted.any)
-    result = _Search(space, wanted, num_families).run()
-    result.seconds = time.perf_counter() - started
+    result = _Search(space, wanted, num_families).run(started)
+    result.alternatives_seconds = time.perf_counter() - started - result.seconds
     return result
 
 
@@ -120,6 +123,7 @@ class Row:
     size: int
     idle: float
     """The smallest bubble of the schedules."""
+    fixed: Fixed
     least: Least
     """What must be recomputed at least."""
 
@@ -143,7 +147,7 @@ class _Search:
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
         self.rejected: dict[tuple[Shape, str], tuple[int, str]] = {}
 
-    def run(self) -> SearchResult:
+    def run(self, started: float) -> SearchResult:
         result = self.result
         for shape in self.space.shapes():
             size = self.space.shape_size(shape)
@@ -154,10 +158,13 @@ class _Search:
             _, is_leaf, _, _, shape, size, (step_s, action, arguments) = heapq.heappop(self.heap)
             if is_leaf:
                 self._take(arguments)
+                if not result.seconds and result.best is not None:
+                    result.seconds = time.perf_counter() - started
             elif self._hopeless(step_s, shape):
                 self._reject(shape, "targets", size, f"no faster than {step_s:.3g} s a step, too slow for the targets")
             else:
                 action(size, *arguments)
+        result.seconds = result.seconds or time.perf_counter() - started
         best = result.best or result.fastest
         than = f"the best takes {best.step_s:.3g}" if best else "no use"
         for _, is_leaf, _, _, shape, size, (step_s, _, _) in self.heap:
@@ -230,10 +237,10 @@ class _Search:
         for batch in self.space.batches(shape):
             for zero, shardings in batch.shardings.items():
                 stages[zero] = stages.get(zero, 0) + batch.num_recomputes * len(shardings)
-        offloads, floor = self.space.offloads, self.bounds.shape_s(shape)
+        floor = self.bounds.shape_s(shape)
         sequence = len(self.space.sequence_parallels(shape.tensor))
         for zero, number in stages.items():
-            each = number * sequence
+            each, offloads = number * sequence, self.space.offloads_of(zero, shape.data)
             members = self._smallest(shape, zero, offloads[-1])
             if all(memory.peak_bytes > memory.usable_bytes for _, memory in members):
                 self._too_large(shape, zero, members, each * len(offloads))
@@ -290,11 +297,12 @@ class _Search:
             idle = min(bubble(shape.pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
             number = batch.num_recomputes * len(batch.shardings[zero])
             for flag in space.sequence_parallels(shape.tensor):
-                least = bounds.least(shape, zero, flag, batch.micro, offload, fixed)
+                leanest = min(flights(shape.pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
+                least = bounds.least(shape, zero, flag, batch, offload, fixed, leanest)
                 if least is None:
                     self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
                     continue
-                row = Row(shape, flag, batch, zero, offload, number, idle, least)
+                row = Row(shape, flag, batch, zero, offload, number, idle, fixed, least)
                 rows.append((self._row_s(row) + fixed.step_s, row))
         rows.sort(key=lambda pair: -pair[0])
         self._push_next(rows)
@@ -338,23 +346,39 @@ class _Search:
         again_s = 0.0
         if kind == "none":
             again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)
+        busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
         for sharding in row.shardings:
             time = self.problem.time(self.problem.strategy(point(core, sharding, row.offload, kind, layers)))
             rest_s = time.step_s - time.pipeline_bubble_s - time.pipeline_transfer_s
-            busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro) + again_s
-            floor_s = rest_s + again_s + busy_s * row.idle
+            if kind != "none":  # busy time and what is recomputed are in rest_s, and are counted there alone
+                rest_s -= self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)
+            floor_s = rest_s + again_s + (busy_s + again_s) * row.idle
             each = size // len(row.shardings)
-            self._push(floor_s, row.shape, each, self._open_sharding, row, sharding, rest_s + again_s, busy_s)
+            self._push(floor_s, row.shape, each, self._open_sharding, row, sharding, rest_s)
 
-    def _open_sharding(self, size: int, row: Row, sharding: Sharding, rest_s: float, busy_s: float) -> None:
-        """ZeRO group and frequencies -> schedules, each with its own bubble."""
+    def _open_sharding(self, size: int, row: Row, sharding: Sharding, rest_s: float) -> None:
+        """ZeRO group and frequencies -> schedules, each with its own bubble and micro batches in flight. `rest_s`: the step
+        without what is recomputed, the bubble and the transfers."""
         if self._is_done(row.shape, row.zero, row.offload, size):
             return
-        for schedule, virtual in row.batch.schedules:
-            core = Core(row.shape, row.sequence_parallel, row.micro, schedule, virtual)
-            floor_s = rest_s + busy_s * bubble(row.shape.pipeline, schedule, virtual, row.batch.accumulation)
-            number = self.space.num_recomputes(row.shape.pipeline, virtual)
-            self._push(floor_s, row.shape, number, self._open_core, core, sharding, row.offload, row.least)
+        shape, flag, batch = row.shape, row.sequence_parallel, row.batch
+        busy_s = self.bounds.share_s(shape, flag, batch.micro)
+        for schedule, virtual in batch.schedules:
+            number = self.space.num_recomputes(shape.pipeline, virtual)
+            held = flights(shape.pipeline, schedule, virtual, batch.accumulation)
+            least = self.bounds.least(shape, row.zero, flag, batch, row.offload, row.fixed, held)
+            if least is None:
+                self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
+                continue
+            least = row.least.with_floor(least)
+            if least is None:
+                self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
+                continue
+            again_s = self.bounds.again_s(shape, flag, batch.micro, least)
+            idle = bubble(shape.pipeline, schedule, virtual, batch.accumulation)
+            core = Core(shape, flag, batch.micro, schedule, virtual)
+            floor_s = rest_s + again_s + (busy_s + again_s) * idle
+            self._push(floor_s, shape, number, self._open_core, core, sharding, row.offload, least)
 
     def _open_core(self, size: int, core: Core, sharding: Sharding, offload: Offload, least: Least) -> None:
         """Finds the least recomputing that fits, from what the leanest schedule and group need."""
@@ -436,6 +460,5 @@ def told_excess(memory: MemoryPrice) -> str:
     over = memory.peak_bytes - memory.usable_bytes
     if over <= 0:
         return "does not fit in host memory or NVMe"
-    ranks = [stage.pipeline_rank for stage in memory.stages if stage.peak_bytes == memory.peak_bytes]
-    where = f" on stage {ranks[0]}" if len(memory.stages) > 1 else ""
+    where = f" on stage {memory.stages.fullest().pipeline_rank}" if len(memory.stages) > 1 else ""
     return f"{memory.peak_bytes / GIB:.1f} GiB{where}, {over / GIB:.1f} over"

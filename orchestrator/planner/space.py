@@ -79,6 +79,16 @@ class Space:
             return values
         return [value for value in values if unbuilt(Strategy(**{field: value})) is None]
 
+    def offloads_of(self, zero: int, data: int) -> list[Offload]:
+        """Parameters stream in block by block, as ZeRO 3 gathers them, or on a single replica."""
+        if zero == 3 or data == 1 or "offload" in self.pins:
+            return self.offloads
+        return self._whole_offloads
+
+    @cached_property
+    def _whole_offloads(self) -> list[Offload]:
+        return [offload for offload in self.offloads if offload.parameters == "none"]
+
     @cached_property
     def offloads(self) -> list[Offload]:
         """Simplest first. Parameters leave only together with the optimizer states that are larger."""
@@ -240,8 +250,11 @@ class Space:
 
     def shape_size(self, shape: Shape) -> int:
         """Candidates that share these degrees."""
-        total = sum(batch.num_recomputes * sum(map(len, batch.shardings.values())) for batch in self.batches(shape))
-        return total * len(self.sequence_parallels(shape.tensor)) * len(self.offloads)
+        total = 0
+        for batch in self.batches(shape):
+            for zero, shardings in batch.shardings.items():
+                total += batch.num_recomputes * len(shardings) * len(self.offloads_of(zero, shape.data))
+        return total * len(self.sequence_parallels(shape.tensor))
 
     def __iter__(self) -> Iterator[Choice]:
         """Every candidate, one by one: for small spaces and for the tests."""
@@ -254,8 +267,9 @@ class Space:
                     recomputes = [(kind, self.layers_of(kind)) for kind in kinds] + [
                         ("full", count) for count in counts
                     ]
-                    for sharding, offload, (kind, layers) in product(shardings, self.offloads, recomputes):
-                        yield point(core, sharding, offload, kind, layers)
+                    for sharding, (kind, layers) in product(shardings, recomputes):
+                        for offload in self.offloads_of(sharding.zero, shape.data):
+                            yield point(core, sharding, offload, kind, layers)
 
     def layers_of(self, kind: str) -> int | None:
         """A pinned number of checkpointed layers counts for `selective` too."""
