@@ -62,7 +62,6 @@ def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_
         click.echo(render(error.plan), err=True)
         fix = "see `would fit` above; `shardwise plan` shows all of it"
         raise CommandError("the plan does not fit this machine", fix, ExitCode.DOES_NOT_FIT) from None
-    write_report(result)
     told = summary(result, loaded)
     if as_json:
         click.echo(json.dumps(told, indent=1))
@@ -120,13 +119,6 @@ def say(told: dict[str, Any], job_file: str) -> None:
             fix = f"the logs are in {shown / 'logs'}; `shardwise run {job_file}` goes on from the newest checkpoint"
             show(f"stopped at {at}: {told['cause']}", where=str(shown / "events.jsonl"), fix=fix)
     click.echo(f"report    {shown / 'report.html'}")
-
-
-def write_report(result: RunResult) -> None:
-    from orchestrator.telemetry.report import write
-
-    if result.folder.plan.exists():
-        write(result.folder.path)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,8 @@ from orchestrator.control.folder import RunFolder, RunRefused, held
 from orchestrator.control.host import Host, RayHost
 from orchestrator.control.recovery import Policy
 from orchestrator.control.supervisor import Ending, Stop, Supervisor, Watcher
-from orchestrator.telemetry.records import Event, append
+from orchestrator.telemetry import report
+from orchestrator.telemetry.records import Event, StepReport, append
 from orchestrator.training import manifest
 from orchestrator.training.assignment import Assignment
 
@@ -136,6 +137,7 @@ def _run(
     view.planned(planned, folder, done)
     if done >= job.num_steps:
         folder.write_plan(document)
+        report.write(folder.path)
         ending = Ending(kind="finished", step=done, cause="there was nothing left to do")
         return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=None)
     with contextlib.ExitStack() as stack:
@@ -155,8 +157,9 @@ def _run(
         if url is not None:
             append(folder.events, _event("metrics_endpoint", url, done, address=url))
             view.note(f"metrics   {url}")
-        supervisor.watchers = [metrics, *view.watchers]
+        supervisor.watchers = [metrics, LiveReport(folder), *view.watchers]
         ending = supervisor.run()
+    report.write(folder.path)
     return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=url)
 
 
@@ -219,6 +222,27 @@ def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
         raise RunRefused(
             f"the plan is for {num_gpus} GPUs ({cluster.name}) and this machine has {found}", where=where, fix=fix
         )
+
+
+class LiveReport:
+    """Writes report.html now and then while the run goes on."""
+
+    EVERY_S = 60.0
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder, self.written = folder, time.monotonic()
+
+    def on_step(self, step: StepReport) -> None:
+        if time.monotonic() - self.written < self.EVERY_S:
+            return
+        self.written = time.monotonic()
+        try:
+            report.write(self.folder.path)
+        except OSError as error:  # a full disk, say: no reason to stop training
+            append(self.folder.events, _event("report_failed", f"report.html: {error.strerror}", step.step))
+
+    def on_event(self, event: Event) -> None:
+        """A step follows soon."""
 
 
 class Early:

@@ -38,12 +38,16 @@ class Watcher(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class Stop:
-    """Set by a signal handler: once is checkpoint and stop, twice is stop now."""
+    """Set by a signal handler: once is checkpoint and stop, twice is stop now. Before there are workers, once is enough."""
 
     cause: str | None = None
     now: bool = False
+    heard: bool = False
+    """A supervisor looks at it; until then, an interrupt ends the command where it is."""
 
     def ask(self, cause: str) -> None:
+        if not self.heard:
+            raise KeyboardInterrupt
         self.now = self.cause is not None
         self.cause = self.cause or cause
 
@@ -95,6 +99,7 @@ class Supervisor:
 
     def run(self) -> Ending:
         """From the newest whole checkpoint to the end, through failures. `begin` was called once before."""
+        self.stop.heard = True
         while True:
             ended = self._attempt()
             if isinstance(ended, Ending):

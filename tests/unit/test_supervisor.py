@@ -144,6 +144,11 @@ def test_a_stop_while_the_workers_start_or_a_restart_waits_ends_at_once(supervis
     assert supervisor.run().kind == "stopped"
 
 
+def test_an_interrupt_before_there_are_workers_ends_the_command_where_it_is():
+    with pytest.raises(KeyboardInterrupt):
+        Stop().ask("Ctrl-C")
+
+
 def test_a_group_that_never_starts_is_given_up_by_a_bounded_wait(supervise, monkeypatch):
     monkeypatch.setattr("orchestrator.control.supervisor.START_LIMIT_S", 0.0)
     supervisor, hosts = supervise([], [], [])
