@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import urllib.request
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -241,3 +242,11 @@ def test_promtool_has_nothing_to_say_about_the_metrics(served):
         ["promtool", "check", "metrics"], input=served[1], text=True, capture_output=True, timeout=30, check=False
     )
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+def test_every_metric_is_in_the_reference(served):
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "metrics.md").read_text()
+    documented = {line.split("`")[1].split("{")[0] for line in text.splitlines() if line.startswith("| `")}
+    families = text_string_to_metric_families(served[1])
+    names = {family.name + ("_total" if family.type == "counter" else "") for family in families}
+    assert documented == {name for name in names if not name.endswith("_created")}
