@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.planner.problem import Choice, PlanError, Problem
-from orchestrator.planner.search import GIB, Found, SearchResult, TooLarge, told_excess
+from orchestrator.planner.render import offload_told
+from orchestrator.planner.search import Found, SearchResult, TooLarge, told_excess
 from orchestrator.planner.solve import Solution, solve
 from orchestrator.planner.time import Price
-from strategies.strategy import Offload, Strategy, without_effect
+from strategies.strategy import Strategy, without_effect
 
-MAX_TOO_LARGE = 5
-"""Families that do not fit among the alternatives; the rest of the list are strategies that could run."""
+TOO_LARGE_PART = 4
+"""One alternative in so many may be a family that does not fit; the others are strategies that could run."""
 MOST_GPUS = 16384
 
 
@@ -85,7 +86,7 @@ def losers(solution: Solution, *, limit: int) -> list[Loser]:
         return []
     others = [family for family in found.families if found.best is None or family.choice != found.best.choice]
     rows = [_slower(solution, other) for other in others[:limit]]
-    rows += [_larger(solution, other) for other in _closest(solution, found)]
+    rows += [_larger(solution, other) for other in _closest(solution, found)[: max(1, limit // TOO_LARGE_PART)]]
     rows.sort(key=lambda row: -row.tokens_per_second_per_gpu)
     return rows[:limit]
 
@@ -97,15 +98,21 @@ def _slower(solution: Solution, found: Found) -> Loser:
 
 
 def _larger(solution: Solution, found: TooLarge) -> Loser:
-    strategy = solution.problem.strategy(found.choice)
+    """What does not fit, with the chosen strategy's other fields where it has the same degrees: "the same, with ZeRO 1"."""
+    choice, best = found.choice, solution.search.best if solution.search else None
+    if best is not None and choice[:3] == best.choice[:3]:
+        same = ("sequence_parallel", "schedule", "virtual", "micro", "recompute", "layers")
+        choice = choice._replace(**{name: getattr(best.choice, name) for name in same})
+    strategy = solution.problem.strategy(choice)
     price = solution.problem.price(strategy)
-    away = f"{_offload_word(strategy.offload)}, " if strategy.offload.any else ""
-    return _loser(solution, strategy, price, False, f"{away}ZeRO {strategy.zero_stage}: {told_excess(price.memory)}")
+    away = f", {offload_told(strategy.offload)}" if strategy.offload.any else ""
+    return _loser(solution, strategy, price, False, f"ZeRO {strategy.zero_stage}{away}: {told_excess(price.memory)}")
 
 
 def _closest(solution: Solution, found: SearchResult) -> list[TooLarge]:
-    """Of what was too large, the families that look most like the chosen one: simpler ZeRO, smaller degrees."""
-    chosen, seen, rows = solution.strategy, set(), []
+    """Of what was too large, the families that look most like the chosen one: the same degrees, then the nearest ZeRO stage."""
+    chosen = solution.strategy
+    rows: dict[Any, TooLarge] = {}
 
     def distance(row: TooLarge) -> tuple[int, int, int]:
         c: Choice = row.choice
@@ -113,11 +120,8 @@ def _closest(solution: Solution, found: SearchResult) -> list[TooLarge]:
         return degrees, abs(c.zero - chosen.zero_stage), c.offload != chosen.offload
 
     for row in sorted(found.too_large, key=distance):
-        family = row.choice.tensor, row.choice.pipeline, row.choice.zero, row.choice.offload
-        if family not in seen:
-            seen.add(family)
-            rows.append(row)
-    return rows[:MAX_TOO_LARGE]
+        rows.setdefault((row.choice.tensor, row.choice.pipeline, row.choice.zero, row.choice.offload), row)
+    return list(rows.values())
 
 
 def _loser(solution: Solution, strategy: Strategy, price: Price, fits: bool, because: str) -> Loser:
@@ -136,7 +140,7 @@ def _because(solution: Solution, strategy: Strategy, price: Price) -> str:
     """The part of the step that grew most against the chosen strategy, as a share of the loser's own step."""
     best, step_s = solution.price.time, price.time.step_s
     parts = {
-        "offload_s": (f"offload of {_offload_word(strategy.offload)}", "host link and host optimizer"),
+        "offload_s": (offload_told(strategy.offload), "host link and host optimizer"),
         "pipeline_bubble_s": (f"pipeline {strategy.pipeline_parallel_degree}", "bubble"),
         "tensor_parallel_s": (f"tensor {strategy.tensor_parallel_degree}", "messages"),
         "data_parallel_exposed_s": (
@@ -174,12 +178,6 @@ def _why_longer(chosen: Strategy, strategy: Strategy) -> str:
     return (
         f"micro batch {strategy.micro_batch_size} x {strategy.gradient_accumulation_steps}, {places} places in a step"
     )
-
-
-def _offload_word(offload: Offload) -> str:
-    kinds = [kind for kind in ("optimizer", "parameters", "activations") if getattr(offload, kind) != "none"]
-    places = {getattr(offload, kind) for kind in kinds}
-    return f"{' and '.join(kinds)} to {' and '.join(sorted(places))}" if kinds else "nothing"
 
 
 # What would fit -------------------------------------------------------------------------------------------------------
@@ -285,7 +283,3 @@ def sensitivity(solution: Solution, *, slower: float = 0.9) -> list[dict[str, An
             }
         )
     return rows
-
-
-def told_bytes(num_bytes: float) -> str:
-    return f"{num_bytes / GIB:,.1f} GiB"

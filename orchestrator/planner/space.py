@@ -293,6 +293,8 @@ class Space:
             return None
         groups = self._groups(stages[0], tensor, data)
         schedules = self.schedules(pipeline, self.problem.accumulation(data, micros[0]))
+        if not schedules and "pipeline_schedule" in pins and "num_virtual_stages" in pins:
+            schedules = [(pins["pipeline_schedule"], pins["num_virtual_stages"])]  # refused by name, by the rule it breaks
         if len(groups) != 1 or len(schedules) != 1:
             return None
         gather, reduce = self._frequencies(stages[0], 1)[0]

@@ -1,0 +1,116 @@
+"""For any small job and cluster: what a plan promises about itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from clusters.catalog import load_cluster
+from clusters.cluster import Cluster
+from orchestrator.models.architecture import make_architecture
+from orchestrator.planner.problem import Choice, Problem
+from orchestrator.planner.search import search
+from orchestrator.planner.solve import solve
+from orchestrator.planner.space import Space
+
+GIB = 2**30
+quick = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Two to eight layers on up to eight GPUs, with little memory."""
+    heads = draw(st.sampled_from([2, 4, 6, 8]))
+    arch = make_architecture(
+        family=draw(st.sampled_from(["opt", "gpt", "llama", "bloom"])),
+        num_layers=draw(st.integers(2, 8)),
+        hidden_size=heads * 128,
+        num_heads=heads,
+        vocab_size=8192,
+        max_position=1024,
+    )
+    cluster = load_cluster(f"a100-40gb-{draw(st.sampled_from(['1x1', '1x2', '1x4', '1x6', '2x2', '2x4']))}")
+    memory_bytes = int(draw(st.floats(1.6, 8.0)) * GIB)
+    cluster = replace(cluster, accelerator=replace(cluster.accelerator, memory_bytes=memory_bytes))
+    pins: dict[str, Any] = {}
+    if draw(st.booleans()):
+        pins["zero_stage"] = draw(st.integers(0, 3))
+    if draw(st.booleans()):
+        pins["activation_checkpointing"] = draw(st.sampled_from(["none", "selective", "full"]))
+    return Problem(
+        arch=arch,
+        cluster=cluster,
+        global_batch_size=draw(st.integers(1, 24)),
+        sequence_length=1024,
+        precision=draw(st.sampled_from(["bf16", "fp32"])),
+        pins=pins,
+    )
+
+
+@quick
+@given(problems())
+def test_a_plan_that_fits_is_under_the_budget_and_its_degrees_and_batch_multiply_up(problem: Problem) -> None:
+    found = solve(problem)
+    s, memory = found.strategy, found.price.memory
+    if found.fits:
+        assert memory.peak_bytes <= memory.usable_bytes
+    assert (
+        s.num_gpus == s.data_parallel_degree * s.tensor_parallel_degree * s.pipeline_parallel_degree <= problem.num_gpus
+    )
+    places = s.micro_batch_size * s.gradient_accumulation_steps * s.data_parallel_degree
+    assert problem.global_batch_size <= places < problem.global_batch_size + s.micro_batch_size * s.data_parallel_degree
+    assert sum(stage.num_layers for stage in s.stages) == problem.arch.num_layers
+
+
+@quick
+@given(problems())
+def test_the_same_question_has_the_same_answer(problem: Problem) -> None:
+    first, second = search(problem), search(problem)
+    assert (first.best, first.families, first.rejections) == (second.best, second.families, second.rejections)
+
+
+@quick
+@given(problems())
+def test_every_point_of_the_space_is_priced_or_rejected_once(problem: Problem) -> None:
+    found = search(problem)
+    assert found.num_priced + sum(group.candidates for group in found.rejections) == found.num_candidates
+    assert all(group.reason for group in found.rejections)
+
+
+def _better(cluster: Cluster, what: str) -> Cluster:
+    gpu = cluster.accelerator
+    if what == "memory":
+        return replace(cluster, accelerator=replace(gpu, memory_bytes=gpu.memory_bytes * 2))
+    if what == "memory bandwidth":
+        return replace(cluster, accelerator=replace(gpu, memory_bytes_per_s=gpu.memory_bytes_per_s * 2))
+    if what == "host link":
+        return replace(cluster, accelerator=replace(gpu, host_link_bytes_per_s=gpu.host_link_bytes_per_s * 2))
+    link = getattr(cluster, what)
+    return replace(cluster, **{what: replace(link, bytes_per_s=link.bytes_per_s * 2)})
+
+
+@quick
+@given(problems(), st.sampled_from(["memory", "memory bandwidth", "host link", "intra_node", "inter_node"]))
+def test_a_better_cluster_never_makes_the_best_plan_slower(problem: Problem, what: str) -> None:
+    before = search(problem, num_families=1)
+    after = search(problem.changed(cluster=_better(problem.cluster, what)), num_families=1)
+    if before.best is not None:
+        assert after.best is not None
+        assert after.best.step_s <= before.best.step_s * (1 + 1e-9)
+
+
+@quick
+@given(problems(), st.integers(0, 10**6), st.integers(1, 4))
+def test_bytes_never_fall_as_the_micro_batch_grows_at_fixed_accumulation(
+    problem: Problem, pick: int, factor: int
+) -> None:
+    choices = list(Space(problem.changed(pins={**problem.pins, "micro_batch_size": 1})))
+    choice: Choice = choices[pick % len(choices)]
+    grown = problem.changed(global_batch_size=problem.global_batch_size * factor)
+    small = problem.memory(problem.strategy(choice))
+    large = problem.memory(grown.strategy(choice._replace(micro=factor)))
+    assert grown.accumulation(choice.data, factor) == problem.accumulation(choice.data, 1)
+    assert large.peak_bytes >= small.peak_bytes
