@@ -122,6 +122,7 @@ class Bounds:
         self.added: dict[tuple[int, bool, int, str], float] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
         self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
+        self._least_of: dict[tuple[int, tuple[tuple[Schedule, int], ...], int], tuple[float, float]] = {}
         self._rank_layers: dict[int, tuple[int, int]] = {}
         self.messages_count = space.problem.pinned_fields["mesh_order"][-1] == "tensor"
         """Tensor neighbours are next to each other whatever the other degrees, so their messages cost the same."""
@@ -144,6 +145,15 @@ class Bounds:
     def deals_evenly(self, pipeline: int) -> bool:
         """Every layout gives each rank the same layers, so that 1F1B stands for all but zbv."""
         return len(self.layouts(pipeline)) <= 2 and self.problem.arch.num_layers % pipeline == 0
+
+    def least_of(self, pipeline: int, batch: Batch) -> tuple[float, float]:
+        """(the smallest bubble, the fewest micro batches in flight) of a batch's schedules."""
+        key = pipeline, batch.schedules, batch.accumulation
+        if key not in self._least_of:
+            idle = min(bubble(pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
+            held = min(flights(pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
+            self._least_of[key] = idle, held
+        return self._least_of[key]
 
     def rank_layers(self, pipeline: int) -> tuple[int, int]:
         """(layers of the first pipeline rank, of the rank that has the fewest), the least of any layout."""

@@ -11,7 +11,7 @@ from orchestrator.models.architecture import Architecture
 from orchestrator.planner.document import strategy_dict
 from orchestrator.planner.problem import PlanError, Problem
 from orchestrator.planner.render import strategy_told, wrapped
-from orchestrator.planner.search import Wanted
+from orchestrator.planner.result import Wanted
 from orchestrator.planner.solve import Solution, solve
 from strategies.strategy import Offload
 

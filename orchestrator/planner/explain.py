@@ -8,7 +8,7 @@ from typing import Any
 
 from orchestrator.planner.problem import Choice, PlanError, Problem
 from orchestrator.planner.render import offload_told
-from orchestrator.planner.search import Found, SearchResult, TooLarge, told_excess
+from orchestrator.planner.result import Found, SearchResult, TooLarge, told_excess
 from orchestrator.planner.solve import Solution, solve
 from orchestrator.planner.time import Price
 from strategies.strategy import Strategy, without_effect

@@ -14,7 +14,7 @@ from strategies.strategy import Offload, Strategy
 
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
-    from orchestrator.planner.search import SearchResult
+    from orchestrator.planner.result import SearchResult
     from orchestrator.planner.time import Price
     from orchestrator.spec import Job
 

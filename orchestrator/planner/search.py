@@ -13,92 +13,19 @@ from __future__ import annotations
 
 import heapq
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
-from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, Fixed, Leanest, Least, bubble, flights
+from orchestrator.planner.bounds import SLACK, Bounds, Fixed, Leanest, Least, bubble, flights
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
+from orchestrator.planner.result import Family, Found, Rejection, SearchResult, TooLarge, Wanted, excess, told_excess
 from orchestrator.planner.space import Batch, Core, Shape, Sharding, Space, point, simplicity
 from strategies.strategy import Offload
 
-GIB = 2**30
 ONE_GPU = 1e9
 """Seconds that one GPU more weighs when the fewest are wanted: longer than any step."""
-
-Family = tuple[int, int, int, Offload]
-"""tensor, pipeline, ZeRO stage, offload: what `alternatives` holds the best of."""
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A complete strategy that fits."""
-
-    choice: Choice
-    step_s: float
-
-    @property
-    def family(self) -> Family:
-        c = self.choice
-        return c.tensor, c.pipeline, c.zero, c.offload
-
-
-@dataclass(frozen=True, slots=True)
-class TooLarge:
-    """A family of which not even the smallest member fits."""
-
-    choice: Choice
-    memory: MemoryPrice
-
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """A named group of candidates that one bound rejected."""
-
-    group: str
-    candidates: int
-    reason: str
-
-
-@dataclass
-class SearchResult:
-    """What a search found."""
-
-    best: Found | None = None
-    """The best that meets the job's targets, or else `fastest`."""
-    fastest: Found | None = None
-    """The best under the objective, whatever the targets."""
-    families: list[Found] = field(default_factory=list)
-    """The best of each family, best first, the chosen one's among them."""
-    too_large: list[TooLarge] = field(default_factory=list)
-    closest: TooLarge | None = None
-    """Where nothing fits: the candidate that is over by least."""
-    num_candidates: int = 0
-    num_priced: int = 0
-    """Candidates whose bytes were counted; with those of the rejections they are all."""
-    num_feasible: int = 0
-    rejections: list[Rejection] = field(default_factory=list)
-    seconds: float = 0.0
-    """Until the best was known."""
-    alternatives_seconds: float = 0.0
-    """From then until the best of the other families asked for were."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """The job's targets as limits on a step; a strategy that keeps them all is taken before any that does not."""
-
-    step_s: float = INFINITE
-    gpu_s: float = INFINITE
-    """Seconds of a step times its GPUs."""
-
-    def met(self, step_s: float, num_gpus: int) -> bool:
-        return step_s <= self.step_s and step_s * num_gpus <= self.gpu_s
-
-    @property
-    def any(self) -> bool:
-        return self.step_s < INFINITE or self.gpu_s < INFINITE
 
 
 def search(problem: Problem, *, wanted: Wanted | None = None, num_families: int = 21) -> SearchResult:
@@ -274,9 +201,9 @@ class _Search:
         return members
 
     def _too_large(self, shape: Shape, zero: int, members: list[tuple[Choice, MemoryPrice]], size: int) -> None:
-        choice, memory = min(members, key=lambda member: _excess(member[1]))
+        choice, memory = min(members, key=lambda member: excess(member[1]))
         self.result.too_large.append(TooLarge(choice, memory))
-        if self.result.closest is None or _excess(memory) < _excess(self.result.closest.memory):
+        if self.result.closest is None or excess(memory) < excess(self.result.closest.memory):
             self.result.closest = TooLarge(choice, memory)
         self._reject(shape, f"memory {zero}", size, f"ZeRO {zero}: {told_excess(memory)}")
 
@@ -294,10 +221,9 @@ class _Search:
         for batch in space.batches(shape):
             if zero not in batch.shardings:
                 continue
-            idle = min(bubble(shape.pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
+            idle, leanest = bounds.least_of(shape.pipeline, batch)
             number = batch.num_recomputes * len(batch.shardings[zero])
             for flag in space.sequence_parallels(shape.tensor):
-                leanest = min(flights(shape.pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
                 least = bounds.least(shape, zero, flag, batch, offload, fixed, leanest)
                 if least is None:
                     self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
@@ -449,16 +375,3 @@ class _Search:
                 break
             place = min(place + self.bounds.layers_short(choice, strategy, memory), len(counts) - 1)
         return None, priced
-
-
-def _excess(memory: MemoryPrice) -> float:
-    return memory.peak_bytes / max(1, memory.usable_bytes)
-
-
-def told_excess(memory: MemoryPrice) -> str:
-    """92.4 GiB on stage 0, 14.1 over."""
-    over = memory.peak_bytes - memory.usable_bytes
-    if over <= 0:
-        return "does not fit in host memory or NVMe"
-    where = f" on stage {memory.stages.fullest().pipeline_rank}" if len(memory.stages) > 1 else ""
-    return f"{memory.peak_bytes / GIB:.1f} GiB{where}, {over / GIB:.1f} over"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.planner.problem import PlanError, Problem, check, check_batch, check_rules
-from orchestrator.planner.search import SearchResult, Wanted, search
+from orchestrator.planner.result import SearchResult, Wanted
+from orchestrator.planner.search import search
 from orchestrator.planner.space import Space, require_candidates
 from orchestrator.planner.time import Price
 from strategies.catalog import Limit, unbuilt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.planner.search import Wanted
+from orchestrator.planner.result import Wanted
 from orchestrator.planner.solve import Solution, solve
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from clusters.catalog import load_cluster
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import make_architecture
 from orchestrator.planner.problem import Problem
-from orchestrator.planner.search import Wanted, search
+from orchestrator.planner.result import Wanted
+from orchestrator.planner.search import search
 from orchestrator.planner.space import Space
 from strategies.strategy import Offload
 
