@@ -1,6 +1,6 @@
 """kill -9 at random moments: does a run always resume, never from a torn checkpoint, with the losses of an undisturbed one?
 
-    python -m benchmarks.chaos [--kills 20] [--seed 0] [--workers 3] [--steps 600] [--directory FOLDER]
+    python -m benchmarks.chaos [--kills 20] [--seed 0] [--workers 3] [--steps 250] [--directory FOLDER]
 
 One job is trained undisturbed, then once more while its processes are killed: a worker, the raylet, the `run` process,
 or all of them at once (a power cut), while it starts, trains or writes a checkpoint. `run` restarts what it can by itself;
@@ -29,6 +29,8 @@ from orchestrator.telemetry.records import Event, StepReport, read
 
 TARGETS = ("worker", "raylet", "run", "everything")
 MOMENTS = ("checkpoint", "step", "start")
+EVERY = 5
+"""Steps between two checkpoints."""
 LIMIT_S = 180.0
 """Longest wait for a run to make its first new step."""
 
@@ -72,7 +74,7 @@ def job(directory: Path, *, name: str, workers: int, steps: int) -> Path:
         },
         "cluster": {"gpu": "cpu", "nodes": 1, "gpus_per_node": workers},
         "strategy": {"data_parallel_degree": workers, "zero_stage": 2, "micro_batch_size": 1},
-        "checkpoint": {"directory": str(directory / "runs"), "every": 5, "keep": 2},
+        "checkpoint": {"directory": str(directory / "runs"), "every": EVERY, "keep": 2},
         "recovery": {"max_restarts": 1000},
     }
     file = directory / f"{name}.yaml"
@@ -123,10 +125,11 @@ def is_over(run: psutil.Popen) -> bool:
 
 def strike(run: psutil.Popen, folder: Path, target: str, moment: str, rng: random.Random) -> bool:
     """Waits for the moment and kills; False where the run was over before it came."""
-    before, deadline = num_reports(folder), time.monotonic() + LIMIT_S
-    delay_s = rng.uniform(0.0, 4.0) if moment == "start" else rng.uniform(0.0, 0.7)
+    deadline = time.monotonic() + LIMIT_S
+    delay_s = rng.uniform(0.0, 5.0) if moment == "start" else rng.uniform(0.0, 0.1)
+    enough = num_reports(folder) + rng.randint(1, 2 * EVERY)
     checkpoints = folder / "checkpoints"
-    while moment != "start" and num_reports(folder) == before:
+    while moment != "start" and num_reports(folder) < enough:
         if is_over(run) or time.monotonic() > deadline:
             return False
         time.sleep(0.02)
@@ -205,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--directory", type=Path, help="of jobs, runs and logs; by default a new temporary one")
     given = parser.parse_args(arguments)
     directory = given.directory or Path(tempfile.mkdtemp(prefix="chaos-"))
