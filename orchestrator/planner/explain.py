@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,15 @@ from strategies.strategy import Strategy, without_effect
 TOO_LARGE_PART = 4
 """One alternative in so many may be a family that does not fit; the others are strategies that could run."""
 MOST_GPUS = 16384
+SHORTEST = 128
+"""Tokens of the shortest sequence that is tried."""
+FREED: dict[str, tuple[str, ...]] = {
+    "micro_batch_size": ("micro_batch_size", "gradient_accumulation_steps"),
+    "activation_checkpointing": ("activation_checkpointing", "num_checkpointed_layers_per_stage"),
+    "zero_stage": ("zero_stage", "zero_group_size", "states", "gather", "reduce"),
+    "offload": ("offload",),
+}
+"""Pins that decide what fits, with those that go with them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +91,9 @@ def _why_idle(problem: Problem, strategy: Strategy) -> str:
 def losers(solution: Solution, *, limit: int) -> list[Loser]:
     """The best of each other family, fastest first; among them the nearest families that would need more memory."""
     found = solution.search
-    if found is None or limit < 1:
+    if found is None or found.best is None or limit < 1:
         return []
-    others = [family for family in found.families if found.best is None or family.choice != found.best.choice]
+    others = [family for family in found.families if family.choice != found.best.choice]
     rows = [_slower(solution, other) for other in others[:limit]]
     rows += [_larger(solution, other) for other in _closest(solution, found)[: max(1, limit // TOO_LARGE_PART)]]
     rows.sort(key=lambda row: -row.tokens_per_second_per_gpu)
@@ -184,16 +193,28 @@ def _why_longer(chosen: Strategy, strategy: Strategy) -> str:
 
 
 def nearest(solution: Solution) -> list[dict[str, Any]]:
-    """Changes that would make the job fit, one at a time, each planned: free one pin, shorten, add GPUs."""
-    rows = []
-    for change, problem in _changes(solution):
+    """Changes that would make the job fit, each planned: free one pin, or else all that count; shorten; add GPUs."""
+    problem, pins = solution.problem, solution.problem.pins
+    if solution.search is None:  # what was settled by convention stays as it was
+        problem = problem.changed(pins={**pins, "gather": solution.strategy.gather, "reduce": solution.strategy.reduce})
+    one = {name: names for name, names in FREED.items() if name in pins}
+    changes = [(f"leave out {name}", problem.without_pins(*names)) for name, names in one.items()]
+    rows = list(_fitting(changes))
+    if not rows and len(one) > 1:
+        freed = problem.without_pins(*(name for names in one.values() for name in names))
+        rows += _fitting([(f"leave out {', '.join(one)}", freed)])
+    rows += [*_shorter(problem), *_larger_clusters(problem)]
+    return sorted(rows, key=lambda row: (row["num_gpus"], -row["tokens_per_second_per_gpu"]))
+
+
+def _fitting(changes: Iterable[tuple[str, Problem]]) -> Iterator[dict[str, Any]]:
+    for change, problem in changes:
         try:
             found = solve(problem)
         except PlanError:
             continue
         if found.fits:
-            rows.append(_near(change, found))
-    return sorted(rows, key=lambda row: (row["num_gpus"], -row["tokens_per_second_per_gpu"]))
+            yield _near(change, found)
 
 
 def _near(change: str, found: Solution) -> dict[str, Any]:
@@ -209,51 +230,31 @@ def _near(change: str, found: Solution) -> dict[str, Any]:
     }
 
 
-def _changes(solution: Solution) -> Iterator[tuple[str, Problem]]:
-    problem, pins = solution.problem, solution.problem.pins
-    freed = {
-        "micro_batch_size": ("micro_batch_size", "gradient_accumulation_steps"),
-        "activation_checkpointing": ("activation_checkpointing", "num_checkpointed_layers_per_stage"),
-        "zero_stage": ("zero_stage", "zero_group_size", "states", "gather", "reduce"),
-        "offload": ("offload",),
-    }
-    one = {name: names for name, names in freed.items() if name in pins}
-    if solution.search is None:
-        problem = problem.changed(pins=_filled(problem, solution.strategy))
-    for name, names in one.items():
-        yield f"leave out {name}", problem.without_pins(*names)
-    if len(one) > 1:
-        yield f"leave out {', '.join(one)}", problem.without_pins(*(name for names in one.values() for name in names))
-    if "offload" not in pins:
-        yield "offload", problem
+def _shorter(problem: Problem) -> Iterator[dict[str, Any]]:
+    """The longest sequence, in halvings, that fits."""
     length = problem.sequence_length // 2
-    while length >= 128:
-        shorter = problem.changed(sequence_length=length)
-        if solve(shorter).fits:
-            yield f"sequence_length {length}", shorter
-            break
+    while length >= SHORTEST:
+        found = solve(problem.changed(sequence_length=length))
+        if found.fits:
+            yield _near(f"sequence_length {length}", found)
+            return
         length //= 2
-    yield from _larger_clusters(problem)
 
 
-def _filled(problem: Problem, strategy: Strategy) -> dict[str, Any]:
-    """Pins that keep everything as it was but what is freed."""
-    return dict(problem.pins) | {"gather": strategy.gather, "reduce": strategy.reduce}
-
-
-def _larger_clusters(problem: Problem) -> Iterator[tuple[str, Problem]]:
+def _larger_clusters(problem: Problem) -> Iterator[dict[str, Any]]:
     """The smallest cluster, in doublings of the nodes, that holds the job with the same pins and more replicas."""
     cluster, pins, factor = problem.cluster, problem.pins, 2
     while factor * cluster.num_gpus <= MOST_GPUS:
         grown = {name: pins[name] * factor for name in ("data_parallel_degree", "zero_group_size") if name in pins}
         larger = problem.without_pins("gradient_accumulation_steps")
-        larger = larger.changed(
-            cluster=replace(cluster, num_nodes=cluster.num_nodes * factor),
-            pins=dict(larger.pins) | grown,
-            objective="fastest",
+        nodes = cluster.num_nodes * factor
+        found = solve(
+            larger.changed(
+                cluster=replace(cluster, num_nodes=nodes), pins={**larger.pins, **grown}, objective="fastest"
+            )
         )
-        if solve(larger).fits:
-            yield f"{cluster.num_nodes * factor} nodes of {cluster.gpus_per_node}", larger
+        if found.fits:
+            yield _near(f"{nodes} nodes of {cluster.gpus_per_node}", found)
             return
         factor *= 2
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from orchestrator.planner.plan import Plan
 
 GIB = 2**30
-MARGIN = 11
+MARGIN = 12
 """Columns of the section names."""
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
@@ -176,7 +176,8 @@ def _strategy(plan: Plan) -> Iterator[str]:
     if s.offload.any:
         yield offload_told(s.offload)
     yield (
-        f"micro batch {s.micro_batch_size} x {s.gradient_accumulation_steps} a step x {s.data_parallel_degree} replicas "
+        f"micro batch {s.micro_batch_size} x {s.gradient_accumulation_steps} a step x {s.data_parallel_degree} "
+        f"replica{'s' * (s.data_parallel_degree > 1)} "
         f"= {problem.global_batch_size:,} sequences of {problem.sequence_length:,}"
     )
 
