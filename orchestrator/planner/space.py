@@ -294,7 +294,8 @@ class Space:
         groups = self._groups(stages[0], tensor, data)
         schedules = self.schedules(pipeline, self.problem.accumulation(data, micros[0]))
         if not schedules and "pipeline_schedule" in pins and "num_virtual_stages" in pins:
-            schedules = [(pins["pipeline_schedule"], pins["num_virtual_stages"])]  # refused by name, by the rule it breaks
+            # none passes the rules: the rule that the pinned one breaks refuses it by name
+            schedules = [(pins["pipeline_schedule"], pins["num_virtual_stages"])]
         if len(groups) != 1 or len(schedules) != 1:
             return None
         gather, reduce = self._frequencies(stages[0], 1)[0]
