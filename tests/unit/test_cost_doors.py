@@ -1,0 +1,236 @@
+"""The cost doors, one rule a test. Numbers that one can check by eye."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from clusters.catalog import load_cluster
+from orchestrator.models.architecture import CATALOG
+from orchestrator.models.workloads import workload
+from orchestrator.planner.memory import price_memory
+from orchestrator.planner.stages import cut
+from orchestrator.planner.time import price, price_time
+from strategies.constants import MEMORY, TIME
+from strategies.links import all_reduce_s, half_s, ring
+from strategies.offload.cost import offloaded
+from strategies.pipeline.cost import bubble_fraction, bubble_s, in_flight, shares, transfer_bytes
+from strategies.strategy import Offload, Strategy
+from strategies.tensor.cost import logit_bytes, message_bytes_per_layer
+from strategies.zero.cost import BYTES, data_parallel_s, gathered_bytes, state_bytes, unsharded_gradient_bytes
+
+CLUSTER = load_cluster("a100-80gb-8x8")
+WORK = workload(CATALOG["opt-13b"])
+JOB = {"global_batch_size": 512, "sequence_length": 2048, "precision": "bf16"}
+
+
+def strategy(*, pipeline: int = 1, virtual: int = 1, checkpointed: int | None = 0, **fields) -> Strategy:
+    stages = cut(40, pipeline=pipeline, virtual=virtual, v_shaped=False, head_layers=1.0, checkpointed=checkpointed)
+    return Strategy(pipeline_parallel_degree=pipeline, num_virtual_stages=virtual, stages=stages, **fields)
+
+
+@pytest.mark.parametrize(
+    ("states", "zero", "precision", "total"),
+    [
+        ("mixed", 0, "bf16", 16.0),
+        ("mixed", 1, "bf16", 4 + 12 / 8),
+        ("mixed_fp32_gradients", 1, "bf16", 6 + 12 / 8),
+        ("mixed_fp32_accumulators", 1, "bf16", 8 + 12 / 8),
+        ("mixed", 2, "bf16", 2 + 14 / 8),
+        ("mixed", 3, "bf16", 16 / 8),
+        ("sharded_fp32", 2, "bf16", 16 / 8),
+        ("sharded_fp32", 3, "bf16", 16 / 8),
+        ("pure", 3, "bf16", 8 / 8),
+        ("full", 0, "fp32", 16.0),
+        ("full", 0, "fp64", 32.0),
+    ],
+)
+def test_bytes_of_the_states_a_parameter(states, zero, precision, total):
+    split = Strategy(data_parallel_degree=8, zero_stage=zero, zero_group_size=8 if zero else 1, states=states)
+    assert sum(state_bytes(1000.0, split, precision)) == pytest.approx(1000 * total)
+
+
+def test_stage_3_gathers_two_blocks_and_what_stands_outside():
+    split = Strategy(data_parallel_degree=8, zero_stage=3, zero_group_size=8, states="sharded_fp32")
+    assert gathered_bytes(1000, 100, 50, split, 2) == 2 * (2 * 100 + 50)
+    assert gathered_bytes(1000, 100, 50, replace(split, gather="per_step"), 2) == 2 * 1000
+    assert gathered_bytes(1000, 100, 50, replace(split, zero_stage=2), 2) == 2 * 1000, "FSDP2 keeps them to backward"
+    assert gathered_bytes(1000, 100, 50, Strategy(), 2) == 0
+
+
+def test_a_reduction_per_step_holds_the_whole_stages_gradients():
+    split = Strategy(data_parallel_degree=8, zero_stage=2, zero_group_size=8, states="sharded_fp32")
+    per_micro_batch = unsharded_gradient_bytes(1000, 100, split, 2)
+    once = replace(split, reduce="per_step", gradient_accumulation_steps=4)
+    assert unsharded_gradient_bytes(1000, 100, once, 2) == per_micro_batch + 4 * 1000
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "inside", "share"),
+    [
+        (8, 1, True, 1.0),
+        (2, 4, True, 1.0),
+        (16, 1, False, 1.0),  # both nodes' cards belong to the one group
+        (8, 8, False, 1 / 8),  # eight groups share a node's cards
+        (16, 4, False, 1 / 4),
+        (3, 1, False, 1 / 2.6667),  # three do not divide eight: some group straddles two nodes
+    ],
+)
+def test_a_group_has_the_links_it_crosses(size, stride, inside, share):
+    group = ring(CLUSTER, TIME, size=size, stride=stride, num_gpus=64)
+    nvlink = CLUSTER.intra_node.bytes_per_s * TIME.nvlink
+    network = CLUSTER.inter_node.bytes_per_s * TIME.network
+    assert group.inside is inside
+    assert group.bytes_per_s == pytest.approx(nvlink if inside else min(nvlink, network * share), rel=1e-3)
+
+
+def test_a_ring_moves_each_byte_once_less_its_own_part():
+    group = ring(CLUSTER, TIME, size=8, stride=1, num_gpus=64)
+    assert half_s(group, 8e9, messages=0) == pytest.approx(7e9 / group.bytes_per_s)
+    assert all_reduce_s(group, 8e9, messages=0) == pytest.approx(14e9 / group.bytes_per_s)
+    assert half_s(group, 0, messages=3) == pytest.approx(3 * 7 * group.hop_s)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "virtual", "micro_batches", "rank", "held"),
+    [
+        ("1f1b", 1, 16, 0, 4),
+        ("1f1b", 1, 16, 3, 1),
+        ("1f1b", 1, 2, 0, 2),
+        ("gpipe", 1, 16, 3, 16),
+        ("interleaved_1f1b", 2, 16, 0, (2 * 3 + 4 + 1) / 2),
+    ],
+)
+def test_micro_batches_in_flight(schedule, virtual, micro_batches, rank, held):
+    split = strategy(pipeline=4, virtual=virtual, pipeline_schedule=schedule, gradient_accumulation_steps=micro_batches)
+    assert in_flight(split, rank) == held
+
+
+def test_the_bubble_is_p_less_1_over_m_v_where_stages_are_equal():
+    split = strategy(pipeline=4, gradient_accumulation_steps=16)
+    assert bubble_fraction(split) == 3 / 16
+    assert bubble_s(split, once_s=4.0, slowest_s=1.0) == pytest.approx(3 / 16 * 16 * 1.0)
+    assert bubble_s(strategy(), once_s=1.0, slowest_s=1.0) == 0
+
+
+def test_equal_shares_are_priced_once():
+    found = shares(strategy(pipeline=8))
+    assert found.distinct == (0, 1, 7), "with the embedding, in the middle, with the head"
+    assert [share.layers for share in found.by_rank] == [5] * 8
+
+
+def test_tensor_messages_are_two_activations_a_layer():
+    split = Strategy(tensor_parallel_degree=8)
+    assert message_bytes_per_layer(WORK, split, tokens=2048, element=2) == 2 * 2048 * 5120 * 2
+    assert message_bytes_per_layer(WORK, Strategy(), tokens=2048, element=2) == 0
+
+
+def test_sequence_parallel_sends_a_share_from_stage_to_stage():
+    whole = transfer_bytes(WORK, strategy(pipeline=2, tensor_parallel_degree=8), tokens=2048, element=2)
+    split = strategy(pipeline=2, tensor_parallel_degree=8, sequence_parallel=True)
+    assert transfer_bytes(WORK, split, tokens=2048, element=2) == whole / 8
+
+
+def test_the_projects_own_loss_keeps_logits_and_their_gradient():
+    at_loss, copy = logit_bytes(WORK, Strategy(), MEMORY, tokens=2048, element=2)
+    assert (at_loss, copy) == (2 * 2 * 2048 * 50272, 2 * 2048 * 50272)
+
+
+def test_an_untied_head_beside_tensor_parallelism_gathers_its_logits():
+    llama, gpt = workload(CATALOG["llama-13b"]), workload(CATALOG["gpt3-13b"])
+    split = Strategy(tensor_parallel_degree=8)
+    shape = {"tokens": 2048, "element": 2}
+    gathered = logit_bytes(llama, split, MEMORY, **shape)[0] / llama.vocab_size
+    parallel = logit_bytes(gpt, split, MEMORY, **shape)[0] / gpt.vocab_size
+    assert gathered > 8 * parallel
+    vocabulary_parallel = replace(split, states="mixed_fp32_accumulators")
+    assert logit_bytes(llama, vocabulary_parallel, MEMORY, **shape)[0] / llama.vocab_size == pytest.approx(parallel)
+
+
+def test_an_offloaded_optimizer_leaves_the_gpu_for_the_host():
+    split = Strategy(offload=Offload(optimizer="host"))
+    left = offloaded(state_bytes(1000.0, split, "bf16"), split, num_owned_parameters=1000.0, element=2)
+    assert left.gpu == (2000, 2000, 0, 0)
+    assert left.host_bytes >= 12_000
+    assert left.link_bytes == 1000 * 2 * 2, "gradients down, parameters up"
+
+
+@pytest.mark.parametrize("states", sorted(BYTES))
+def test_no_message_without_a_neighbour(states):
+    split = Strategy(states=states)
+    assert data_parallel_s(split, CLUSTER, TIME, parameters=1e9, num_units=40, element=2, compute_s=1.0) == (0, 0)
+
+
+STRATEGIES = [
+    strategy(data_parallel_degree=64, zero_stage=0, gradient_accumulation_steps=8),
+    strategy(data_parallel_degree=64, zero_stage=3, zero_group_size=64, states="sharded_fp32"),
+    strategy(
+        data_parallel_degree=64, zero_stage=3, zero_group_size=8, states="sharded_fp32", gradient_accumulation_steps=8
+    ),
+    strategy(
+        pipeline=8, tensor_parallel_degree=8, gradient_accumulation_steps=512, activation_checkpointing="full", checkpointed=None
+    ),
+    strategy(
+        pipeline=4, virtual=5, pipeline_schedule="interleaved_1f1b", data_parallel_degree=16, gradient_accumulation_steps=32
+    ),
+    strategy(data_parallel_degree=64, zero_stage=1, zero_group_size=64, offload=Offload(optimizer="host")),
+    strategy(data_parallel_degree=8, offload=Offload(optimizer="nvme", parameters="host", activations="host")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("split", STRATEGIES)
+def test_the_components_of_a_step_add_up(split):
+    took = price_time(WORK, split, CLUSTER, **JOB)
+    parts = (
+        took.compute_s + took.recompute_s + took.tensor_parallel_s + took.data_parallel_exposed_s
+        + took.pipeline_bubble_s + took.pipeline_transfer_s + took.offload_s + took.optimizer_s
+    )  # fmt: skip
+    assert took.step_s == pytest.approx(parts)
+    assert took.data_parallel_exposed_s <= took.data_parallel_s
+
+
+@pytest.mark.parametrize("split", STRATEGIES)
+def test_the_components_of_a_stage_add_up_to_its_peak(split):
+    for stage in price(WORK, split, CLUSTER, **JOB).memory.stages:
+        tensors = (
+            stage.parameters + stage.gathered_parameters + stage.master_weights + stage.gradients + stage.optimizer_states
+            + stage.activations + stage.logits + stage.communication_buffers + stage.temporary
+        )  # fmt: skip
+        assert tensors == stage.tensor_peak_bytes
+        assert tensors + stage.reserve == stage.peak_bytes
+
+
+def test_the_first_of_equal_stages_is_the_fullest():
+    memory = price_memory(
+        WORK, strategy(pipeline=8, tensor_parallel_degree=8, gradient_accumulation_steps=512), CLUSTER, **JOB
+    )
+    peaks = [stage.peak_bytes for stage in memory.stages]
+    assert len(memory.stages) == 8
+    assert memory.peak_bytes == max(peaks)
+    assert peaks[1:7] == sorted(peaks[1:7], reverse=True)
+
+
+def test_more_checkpointed_layers_hold_less_and_take_longer():
+    splits = [strategy(activation_checkpointing="full", checkpointed=k) for k in (1, 10, 20, 40)]
+    peaks = [price_memory(WORK, split, CLUSTER, **JOB).peak_bytes for split in splits]
+    times = [price_time(WORK, split, CLUSTER, **JOB).step_s for split in splits]
+    assert peaks == sorted(peaks, reverse=True)
+    assert times == sorted(times)
+
+
+def test_a_tensor_group_that_leaves_the_node_costs_what_it_costs():
+    inside = price_time(WORK, strategy(tensor_parallel_degree=8, gradient_accumulation_steps=64), CLUSTER, **JOB)
+    across = price_time(WORK, strategy(tensor_parallel_degree=40, gradient_accumulation_steps=64), CLUSTER, **JOB)
+    assert across.tensor_parallel_s > 2 * inside.tensor_parallel_s
+
+
+def test_a_price_takes_a_tenth_of_a_millisecond():
+    """Ten times that here, so that a busy machine does not fail; benchmarks print the number."""
+    import time
+
+    split = STRATEGIES[3]
+    began = time.process_time()
+    for _ in range(200):
+        price(WORK, split, CLUSTER, **JOB)
+    assert (time.process_time() - began) / 200 < 1e-3
