@@ -1,9 +1,6 @@
 """Bytes of every pipeline rank, by component, at the peak of its step: the fold of the rooms' cost doors.
 
-The peak is the largest of four moments, not a sum of maxima: the end of forward with the loss, the head's backward pass, the
-last block's, and the optimizer. For the families built here the tensors are those of the code (strategies/zero/apply.py,
-engines/loss.py), and benchmarks.trace holds them against the traced step; other families hold what the stacks that published
-them held. docs/explanation/memory-model.md.
+The peak is the largest of the step's moments (moments.py), not a sum of maxima. docs/explanation/memory-model.md.
 
 For a search, all else equal: bytes never fall as micro_batch_size grows at fixed accumulation, never rise with a wider
 zero_group_size, and more checkpointed layers (one or more) never hold more."""
@@ -15,6 +12,7 @@ from dataclasses import dataclass
 from typing import overload
 
 from clusters.cluster import Cluster
+from orchestrator.planner.moments import Held, MicroBytes, native_moments, native_working, published_moments, size_of
 from orchestrator.planner.roofline import ELEMENT
 from strategies.constants import MEMORY, MemoryConstants
 from strategies.offload import cost as offload
@@ -129,7 +127,7 @@ def price_memory(
 
     def make(rank: int) -> StageMemory:
         held = _held(work, strategy, shares.by_rank[rank], precision)
-        away[rank] = held[0]
+        away[rank] = held.left
         return _stage(work, strategy, constants, shares.by_rank[rank], held, micro, rank, element, kind)
 
     known = {rank: make(rank) for rank in shares.distinct}
@@ -154,68 +152,42 @@ def price_memory(
     )
 
 
-@dataclass(slots=True)
-class _MicroBatch:
-    """Bytes of one micro batch on any rank."""
-
-    tokens: int
-    hidden: float
-    """One activation of the residual stream."""
-    layer: float
-    """An uncheckpointed layer's."""
-    checkpointed: float
-    """A checkpointed layer's."""
-    logits: tuple[float, float]
-    working: float
-    """A block's backward pass beyond what was saved."""
-    final: float
-    """What the head keeps: the last block's output, its norm's, and a narrower projection."""
-
-
 def _micro_batch(
     work: Workload, strategy: Strategy, constants: MemoryConstants, sequence_length: int, element: int
-) -> _MicroBatch:
+) -> MicroBytes:
     tokens = strategy.micro_batch_size * sequence_length
     hidden = float(tokens * work.hidden_size * element)
     shape = {"tokens": tokens, "sequence_length": sequence_length, "element": element}
     layer = kept = recompute.saved_bytes(work, strategy, constants, selective=False, **shape)
     kind = strategy.activation_checkpointing
+    again = 0.0
     if kind == "full":
         kept = recompute.boundary_bytes(work, strategy, tokens=tokens, element=element)
+        again = layer - kept
     elif kind == "selective":
         kept = min(layer, recompute.saved_bytes(work, strategy, constants, selective=True, **shape))
+        again = recompute.selective_again_bytes(work, strategy, tokens=tokens, element=element)
     if work.native:
-        working = _native_working(work, strategy, tokens, element)
-        working += layer - kept if kind != "none" else 0.0
+        working = native_working(work, strategy, tokens, element)
     else:
         working = constants.working_elements * hidden
         if kind == "full":
             scores = recompute.score_bytes(work, strategy, **shape)
-            working += constants.recompute_layers * (layer - constants.score_copies * scores)
-            working += constants.recompute_scores * scores
-    return _MicroBatch(
-        tokens=tokens,
+            again = constants.recompute_layers * (layer - constants.score_copies * scores)
+            again += constants.recompute_scores * scores
+    return MicroBytes(
         hidden=hidden,
         layer=layer,
         checkpointed=kept,
         logits=tensor.logit_bytes(work, strategy, constants, tokens=tokens, element=element),
         working=working,
+        again=again,
         final=hidden * 2,
     )
 
 
-def _native_working(work: Workload, strategy: Strategy, tokens: int, element: int) -> float:
-    """The feed-forward's backward pass: gradients of ReLU's output and input, of the residual stream and of the norm's
-    output, and the down projection's weight gradient."""
-    split = strategy.tensor_parallel_degree
-    stream = tokens * element * (2 * work.ffn_size / split + 2 * work.hidden_size)
-    return stream + work.ffn_size * work.hidden_size / split * element
-
-
-def _held(
-    work: Workload, strategy: Strategy, share: pipeline.Share, precision: str
-) -> tuple[offload.Offloaded, float, float, float]:
-    """(states of a rank after offload, its parameters, those of one block, those outside the blocks)."""
+def _held(work: Workload, strategy: Strategy, share: pipeline.Share, precision: str) -> Held:
+    """What a rank holds of the model, before any batch."""
     block = tensor.block_parameters(work, strategy)
     outside = 0.0
     if share.embedding:
@@ -229,10 +201,10 @@ def _held(
     states = zero.state_bytes(parameters, strategy, precision)
     owned = parameters / zero.group_size(strategy)
     left = offload.offloaded(states, strategy, num_owned_parameters=owned, element=ELEMENT[precision])
-    return left, parameters, block, outside
+    return Held(left, parameters, block, outside)
 
 
-def _kept(strategy: Strategy, share: pipeline.Share, micro: _MicroBatch) -> float:
+def _kept(strategy: Strategy, share: pipeline.Share, micro: MicroBytes) -> float:
     """Activations of one micro batch on one rank."""
     return share.checkpointed * micro.checkpointed + (share.layers - share.checkpointed) * micro.layer
 
@@ -242,44 +214,17 @@ def _stage(
     strategy: Strategy,
     constants: MemoryConstants,
     share: pipeline.Share,
-    held: tuple[offload.Offloaded, float, float, float],
-    micro: _MicroBatch,
+    held: Held,
+    micro: MicroBytes,
     rank: int,
     element: int,
     kind: str,
 ) -> StageMemory:
-    left, parameters, block, outside = held
-    gpu = left.gpu
     flights = 1.0 if strategy.offload.activations == "host" else pipeline.in_flight(strategy, rank)
-    activations = _kept(strategy, share, micro) * flights
-    logits = at_head = 0.0
-    if share.head:
-        logits, at_head = micro.logits
-        activations += micro.final
-
-    gathered = zero.gathered_bytes(parameters, block, outside, strategy, element)
-    if strategy.offload.parameters != "none" and not gathered:
-        gathered = (min(2 * block, parameters - outside) + outside) * element
-    unit = max(block, outside)
-    scattered = zero.unsharded_gradient_bytes(parameters, unit, strategy, element)
-    buffers = zero.all_gather_bytes(unit, strategy, element)
-    buckets = temporary = 0.0
-    if strategy.zero_stage < 2 and strategy.data_parallel_degree > 1:
-        table = work.vocab_size * work.embedding_size / strategy.tensor_parallel_degree
-        largest = table if outside else work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree
-        one = min(zero.bucket_bytes(largest, strategy, element), gpu.gradients) / zero.group_size(strategy)
-        buckets = zero.IN_FLIGHT * one if strategy.zero_stage else 0.0
-        temporary = 2 * one if gpu.master_weights else 0.0
-    sharded = strategy.zero_stage >= 2
-    early = 0.0 if sharded and strategy.gradient_accumulation_steps == 1 else gpu.gradients
-    # (phase, gathered, gradients, activations, logits, buffers, temporary)
-    moments = (
-        ("forward", gathered, early, activations, logits, buffers, 0.0),
-        ("backward", gathered, gpu.gradients, activations, at_head, buffers + buckets, scattered + micro.hidden),
-        ("backward", gathered, gpu.gradients, activations, 0.0, buffers + buckets, scattered + micro.working),
-        ("optimizer", 0.0, gpu.gradients, 0.0, 0.0, buckets, temporary),
-    )
-    phase, *rest = max(moments, key=_size)
+    activations = _kept(strategy, share, micro) * flights + (micro.final if share.head else 0.0)
+    moments = native_moments if work.native else published_moments
+    phase, *rest = max(moments(work, strategy, share, held, micro, activations, element), key=size_of)
+    gpu = held.left.gpu
     values = [int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states), *map(int, rest)]
     tensors = sum(values)
     if kind == "cuda":
@@ -302,7 +247,3 @@ def _stage(
         tensor_peak_bytes=tensors,
         peak_bytes=tensors + reserve,
     )
-
-
-def _size(moment: tuple[str, float, float, float, float, float, float]) -> float:
-    return moment[1] + moment[2] + moment[3] + moment[4] + moment[5] + moment[6]

@@ -57,3 +57,11 @@ def boundary_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: 
     """What a fully checkpointed layer leaves: its input, split by sequence where the norms are."""
     split = strategy.tensor_parallel_degree if strategy.sequence_parallel else 1
     return tokens * work.hidden_size * element / split
+
+
+def selective_again_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:
+    """What selective checkpointing makes again of one layer: outputs of the two norms, the sum between them, and the
+    activation."""
+    tensor = strategy.tensor_parallel_degree
+    whole = 3 * work.hidden_size / (tensor if strategy.sequence_parallel else 1)
+    return tokens * element * (whole + work.ffn_size / tensor)

@@ -234,3 +234,10 @@ def test_a_price_takes_a_tenth_of_a_millisecond():
     for _ in range(200):
         price(WORK, split, CLUSTER, **JOB)
     assert (time.process_time() - began) / 200 < 1e-3
+
+
+def test_the_loss_widens_as_many_logits_as_the_memory_model_says():
+    from orchestrator.planner import moments
+    from strategies.engines import loss
+
+    assert moments.CHUNK_ELEMENTS == loss.CHUNK_ELEMENTS
