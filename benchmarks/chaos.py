@@ -119,6 +119,11 @@ def num_reports(folder: Path) -> int:
     return sum(1 for _ in read(folder / "metrics.jsonl", StepReport))
 
 
+def starts(folder: Path) -> list[Event]:
+    """The first step of each worker group that came to one."""
+    return [event for event in read(folder / "events.jsonl", Event) if event.kind == "started"]
+
+
 def is_over(run: psutil.Popen) -> bool:
     return run.poll() is not None
 
@@ -159,17 +164,16 @@ def disturb(file: Path, folder: Path, *, kills: int, rng: random.Random, log: Pa
         for target, moment in plan:
             if not strike(run, folder, target, moment, rng):
                 break
-            struck, at, reports = time.monotonic(), last_step(folder), num_reports(folder)
+            struck, at, before = time.monotonic(), last_step(folder), len(starts(folder))
             if target in ("run", "everything"):
                 run.wait(timeout=30)
                 run = start(file, log)
-            while num_reports(folder) == reports and not is_over(run):
+            while len(starts(folder)) == before and not is_over(run):
                 if time.monotonic() - struck > LIMIT_S:
                     raise RuntimeError(f"no step within {LIMIT_S:.0f} s after a kill of {target}; see {log}")
                 time.sleep(0.02)
-            steps = [report.step for report in read(folder / "metrics.jsonl", StepReport)][reports:]
-            back_s = time.monotonic() - struck
-            redone = max(0, at - steps[0] + 1) if steps else 0
+            first = starts(folder)[-1].details["first_step"]
+            back_s, redone = time.monotonic() - struck, max(0, at - first + 1)
             yield Kill(target=target, moment=moment, step=at, back_s=back_s, redone=redone)
         if run.wait(timeout=600) != 0:
             raise RuntimeError(f"the run ended with exit code {run.returncode}; see {log}")

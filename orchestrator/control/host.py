@@ -33,7 +33,6 @@ class RayHost:
 
     def __init__(self, run_directory: Path) -> None:
         self.mark, self.session = str(run_directory.resolve()), session_folder(run_directory)
-        end_marked(self.mark)  # what a killed `run` of this folder left
         logs = run_directory.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "orchestrator.control.ray_runtime", str(logs), str(self.session)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.control.folder import RunFolder, RunRefused, held
 from orchestrator.control.host import Host, RayHost
+from orchestrator.control.processes import end_marked
 from orchestrator.control.recovery import Policy
 from orchestrator.control.supervisor import Ending, Stop, Supervisor, Watcher
 from orchestrator.telemetry import report
@@ -86,6 +87,7 @@ def run_job(
         raise RunRefused("the job has no data", where=job.file, fix="add data: {train: [corpus/*.txt]}")
     folder = RunFolder(Path(directory or job.checkpoint.directory).resolve() / job.name)
     with held(folder):
+        end_marked(str(folder.path))  # what a killed `run` left: it may still write
         if fresh and (aside := folder.move_aside()):
             view.note(f"starts over; what was there is kept in {aside}")
         folder.check_continuation(job)

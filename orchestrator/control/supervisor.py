@@ -175,6 +175,11 @@ class Supervisor:
 
     def _catch_up(self) -> None:
         """What the workers wrote since the last look goes to the watchers."""
+        for event in self._events.new():
+            if event.kind == "worker_started":
+                self.phases |= {f"worker_{name}": seconds for name, seconds in event.details.items()}
+            for watcher in self.watchers:
+                watcher.on_event(event)
         for report in self._steps.new():
             self._step = max(self._step, report.step)
             self._attempt_steps += 1
@@ -182,15 +187,10 @@ class Supervisor:
                 watcher.on_step(report)
             if self._attempt_steps == 1:
                 self._tell_of_start(report)
-        for event in self._events.new():
-            if event.kind == "worker_started":
-                self.phases |= {f"worker_{name}": seconds for name, seconds in event.details.items()}
-            for watcher in self.watchers:
-                watcher.on_event(event)
 
     def _tell_of_start(self, first: StepReport) -> None:
         seconds = first.time_unix_s - self.began_unix_s
-        details = {**self.phases, "step_s": first.step_s, "first_step_s": seconds}
+        details = {**self.phases, "step_s": first.step_s, "first_step_s": seconds, "first_step": first.step}
         self._write("started", f"step {first.step} was done {seconds:.1f} s after the start", details)
 
     def _after(self, outcome: Outcome) -> Ending | Failure:
