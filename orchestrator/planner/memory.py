@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import NamedTuple, overload
 
 from clusters.cluster import Cluster
-from orchestrator.planner.moments import Held, MicroBytes, native_moments, native_working, published_moments, size_of
+from orchestrator.planner.moments import (
+    Held,
+    MicroBytes,
+    Moment,
+    native_moments,
+    native_working,
+    published_moments,
+    size_of,
+)
 from orchestrator.planner.roofline import ELEMENT
 from strategies.constants import MEMORY, MemoryConstants
 from strategies.offload import cost as offload
@@ -56,8 +64,9 @@ class StageMemory:
 class Stages(Sequence[StageMemory]):
     """One entry a pipeline rank, worked out when it is read: a search only wants the fullest."""
 
-    def __init__(self, make: Callable[[int], StageMemory], size: int, known: dict[int, StageMemory]) -> None:
-        self._make, self._size, self._known = make, size, known
+    def __init__(self, make: Callable[[int], StageMemory], size: int, fullest: int) -> None:
+        self._make, self._size, self._fullest = make, size, fullest
+        self._known: dict[int, StageMemory] = {}
 
     def __len__(self) -> int:
         return self._size
@@ -79,7 +88,7 @@ class Stages(Sequence[StageMemory]):
 
     def fullest(self) -> StageMemory:
         """The entry with the largest peak, without working out the others."""
-        return max(self._known.values(), key=lambda stage: stage.peak_bytes)
+        return self[self._fullest]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Stages) and list(self) == list(other)
@@ -123,27 +132,39 @@ def price_memory(
     element, kind = ELEMENT[precision], cluster.accelerator.kind
     shares = pipeline.shares(strategy)
     micro = _micro_batch(work, strategy, constants, sequence_length, element)
-    away: dict[int, offload.Offloaded] = {}
 
-    def make(rank: int) -> StageMemory:
-        held = _held(work, strategy, shares.by_rank[rank], precision)
-        away[rank] = held.left
-        return _stage(work, strategy, constants, shares.by_rank[rank], held, micro, rank, element, kind)
+    def fill(rank: int) -> _Fill:
+        share = shares.by_rank[rank]
+        held = _held(work, strategy, share, precision)
+        flights = 1.0 if strategy.offload.activations == "host" else pipeline.in_flight(strategy, rank)
+        activations = _kept(strategy, share, micro) * flights + (micro.final if share.head else 0.0)
+        moments = native_moments if work.native else published_moments
+        fullest = max(moments(work, strategy, share, held, micro, activations, element), key=size_of)
+        gpu = held.left.gpu
+        states = (int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states))
+        _, gathered, gradients, activations, logits, buffers, temporary = fullest
+        rest = int(gathered) + int(gradients) + int(activations) + int(logits) + int(buffers) + int(temporary)
+        return _Fill(held.left, states, fullest, sum(states) + rest)
 
-    known = {rank: make(rank) for rank in shares.distinct}
-    host = max(leaves.host_bytes for leaves in away.values())
-    nvme = max(leaves.nvme_bytes for leaves in away.values())
+    fills = [fill(rank) for rank in shares.fullest]
+    host = max(each.left.host_bytes for each in fills)
+    nvme = max(each.left.nvme_bytes for each in fills)
     if strategy.offload.activations == "host":
         host += max(_kept(strategy, share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
+    added, kept = _reserve(constants, kind)
     calibration = cluster.calibration
     margin = (calibration.memory_error if calibration else None) or MEMORY_ERROR
     ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
-    staging = max(
-        s.parameters + s.master_weights + s.optimizer_states for s in known.values()
-    )  # a checkpoint's one copy
+    staging = max(sum(each.states) for each in fills)  # a checkpoint's one copy
+    fullest = max(range(len(fills)), key=lambda index: fills[index].tensors)
+    tensors = fills[fullest].tensors
     return MemoryPrice(
-        stages=Stages(make, strategy.pipeline_parallel_degree, known),
-        peak_bytes=max(stage.peak_bytes for stage in known.values()),
+        stages=Stages(
+            lambda rank: _stage(rank, fill(rank), constants, kind),
+            strategy.pipeline_parallel_degree,
+            shares.fullest[fullest],
+        ),
+        peak_bytes=tensors + int(tensors * added + kept),
         usable_bytes=int(cluster.accelerator.memory_bytes * (1 - margin)),
         host_bytes_per_node=int((host + staging) * ranks_per_node) if kind == "cuda" else 0,
         nvme_bytes_per_node=int(nvme * ranks_per_node),
@@ -198,10 +219,11 @@ def _held(work: Workload, strategy: Strategy, share: pipeline.Share, precision: 
             outside += work.vocab_size * work.embedding_size
     outside /= strategy.tensor_parallel_degree
     parameters = share.layers * block + outside
-    states = zero.state_bytes(parameters, strategy, precision)
+    rows = zero.padding(work, strategy) if work.native and strategy.zero_stage else (0.0, 0.0)
+    states = zero.state_bytes(parameters, strategy, precision, rows[0] * (outside > 0) + share.layers * rows[1])
     owned = parameters / zero.group_size(strategy)
     left = offload.offloaded(states, strategy, num_owned_parameters=owned, element=ELEMENT[precision])
-    return Held(left, parameters, block, outside)
+    return Held(left, parameters, block, outside, rows)
 
 
 def _kept(strategy: Strategy, share: pipeline.Share, micro: MicroBytes) -> float:
@@ -209,41 +231,40 @@ def _kept(strategy: Strategy, share: pipeline.Share, micro: MicroBytes) -> float
     return share.checkpointed * micro.checkpointed + (share.layers - share.checkpointed) * micro.layer
 
 
-def _stage(
-    work: Workload,
-    strategy: Strategy,
-    constants: MemoryConstants,
-    share: pipeline.Share,
-    held: Held,
-    micro: MicroBytes,
-    rank: int,
-    element: int,
-    kind: str,
-) -> StageMemory:
-    flights = 1.0 if strategy.offload.activations == "host" else pipeline.in_flight(strategy, rank)
-    activations = _kept(strategy, share, micro) * flights + (micro.final if share.head else 0.0)
-    moments = native_moments if work.native else published_moments
-    phase, *rest = max(moments(work, strategy, share, held, micro, activations, element), key=size_of)
-    gpu = held.left.gpu
-    values = [int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states), *map(int, rest)]
-    tensors = sum(values)
+class _Fill(NamedTuple):
+    """A rank at its peak."""
+
+    left: offload.Offloaded
+    states: tuple[int, int, int]
+    """Parameters, master weights, moments."""
+    moment: Moment
+    tensors: int
+
+
+def _reserve(constants: MemoryConstants, kind: str) -> tuple[float, float]:
+    """(part of the tensors, bytes) that are no tensors."""
     if kind == "cuda":
-        reserve = int(tensors * constants.fragmentation + constants.context_bytes)
-    else:
-        reserve = int(tensors * CPU_FRAGMENTATION + CPU_PROCESS_BYTES)
+        return constants.fragmentation, constants.context_bytes
+    return CPU_FRAGMENTATION, CPU_PROCESS_BYTES
+
+
+def _stage(rank: int, fill: _Fill, constants: MemoryConstants, kind: str) -> StageMemory:
+    phase, gathered, gradients, activations, logits, buffers, temporary = fill.moment
+    added, kept = _reserve(constants, kind)
+    reserve = int(fill.tensors * added + kept)
     return StageMemory(
         pipeline_rank=rank,
         peak_phase=phase,
-        parameters=values[0],
-        gathered_parameters=values[3],
-        master_weights=values[1],
-        gradients=values[4],
-        optimizer_states=values[2],
-        activations=values[5],
-        logits=values[6],
-        communication_buffers=values[7],
-        temporary=values[8],
+        parameters=fill.states[0],
+        gathered_parameters=int(gathered),
+        master_weights=fill.states[1],
+        gradients=int(gradients),
+        optimizer_states=fill.states[2],
+        activations=int(activations),
+        logits=int(logits),
+        communication_buffers=int(buffers),
+        temporary=int(temporary),
         reserve=reserve,
-        tensor_peak_bytes=tensors,
-        peak_bytes=tensors + reserve,
+        tensor_peak_bytes=fill.tensors,
+        peak_bytes=fill.tensors + reserve,
     )

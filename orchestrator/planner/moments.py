@@ -31,6 +31,8 @@ class Held(NamedTuple):
     """Parameters of one block."""
     outside: float
     """Parameters outside the blocks."""
+    padding: tuple[float, float]
+    """Elements of a rank's uneven part, (outside the blocks, of one block)."""
 
 
 class MicroBytes(NamedTuple):
@@ -69,7 +71,7 @@ def published_moments(
     work: Workload, strategy: Strategy, share: Share, held: Held, micro: MicroBytes, activations: float, element: int
 ) -> tuple[Moment, ...]:
     """Of stacks seen from outside: the loss, and a block's backward pass with what it computes again."""
-    left, parameters, block, outside = held
+    left, parameters, block, outside, _ = held
     gpu = left.gpu
     logits, at_head = micro.logits if share.head else (0.0, 0.0)
     gathered = zero.gathered_bytes(parameters, block, outside, strategy, element) or _streamed(strategy, held, element)
@@ -169,7 +171,7 @@ def _sharded_moments(
 ) -> tuple[Moment, ...]:
     """ZeRO 2 and 3 on FSDP2. It holds the input of one reduce-scatter until the next unit's, the root's into the next micro
     batch, and gathers a block ahead."""
-    left, parameters, block, outside = held
+    left, parameters, block, outside, (root_padding, block_padding) = held
     wide = max(4, element)
     group, times = strategy.zero_group_size, strategy.gradient_accumulation_steps
     keeps = strategy.zero_stage == 2 or strategy.gather == "per_step"
@@ -177,14 +179,15 @@ def _sharded_moments(
     late = times > 1
     early = left.gpu.gradients if late else 0.0
     whole_gradients = wide * parameters if late and strategy.reduce == "per_step" else 0.0
-    behind_root = wide * outside if late and not whole_gradients else 0.0
+    wide_root, wide_block = wide * (outside + group * root_padding), wide * (block + group * block_padding)
+    behind_root = wide_root if late and not whole_gradients else 0.0
     at_head = parameters * element if keeps else root
     in_block = parameters * element if keeps else root + min(block, parameters - outside) * element
     ahead = 0.0 if keeps else block * element * (1 + 1 / group)
     last = micro.checkpointed if share.checkpointed == share.layers else min(micro.layer, micro.checkpointed)
     one_less = max(0.0, activations - last)
-    block_gradients = block * (element + wide + wide / group)
-    root_gradients = outside * (element + wide + wide / group)
+    block_gradients = block * element + wide_block * (1 + 1 / group)
+    root_gradients = outside * element + wide_root * (1 + 1 / group)
     # The block's own weight gradients stay until it is scattered.
     working = parts.head_table + whole_gradients + micro.working + parts.again
     working += min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
@@ -201,7 +204,7 @@ def _sharded_moments(
             parts.head_table + behind_root + whole_gradients + 2 * micro.hidden,
         ),
         ("backward", in_block, early, activations, 0.0, ahead if several else 0.0, working + behind_root),
-        ("backward", in_block, early, one_less, 0.0, ahead, working + wide * block * several),
+        ("backward", in_block, early, one_less, 0.0, ahead, working + wide_block * several),
         (
             "backward",
             in_block,
@@ -218,7 +221,7 @@ def _sharded_moments(
             0.0,
             0.0,
             0.0,
-            parts.tables + whole_gradients + 2 * micro.hidden + wide * block,
+            parts.tables + whole_gradients + 2 * micro.hidden + wide_block,
         ),
         ("backward", root, left.gpu.gradients, 0.0, 0.0, 0.0, root_gradients + whole_gradients),
         ("optimizer", 0.0, left.gpu.gradients, 0.0, 0.0, 0.0, 0.0),

@@ -97,11 +97,10 @@ def step_time(roof: Roofline, strategy: Strategy, sequence_length: int, constant
     shares = pipeline.shares(strategy)
     full = strategy.activation_checkpointing == "full"
     plain, once, slowest_s, slowest = layer.forward_s + layer.backward_s, 0.0, -1.0, shares.by_rank[0]
-    for rank in shares.distinct:
-        share = shares.by_rank[rank]
+    for share, count in shares.distinct:
         messages = 2 * share.layers + (share.checkpointed if full else 0)
         seconds = share.layers * plain + share.checkpointed * again + messages * message_s + share.head * head
-        once += seconds * shares.by_rank.count(share)
+        once += seconds * count
         if seconds > slowest_s:
             slowest_s, slowest = seconds, share
     busy = slowest.layers * plain + slowest.head * head

@@ -22,11 +22,13 @@ class Share(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """All pipeline ranks' shares, and the ranks that can be the fullest or the slowest: the first of each distinct share.
-    Of two ranks with the same share the earlier one keeps at least as many micro batches in flight."""
+    """All pipeline ranks' shares."""
 
     by_rank: tuple[Share, ...]
-    distinct: tuple[int, ...]
+    distinct: tuple[tuple[Share, int], ...]
+    """Each share that differs, and how many ranks hold it."""
+    fullest: tuple[int, ...]
+    """The ranks that can hold the most: an earlier rank with no smaller share keeps no fewer micro batches in flight."""
 
 
 _SHARES: dict[int, tuple[tuple[Stage, ...], Shares]] = {}
@@ -42,9 +44,24 @@ def shares(strategy: Strategy) -> Shares:
     if len(_SHARES) >= _MOST_SHARES:
         _SHARES.clear()
     by_rank = tuple(_share(stages, rank) for rank in range(strategy.pipeline_parallel_degree))
-    distinct = tuple(dict.fromkeys(by_rank.index(share) for share in by_rank))
-    _SHARES[id(stages)] = stages, Shares(by_rank, distinct)
-    return _SHARES[id(stages)][1]
+    distinct = tuple((share, by_rank.count(share)) for share in dict.fromkeys(by_rank))
+    fullest: list[int] = []
+    for rank, share in enumerate(by_rank):
+        if not any(_covers(by_rank[earlier], share) for earlier in fullest):
+            fullest.append(rank)
+    found = Shares(by_rank, distinct, tuple(fullest))
+    _SHARES[id(stages)] = stages, found
+    return found
+
+
+def _covers(earlier: Share, later: Share) -> bool:
+    """Everything in the later share is in the earlier one too."""
+    return (
+        earlier.layers - earlier.checkpointed >= later.layers - later.checkpointed
+        and earlier.checkpointed >= later.checkpointed
+        and earlier.embedding >= later.embedding
+        and earlier.head >= later.head
+    )
 
 
 def _share(stages: tuple[Stage, ...], rank: int) -> Share:

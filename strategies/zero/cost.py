@@ -12,6 +12,7 @@ from strategies.constants import TimeConstants
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.links import all_reduce_s, half_s, ring
 from strategies.strategy import Strategy
+from strategies.workload import Workload
 
 READS = ("data_parallel_degree", "zero_stage", "zero_group_size", "states", "gather", "reduce")
 """Fields of the Strategy that these functions read."""
@@ -57,12 +58,29 @@ def group_size(strategy: Strategy) -> int:
     return strategy.zero_group_size if strategy.zero_stage else 1
 
 
-def state_bytes(num_parameters: float, strategy: Strategy, precision: str) -> StateBytes:
-    """Long-lived bytes of one rank's states."""
+def padding(work: Workload, strategy: Strategy) -> tuple[float, float]:
+    """Elements that the fullest rank of a group owns beyond its even part, (outside the blocks, of one block): rows of a
+    parameter are dealt whole."""
+    group = strategy.zero_group_size
+    split = strategy.tensor_parallel_degree
+    if group == 1:
+        return 0.0, 0.0
+
+    def uneven(rows: int) -> float:
+        """Part of a row beyond an even part."""
+        return -(-rows // group) - rows / group
+
+    hidden, ffn = work.hidden_size, work.ffn_size
+    outside = uneven(work.vocab_size) * work.embedding_size / split + hidden  # a row of positions at most
+    return outside, (uneven(hidden) * (4 * hidden + ffn) + uneven(ffn) * hidden) / split
+
+
+def state_bytes(num_parameters: float, strategy: Strategy, precision: str, padding: float = 0.0) -> StateBytes:
+    """Long-lived bytes of one rank's states; `padding` elements more than an even part where they are sharded."""
     parameter, gradient, master, moments = BYTES[strategy.states]
     wide = 2 if precision == "fp64" else 1
     stage = strategy.zero_stage
-    owned = num_parameters / strategy.zero_group_size if stage else num_parameters
+    owned = num_parameters / strategy.zero_group_size + padding if stage else num_parameters
     shards_parameters = stage == 3 or (stage == 2 and parameter == 4)
     return StateBytes(
         parameter * wide * (owned if shards_parameters else num_parameters),
