@@ -129,41 +129,31 @@ def price_memory(
     constants: MemoryConstants = MEMORY,
 ) -> MemoryPrice:
     """Prices a strategy whose `stages` are set."""
-    element, kind = ELEMENT[precision], cluster.accelerator.kind
+    ledger = _ledger(work, precision, sequence_length, constants)
+    kind = cluster.accelerator.kind
     shares = pipeline.shares(strategy)
-    micro = _micro_batch(work, strategy, constants, sequence_length, element)
-
-    def fill(rank: int) -> _Fill:
-        share = shares.by_rank[rank]
-        held = _held(work, strategy, share, precision)
-        flights = 1.0 if strategy.offload.activations == "host" else pipeline.in_flight(strategy, rank)
-        activations = _kept(strategy, share, micro) * flights + (micro.final if share.head else 0.0)
-        moments = native_moments if work.native else published_moments
-        fullest = max(moments(work, strategy, share, held, micro, activations, element), key=size_of)
-        gpu = held.left.gpu
-        states = (int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states))
-        _, gathered, gradients, activations, logits, buffers, temporary = fullest
-        rest = int(gathered) + int(gradients) + int(activations) + int(logits) + int(buffers) + int(temporary)
-        return _Fill(held.left, states, fullest, sum(states) + rest)
-
-    fills = [fill(rank) for rank in shares.fullest]
-    host = max(each.left.host_bytes for each in fills)
-    nvme = max(each.left.nvme_bytes for each in fills)
+    micro = ledger.micro(strategy)
+    fills = {rank: ledger.fill(strategy, shares.by_rank[rank], rank, micro) for rank in shares.fullest}
+    fullest, tensors, host, nvme, staging = 0, -1, 0.0, 0.0, 0
+    for rank, each in fills.items():
+        if each.tensors > tensors:
+            fullest, tensors = rank, each.tensors
+        host = max(host, each.left.host_bytes)
+        nvme = max(nvme, each.left.nvme_bytes)
+        staging = max(staging, sum(each.states))  # a checkpoint's one copy
     if strategy.offload.activations == "host":
-        host += max(_kept(strategy, share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
+        host += max(_kept(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
     added, kept = _reserve(constants, kind)
     calibration = cluster.calibration
     margin = (calibration.memory_error if calibration else None) or MEMORY_ERROR
     ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
-    staging = max(sum(each.states) for each in fills)  # a checkpoint's one copy
-    fullest = max(range(len(fills)), key=lambda index: fills[index].tensors)
-    tensors = fills[fullest].tensors
+
+    def stage(rank: int) -> StageMemory:
+        known = fills.get(rank)
+        return _stage(rank, known or ledger.fill(strategy, shares.by_rank[rank], rank, micro), constants, kind)
+
     return MemoryPrice(
-        stages=Stages(
-            lambda rank: _stage(rank, fill(rank), constants, kind),
-            strategy.pipeline_parallel_degree,
-            shares.fullest[fullest],
-        ),
+        stages=Stages(stage, strategy.pipeline_parallel_degree, fullest),
         peak_bytes=tensors + int(tensors * added + kept),
         usable_bytes=int(cluster.accelerator.memory_bytes * (1 - margin)),
         host_bytes_per_node=int((host + staging) * ranks_per_node) if kind == "cuda" else 0,
@@ -171,6 +161,80 @@ def price_memory(
         host_usable_bytes=cluster.host.memory_bytes,
         nvme_usable_bytes=cluster.host.nvme_bytes,
     )
+
+
+class _Ledger:
+    """One model's bytes in one precision and sequence length. Keeps what it has worked out, under every field of the strategy
+    that it read (but for the bytes of the offload's link, which are no bytes held): a search asks again and again."""
+
+    __slots__ = ("_held", "_micros", "constants", "element", "precision", "sequence_length", "work")
+
+    def __init__(self, work: Workload, precision: str, sequence_length: int, constants: MemoryConstants) -> None:
+        self.work, self.precision, self.sequence_length, self.constants = work, precision, sequence_length, constants
+        self.element = ELEMENT[precision]
+        self._micros: dict[tuple[object, ...], MicroBytes] = {}
+        self._held: dict[tuple[object, ...], Held] = {}
+
+    def micro(self, strategy: Strategy) -> MicroBytes:
+        key = (
+            strategy.micro_batch_size,
+            strategy.tensor_parallel_degree,
+            strategy.sequence_parallel,
+            strategy.activation_checkpointing,
+            strategy.attention,
+            strategy.fused_norm,
+            strategy.states,
+            strategy.zero_stage,
+        )
+        known = self._micros.get(key)
+        if known is None:
+            known = _micro_batch(self.work, strategy, self.constants, self.sequence_length, self.element)
+            self._micros[key] = known
+        return known
+
+    def held(self, strategy: Strategy, share: pipeline.Share) -> Held:
+        key = (
+            share.layers,
+            share.embedding,
+            share.head,
+            strategy.tensor_parallel_degree,
+            strategy.zero_stage,
+            strategy.zero_group_size,
+            strategy.states,
+            strategy.offload,
+        )
+        known = self._held.get(key)
+        if known is None:
+            known = self._held[key] = _held(self.work, strategy, share, self.precision)
+        return known
+
+    def fill(self, strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> _Fill:
+        """A pipeline rank at the largest of its moments."""
+        held = self.held(strategy, share)
+        flights = 1.0 if strategy.offload.activations == "host" else pipeline.in_flight(strategy, rank)
+        activations = _kept(share, micro) * flights + (micro.final if share.head else 0.0)
+        moments = native_moments if self.work.native else published_moments
+        fullest = max(moments(self.work, strategy, share, held, micro, activations, self.element), key=size_of)
+        gpu = held.left.gpu
+        states = (int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states))
+        _, gathered, gradients, activations, logits, buffers, temporary = fullest
+        rest = int(gathered) + int(gradients) + int(activations) + int(logits) + int(buffers) + int(temporary)
+        return _Fill(held.left, states, fullest, sum(states) + rest)
+
+
+_KNOWN: dict[tuple[int, int, int, str], _Ledger] = {}
+_MOST_KNOWN = 512
+
+
+def _ledger(work: Workload, precision: str, sequence_length: int, constants: MemoryConstants) -> _Ledger:
+    """Cached by identity, as roofline.py's."""
+    key = id(work), id(constants), sequence_length, precision
+    known = _KNOWN.get(key)
+    if known is None or known.work is not work or known.constants is not constants:
+        if len(_KNOWN) >= _MOST_KNOWN:
+            _KNOWN.clear()
+        known = _KNOWN[key] = _Ledger(work, precision, sequence_length, constants)
+    return known
 
 
 def _micro_batch(
@@ -226,7 +290,7 @@ def _held(work: Workload, strategy: Strategy, share: pipeline.Share, precision: 
     return Held(left, parameters, block, outside, rows)
 
 
-def _kept(strategy: Strategy, share: pipeline.Share, micro: MicroBytes) -> float:
+def _kept(share: pipeline.Share, micro: MicroBytes) -> float:
     """Activations of one micro batch on one rank."""
     return share.checkpointed * micro.checkpointed + (share.layers - share.checkpointed) * micro.layer
 
