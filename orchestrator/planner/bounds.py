@@ -99,8 +99,8 @@ def bubble(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) -
 
 
 @lru_cache(maxsize=65536)
-def flights(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) -> float:
-    """Micro batches that the first pipeline rank holds at once."""
+def flights(pipeline: int, schedule: Schedule, virtual: int, accumulation: int, rank: int = 0) -> float:
+    """Micro batches that a pipeline rank, the first if none is named, holds at once."""
     return in_flight(
         Strategy(
             pipeline_parallel_degree=pipeline,
@@ -108,7 +108,7 @@ def flights(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) 
             num_virtual_stages=virtual,
             gradient_accumulation_steps=accumulation,
         ),
-        0,
+        rank,
     )
 
 
@@ -297,15 +297,18 @@ class Bounds:
             options.append(self.added_s(*key, "full") * min(least.layers, fewest) / num_layers)
         return self.problem.accumulation(shape.data, micro) * min(options)
 
-    def layers_short(self, choice: Choice, strategy: Strategy, memory: MemoryPrice) -> int:
+    def layers_short(self, choice: Choice, memory: MemoryPrice) -> int:
         """Layers of a stage that must be recomputed beyond those of a choice that does not fit, at least: on the fullest rank
         each saves no more than it leaves there, times what the allocator adds."""
         kept = self.kept(choice.tensor, choice.sequence_parallel)
         stage = memory.stages.fullest()
         grown = stage.peak_bytes / max(1, stage.peak_bytes - stage.reserve)
-        flights = in_flight(strategy, stage.pipeline_rank) if choice.offload.activations == "none" else 1.0
-        flights *= choice.virtual if choice.pipeline > 1 else 1
-        saved = (kept.none_bytes - kept.full_bytes) * choice.micro * flights * grown
+        held = 1.0
+        if choice.offload.activations == "none":
+            times = self.problem.accumulation(choice.data, choice.micro)
+            held = flights(choice.pipeline, choice.schedule, choice.virtual, times, stage.pipeline_rank)
+        held *= choice.virtual if choice.pipeline > 1 else 1
+        saved = (kept.none_bytes - kept.full_bytes) * choice.micro * held * grown
         if saved <= 0:
             return 1
         return max(1, math.ceil((stage.peak_bytes - memory.usable_bytes) / saved * (1 - 1e-3)))

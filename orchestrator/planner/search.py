@@ -22,6 +22,7 @@ from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import Family, Found, Rejection, SearchResult, TooLarge, Wanted, excess, told_excess
 from orchestrator.planner.space import Batch, Core, Shape, Sharding, Space, point, simplicity
+from strategies.pipeline.cost import holds_like
 from strategies.strategy import Offload
 
 ONE_GPU = 1e9
@@ -71,6 +72,7 @@ class _Search:
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
+        self.memories: dict[tuple[Any, ...], MemoryPrice] = {}
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
         self.rejected: dict[tuple[Shape, str], tuple[int, str]] = {}
 
@@ -189,7 +191,12 @@ class _Search:
         return self.host_holds[key]
 
     def _memory(self, choice: Choice) -> MemoryPrice:
-        return self.problem.memory(self.problem.strategy(choice))
+        """Bytes of a choice, those of all schedules that hold alike priced once."""
+        key = (*choice[:4], holds_like(choice.schedule, choice.virtual), *choice[5:])
+        known = self.memories.get(key)
+        if known is None:
+            known = self.memories[key] = self.problem.memory(self.problem.strategy(choice))
+        return known
 
     def _smallest(self, shape: Shape, zero: int, offload: Offload) -> list[tuple[Choice, MemoryPrice]]:
         """The smallest members of a family that fit, or else all that might have been."""
@@ -367,11 +374,10 @@ class _Search:
         while place < len(counts):
             priced += 1
             choice = point(core, sharding, offload, "full", counts[place])
-            strategy = self.problem.strategy(choice)
-            memory = self.problem.memory(strategy)
+            memory = self._memory(choice)
             if memory.fits:
                 return place, priced
             if place == len(counts) - 1:
                 break
-            place = min(place + self.bounds.layers_short(choice, strategy, memory), len(counts) - 1)
+            place = min(place + self.bounds.layers_short(choice, memory), len(counts) - 1)
         return None, priced

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from strategies.strategy import SPLIT_BACKWARD, Stage, Strategy
+from strategies.strategy import SPLIT_BACKWARD, Schedule, Stage, Strategy
 from strategies.workload import Workload
 
 READS = ("pipeline_parallel_degree", "pipeline_schedule", "num_virtual_stages", "gradient_accumulation_steps", "stages")
@@ -88,6 +88,13 @@ def in_flight(strategy: Strategy, pipeline_rank: int) -> float:
         return float(min(micro_batches, degree - pipeline_rank))
     warm_up = 2 * (degree - pipeline_rank - 1) + (virtual - 1) * degree + 1
     return min(micro_batches, warm_up / virtual)
+
+
+def holds_like(schedule: Schedule, num_virtual_stages: int) -> Schedule:
+    """The plainest schedule under which every pipeline rank holds the same: when weight gradients run changes no bytes here."""
+    if schedule == "interleaved_zero_bubble":
+        return "1f1b" if num_virtual_stages == 1 else "interleaved_1f1b"
+    return schedule
 
 
 def bubble_fraction(strategy: Strategy) -> float:
