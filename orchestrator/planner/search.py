@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import heapq
 import time
-from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
 from orchestrator.planner.bounds import SLACK, Bounds, Fixed, Leanest, Least, bubble, flights
+from orchestrator.planner.groups import Lot, Row
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import Family, Found, Rejection, SearchResult, TooLarge, Wanted, excess, told_excess
-from orchestrator.planner.space import Batch, Core, Shape, Sharding, Space, point, simplicity
+from orchestrator.planner.space import Core, Shape, Sharding, Space, point, simplicity
 from strategies.pipeline.cost import holds_like
 from strategies.strategy import Offload
 
@@ -39,31 +39,6 @@ def search(problem: Problem, *, wanted: Wanted | None = None, num_families: int 
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """A micro batch of a family: the group that is opened into ZeRO groups, schedules and recomputing."""
-
-    shape: Shape
-    sequence_parallel: bool
-    batch: Batch
-    zero: int
-    offload: Offload
-    size: int
-    idle: float
-    """The smallest bubble of the schedules."""
-    fixed: Fixed
-    least: Least
-    """What must be recomputed at least."""
-
-    @property
-    def micro(self) -> int:
-        return self.batch.micro
-
-    @property
-    def shardings(self) -> tuple[Sharding, ...]:
-        return self.batch.shardings[self.zero]
-
-
 class _Search:
     def __init__(self, space: Space, wanted: Wanted, num_families: int) -> None:
         self.space, self.problem, self.wanted, self.num_families = space, space.problem, wanted, num_families
@@ -72,6 +47,7 @@ class _Search:
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
+        self.lots: dict[tuple[Shape, int], list[Lot]] = {}
         self.memories: dict[tuple[Any, ...], MemoryPrice] = {}
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
         self.rejected: dict[tuple[Shape, str], tuple[int, str]] = {}
@@ -218,54 +194,73 @@ class _Search:
         """(ZeRO stage, offload) -> micro batches and sequence parallel, one after the other in the order of their bounds."""
         if self._is_done(shape, zero, offload, size):
             return
-        space, bounds = self.space, self.bounds
         members = self._smallest(shape, zero, offload)
         if not any(memory.fits for _, memory in members):
             self._too_large(shape, zero, members, size)
             return
-        fixed = bounds.fixed(members)
-        rows = []
-        for batch in space.batches(shape):
-            if zero not in batch.shardings:
-                continue
-            idle, leanest = bounds.least_of(shape.pipeline, batch)
-            number = batch.num_recomputes * len(batch.shardings[zero])
-            for flag in space.sequence_parallels(shape.tensor):
-                least = bounds.least(shape, zero, flag, batch, offload, fixed, leanest)
-                if least is None:
-                    self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
+        self._push_lot(self.bounds.fixed(members), self._lots(shape, zero), shape, zero, offload)
+
+    def _lots(self, shape: Shape, zero: int) -> list[Lot]:
+        """Micro batches and sequence parallel of some degrees, the largest bound first."""
+        key = shape, zero
+        if key not in self.lots:
+            lots, left = [], 0
+            for batch in self.space.batches(shape):
+                if zero not in batch.shardings:
                     continue
-                row = Row(shape, flag, batch, zero, offload, number, idle, fixed, least)
-                rows.append((self._row_s(row) + fixed.step_s, row))
-        rows.sort(key=lambda pair: -pair[0])
-        self._push_next(rows)
+                idle, flights = self.bounds.least_of(shape.pipeline, batch)
+                size = batch.num_recomputes * len(batch.shardings[zero])
+                for flag in self.space.sequence_parallels(shape.tensor):
+                    floor_s = self.bounds.share_s(shape, flag, batch.micro) * (1 + idle)
+                    lots.append(Lot(floor_s, batch, flag, size, 0, idle, flights))
+            lots.sort(key=lambda lot: -lot.floor_s)
+            for at, lot in enumerate(lots):
+                left += lot.size
+                lots[at] = lot._replace(left=left)
+            self.lots[key] = lots
+        return self.lots[key]
+
+    def _push_lot(
+        self, fixed: Fixed, lots: list[Lot], shape: Shape, zero: int, offload: Offload, num: int | None = None
+    ) -> None:
+        """The best of the first `num` lots stands in the heap for all of them."""
+        num = len(lots) if num is None else num
+        if num:
+            lot = lots[num - 1]
+            floor_s = lot.floor_s + fixed.step_s
+            self._push(floor_s, shape, lot.left, self._open_lot, fixed, lots, shape, zero, offload, num)
+
+    def _open_lot(
+        self, size: int, fixed: Fixed, lots: list[Lot], shape: Shape, zero: int, offload: Offload, num: int
+    ) -> None:
+        """(micro batch, sequence parallel) -> the same, with what must be recomputed counted by a bound."""
+        if self._is_done(shape, zero, offload, size):
+            return
+        lot = lots[num - 1]
+        least = self.bounds.least(shape, zero, lot.sequence_parallel, lot.batch, offload, fixed, lot.flights)
+        if least is None:
+            self._reject(shape, "activations", lot.size, "activations do not fit however much is recomputed")
+        else:
+            row = Row(shape, lot.sequence_parallel, lot.batch, zero, offload, lot.size, lot.idle, fixed, least)
+            self._push(self._row_s(row) + fixed.step_s, shape, row.size, self._count_row, row)
+        self._push_lot(fixed, lots, shape, zero, offload, num - 1)
 
     def _row_s(self, row: Row) -> float:
         busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
         return (busy_s + self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)) * (1 + row.idle)
 
-    def _push_next(self, rows: list[tuple[float, Row]]) -> None:
-        """The best of the rows stands in the heap for all that are left."""
-        if rows:
-            floor_s, row = rows[-1]
-            self._push(floor_s, row.shape, sum(other.size for _, other in rows), self._open_rows, rows)
-
-    def _open_rows(self, size: int, rows: list[tuple[float, Row]]) -> None:
+    def _count_row(self, size: int, row: Row) -> None:
         """(micro batch, sequence parallel) -> the same, with what must be recomputed counted exactly under the leanest schedule
         and ZeRO group."""
-        floor_s, row = rows[-1]
         if self._is_done(row.shape, row.zero, row.offload, size):
             return
-        rows.pop()
         leanest = self.bounds.leanest(row.shape, row.zero, row.batch, row.sequence_parallel)
         least = self._least(leanest, row.offload, row.least)
         if least is None:
             self._reject(row.shape, "activations", row.size, "activations do not fit however much is recomputed")
         else:
-            exact = replace(row, least=least)
-            floor_s += self._row_s(exact) - self._row_s(row)
-            self._push(floor_s, row.shape, row.size, self._open_row, exact)
-        self._push_next(rows)
+            exact = row._replace(least=least)
+            self._push(self._row_s(exact) + row.fixed.step_s, row.shape, row.size, self._open_row, exact)
 
     def _open_row(self, size: int, row: Row) -> None:
         """(micro batch, sequence parallel) -> ZeRO groups and frequencies, each priced in time under the first schedule with as
