@@ -144,8 +144,6 @@ def price_memory(
     if strategy.offload.activations == "host":
         host += max(_kept(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
     added, kept = _reserve(constants, kind)
-    calibration = cluster.calibration
-    margin = (calibration.memory_error if calibration else None) or MEMORY_ERROR
     ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
 
     def stage(rank: int) -> StageMemory:
@@ -155,12 +153,33 @@ def price_memory(
     return MemoryPrice(
         stages=Stages(stage, strategy.pipeline_parallel_degree, fullest),
         peak_bytes=tensors + int(tensors * added + kept),
-        usable_bytes=int(cluster.accelerator.memory_bytes * (1 - margin)),
+        usable_bytes=_usable_bytes(cluster),
         host_bytes_per_node=int((host + staging) * ranks_per_node) if kind == "cuda" else 0,
         nvme_bytes_per_node=int(nvme * ranks_per_node),
         host_usable_bytes=cluster.host.memory_bytes,
         nvme_usable_bytes=cluster.host.nvme_bytes,
     )
+
+
+def too_large(work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_length: int, precision: str) -> bool:
+    """A pipeline rank holds more than its GPU has: what price_memory says, at the first rank that says it. False leaves the
+    host and NVMe open."""
+    ledger = _ledger(work, precision, sequence_length, MEMORY)
+    shares = pipeline.shares(strategy)
+    micro = ledger.micro(strategy)
+    added, kept = _reserve(MEMORY, cluster.accelerator.kind)
+    usable = _usable_bytes(cluster)
+    for rank in shares.fullest:
+        tensors = ledger.fill(strategy, shares.by_rank[rank], rank, micro).tensors
+        if tensors + int(tensors * added + kept) > usable:
+            return True
+    return False
+
+
+def _usable_bytes(cluster: Cluster) -> int:
+    calibration = cluster.calibration
+    margin = (calibration.memory_error if calibration else None) or MEMORY_ERROR
+    return int(cluster.accelerator.memory_bytes * (1 - margin))
 
 
 class _Ledger:
@@ -173,7 +192,7 @@ class _Ledger:
         self.work, self.precision, self.sequence_length, self.constants = work, precision, sequence_length, constants
         self.element = ELEMENT[precision]
         self._micros: dict[tuple[object, ...], MicroBytes] = {}
-        self._held: dict[tuple[object, ...], Held] = {}
+        self._held: dict[tuple[object, ...], tuple[Held, tuple[int, int, int], int]] = {}
 
     def micro(self, strategy: Strategy) -> MicroBytes:
         key = (
@@ -192,7 +211,8 @@ class _Ledger:
             self._micros[key] = known
         return known
 
-    def held(self, strategy: Strategy, share: pipeline.Share) -> Held:
+    def held(self, strategy: Strategy, share: pipeline.Share) -> tuple[Held, tuple[int, int, int], int]:
+        """What a rank holds of the model, and of it parameters, master weights and moments, and their sum."""
         key = (
             share.layers,
             share.embedding,
@@ -205,21 +225,22 @@ class _Ledger:
         )
         known = self._held.get(key)
         if known is None:
-            known = self._held[key] = _held(self.work, strategy, share, self.precision)
+            held = _held(self.work, strategy, share, self.precision)
+            gpu = held.left.gpu
+            states = (int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states))
+            known = self._held[key] = held, states, sum(states)
         return known
 
     def fill(self, strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> _Fill:
         """A pipeline rank at the largest of its moments."""
-        held = self.held(strategy, share)
+        held, states, num_bytes = self.held(strategy, share)
         flights = 1.0 if strategy.offload.activations == "host" else pipeline.in_flight(strategy, rank)
         activations = _kept(share, micro) * flights + (micro.final if share.head else 0.0)
         moments = native_moments if self.work.native else published_moments
         fullest = max(moments(self.work, strategy, share, held, micro, activations, self.element), key=size_of)
-        gpu = held.left.gpu
-        states = (int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states))
         _, gathered, gradients, activations, logits, buffers, temporary = fullest
         rest = int(gathered) + int(gradients) + int(activations) + int(logits) + int(buffers) + int(temporary)
-        return _Fill(held.left, states, fullest, sum(states) + rest)
+        return _Fill(held.left, states, fullest, num_bytes + rest)
 
 
 _KNOWN: dict[tuple[int, int, int, str], _Ledger] = {}

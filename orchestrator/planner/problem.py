@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.workloads import workload
-from orchestrator.planner.memory import MemoryPrice, price_memory
+from orchestrator.planner.memory import MemoryPrice, price_memory, too_large
 from orchestrator.planner.stages import cut
 from orchestrator.planner.time import Price, TimePrice, price_time
 from strategies.strategy import MESH_ORDER, Offload, Schedule, States, Strategy, impossible
@@ -146,6 +146,12 @@ class Problem:
 
     def price(self, strategy: Strategy) -> Price:
         return Price(memory=self.memory(strategy), time=self.time(strategy))
+
+    def too_large(self, strategy: Strategy) -> bool:
+        """For a GPU; cheaper than all that `memory` says."""
+        return too_large(
+            self.work, strategy, self.cluster, sequence_length=self.sequence_length, precision=self.precision
+        )
 
     def memory(self, strategy: Strategy) -> MemoryPrice:
         return price_memory(

@@ -48,6 +48,7 @@ class _Search:
         self.order = count()
         self.done: set[Family] = set()
         self.lots: dict[tuple[Shape, int], list[Lot]] = {}
+        self.larger: set[tuple[Any, ...]] = set()
         self.memories: dict[tuple[Any, ...], MemoryPrice] = {}
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
         self.rejected: dict[tuple[Shape, str], tuple[int, str]] = {}
@@ -173,6 +174,21 @@ class _Search:
         if known is None:
             known = self.memories[key] = self.problem.memory(self.problem.strategy(choice))
         return known
+
+    def _fits(self, choice: Choice) -> bool:
+        """Most do not, and the first rank that is too full says so."""
+        key = (*choice[:4], holds_like(choice.schedule, choice.virtual), *choice[5:])
+        known = self.memories.get(key)
+        if known is not None:
+            return known.fits
+        if key in self.larger:
+            return False
+        strategy = self.problem.strategy(choice)
+        if self.problem.too_large(strategy):
+            self.larger.add(key)
+            return False
+        known = self.memories[key] = self.problem.memory(strategy)
+        return known.fits
 
     def _smallest(self, shape: Shape, zero: int, offload: Offload) -> list[tuple[Choice, MemoryPrice]]:
         """The smallest members of a family that fit, or else all that might have been."""
@@ -320,7 +336,7 @@ class _Search:
                 continue
             priced += 1
             choice = point(core, sharding, offload, kind, space.layers_of(kind))
-            if self._memory(choice).fits:
+            if self._fits(choice):
                 self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
                 if kind == "none":
                     break
@@ -343,7 +359,7 @@ class _Search:
             for kind in floor.kinds:
                 if kind not in fitting:
                     choice = point(core, sharding, offload, kind, self.space.layers_of(kind))
-                    fitting |= {kind} if self._memory(choice).fits else set()
+                    fitting |= {kind} if self._fits(choice) else set()
                 if "none" in fitting:
                     return Least(("none", *floor.kinds[1:]), floor.layers)
             if floor.layers is not None:
