@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 from clusters.cluster import Cluster
+from clusters.hardware import Calibration
 from strategies.constants import HOP_S, TimeConstants
 
 
@@ -22,6 +23,12 @@ class Ring(NamedTuple):
     """One step of the ring."""
     inside: bool
     """Within one node."""
+    measured: Calibration | None = None
+    """Curves of this very cluster, where the group stays within a node."""
+
+    def bus_rate(self, kind: str, num_bytes: float) -> float | None:
+        """Bus bytes/s of one message, latency included; None: not measured for this kind and size of group."""
+        return self.measured.rate(f"{kind}_{self.size}", num_bytes) if self.measured else None
 
 
 def ring(cluster: Cluster, constants: TimeConstants, *, size: int, stride: int, num_gpus: int) -> Ring:
@@ -32,21 +39,25 @@ def ring(cluster: Cluster, constants: TimeConstants, *, size: int, stride: int, 
     span = size * stride
     # A group that does not divide the node straddles two of them somewhere.
     if cluster.num_nodes == 1 or (span <= per_node and per_node % span == 0):
-        return Ring(size, rate, HOP_S.get(inner.name, 2e-6), True)
+        return Ring(size, rate, HOP_S.get(inner.name, 2e-6), True, cluster.calibration)
     local = max(1, min(size, per_node // stride))
     groups = min(per_node, num_gpus) / local
     network = outer.bytes_per_s * (1.0 if outer.measured else constants.network) / max(1.0, groups)
     return Ring(size, min(rate, network), HOP_S.get(outer.name, 8e-6), False)
 
 
-def half_s(group: Ring, num_bytes: float, *, messages: float = 1.0) -> float:
-    """Seconds of a reduce-scatter or an all-gather of a whole buffer, sent in so many messages."""
+def half_s(group: Ring, num_bytes: float, *, messages: float = 1.0, kind: str = "all_gather") -> float:
+    """Seconds of a reduce-scatter or an all-gather (`kind`) of a whole buffer, sent in so many messages."""
     steps = group.size - 1
+    if rate := group.bus_rate(kind, num_bytes / max(1.0, messages)):
+        return steps / group.size * num_bytes / rate
     return steps / group.size * num_bytes / group.bytes_per_s + messages * steps * group.hop_s
 
 
 def all_reduce_s(group: Ring, num_bytes: float, *, messages: float = 1.0) -> float:
     """Seconds of an all-reduce: twice the bytes of a half; latency by trees, which NCCL takes for it."""
     steps = group.size - 1
+    if rate := group.bus_rate("all_reduce", num_bytes / max(1.0, messages)):
+        return 2 * steps / group.size * num_bytes / rate
     depth = 2 * math.log2(group.size) if group.size > 1 else 0.0
     return 2 * steps / group.size * num_bytes / group.bytes_per_s + messages * depth * group.hop_s

@@ -25,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clusters.calibration.measure import WORKER_ENVIRONMENT
 from orchestrator.control.actor import TrainingWorker
 from orchestrator.control.processes import MARK, end, end_marked
 
@@ -42,11 +43,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
-    "OMP_NUM_THREADS": "1",
-    # Resident bytes of a CPU worker stay within 5 % of its live tensors, instead of 15 %.
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "131072",
+    **WORKER_ENVIRONMENT,
 }
 """Environment of this process, inherited by raylet and workers: a runtime_env would cost a process start each."""
 

@@ -165,7 +165,7 @@ def data_parallel_s(
         outer = ring(cluster, constants, size=size // shard, stride=stride * shard, num_gpus=num_gpus)
         across_s = all_reduce_s(outer, parameters * reduced / shard, messages=num_units)
     messages = num_units if stage >= 2 else parameters * element / constants.bucket_bytes + 1
-    reduce_s = half_s(group, parameters * reduced, messages=messages)
+    reduce_s = half_s(group, parameters * reduced, messages=messages, kind="reduce_scatter")
     gather_s = half_s(group, parameters * element, messages=messages)
     if stage == 1:
         bytes_s = half_s(group, parameters * (reduced + element), messages=0) + across_s
@@ -178,5 +178,14 @@ def data_parallel_s(
     reduce_times = 1 if strategy.reduce == "per_step" else times
     seconds = gather_times * gather_s + reduce_times * reduce_s + across_s
     if cpu:
+        # Nothing hides, and each unit is copied in before it is scattered and out after it was gathered: read and written.
+        copied = 2 * parameters * (element * gather_times + reduced * reduce_times)
+        seconds += copied / _copy_rate(cluster)
         return seconds, seconds
     return seconds, max(seconds * (1 - constants.hidden_sharded), seconds - compute_s)
+
+
+def _copy_rate(cluster: Cluster) -> float:
+    """Bytes read and written per second by copies into new memory."""
+    measured = cluster.calibration.elementwise_bytes_per_s if cluster.calibration else None
+    return measured or cluster.accelerator.memory_bytes_per_s
