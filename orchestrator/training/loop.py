@@ -166,6 +166,7 @@ class Loop:
                 peak_bytes=peak_bytes(self.share.device),
                 data_wait_s=waited_s,
                 engine_s=engine_s,
+                skipped=result.skipped,
             )
         )
         if result.skipped:
