@@ -37,9 +37,17 @@ class Bucket:
     """Parameters whose gradients are reduced together."""
 
     def __init__(
-        self, parameters: Sequence[tuple[str, nn.Parameter]], *, num_shards: int, rank: int, dtype: torch.dtype
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        *,
+        num_shards: int,
+        rank: int,
+        dtype: torch.dtype,
+        homes: Sequence[Tensor] | None = None,
     ) -> None:
         self.parameters, self.num_shards, self.rank = parameters, num_shards, rank
+        self.homes: Sequence[Tensor] = homes or [parameter for _, parameter in parameters]
+        """Where each parameter lives between its uses, whole: the parameter itself, unless it is offloaded."""
         self.chunks = [-(-p.shape[0] // num_shards) * (p.numel() // p.shape[0]) for _, p in parameters]
         """Elements of one rank's shard of each parameter, its padding included."""
         self.offsets = [sum(self.chunks[:i]) for i in range(len(self.chunks))]
@@ -68,18 +76,18 @@ class Bucket:
         """Gradients that never came are zero."""
         for index, filled in enumerate(self.filled):
             if not filled:
-                for region, _ in self._regions(self.gradients, index, self.parameters[index][1]):
+                for region, _ in self._regions(self.gradients, index, self.homes[index]):
                     region.zero_()
 
     def unpack(self, flat: Tensor) -> None:
         """A gathered buffer into the parameters."""
-        for index, (_, parameter) in enumerate(self.parameters):
-            for region, piece in self._regions(flat, index, parameter):
+        for index, home in enumerate(self.homes):
+            for region, piece in self._regions(flat, index, home):
                 piece.copy_(region)
 
     def mine(self, part: Tensor) -> list[Tensor]:
         """This rank's shards in a buffer of one rank's part, without the padding."""
-        shards = [rows(parameter, self.num_shards, self.rank) for _, parameter in self.parameters]
+        shards = [rows(home, self.num_shards, self.rank) for home in self.homes]
         return [
             part[offset : offset + shard.numel()].view(shard.shape)
             for offset, shard in zip(self.offsets, shards, strict=True)
@@ -107,12 +115,22 @@ class BucketStates:
         self.has_master = dtype.itemsize == 2
         gradient_dtype = torch.float32 if build.strategy.states == "mixed_fp32_gradients" else dtype
         _materialize(build.module, dtype, build.device)
+        # Offload may put parameters, and what Adam keeps, elsewhere.
+        homes: dict[nn.Parameter, Tensor] = build.requests["homes"](build) if "homes" in build.requests else {}
         self.buckets = [
-            Bucket(parameters, num_shards=self.num_shards, rank=rank, dtype=gradient_dtype)
+            Bucket(
+                parameters,
+                num_shards=self.num_shards,
+                rank=rank,
+                dtype=gradient_dtype,
+                homes=[homes.get(parameter, parameter) for _, parameter in parameters],
+            )
             for parameters in _layout(build.module, build.bucket_bytes, gradient_dtype.itemsize)
         ]
+        self.adam: Adam = build.requests.get("adam", Adam)(
+            build.optimizer, build.device, torch.promote_types(dtype, torch.float32)
+        )
         self.shards = [self._fill(bucket, weights) for bucket in self.buckets]
-        self.adam = Adam(build.optimizer, build.device)
         self.next, self.last = 0, False
         self.flying: deque[tuple[Bucket, Tensor | None, Any]] = deque()
         for bucket in self.buckets:
@@ -122,14 +140,12 @@ class BucketStates:
     @torch.no_grad()
     def _fill(self, bucket: Bucket, weights: Weights) -> list[Shard]:
         shards = []
-        for name, parameter in bucket.parameters:
+        for (name, parameter), home in zip(bucket.parameters, bucket.homes, strict=True):
             whole = weights(name, parameter.shape)
-            parameter.copy_(whole)
-            source = whole if self.has_master else parameter.detach()
+            home.copy_(whole)
+            source = whole if self.has_master else home.detach()
             local = rows(source, self.num_shards, bucket.rank)
-            if self.has_master:
-                local = local.to(self.device, torch.float32, copy=True)
-            shards.append(Shard.of(name, parameter.shape, local))
+            shards.append(self.adam.shard(name, parameter.shape, local, apart=self.has_master))
         return shards
 
     def begin(self) -> None:
@@ -191,25 +207,23 @@ class BucketStates:
     def update(self, *, scale: float, learning_rate: float) -> None:
         self.adam.advance()
         for bucket, shards in zip(self.buckets, self.shards, strict=True):
-            part = bucket.part.float() if bucket.gradients.dtype.itemsize == 2 else bucket.part
-            if scale != 1.0:
-                part.mul_(scale)
-            self.adam.update(shards, bucket.mine(part), learning_rate)
-            del part
-            self._publish(bucket, shards)
+            part, into = self._targets(bucket, shards)
+            self.adam.step(shards, bucket.mine(bucket.part), into, scale=scale, learning_rate=learning_rate)
+            self._publish(bucket, part)
         self._published(0)
 
-    def _publish(self, bucket: Bucket, shards: Sequence[Shard]) -> None:
-        """The stepped shards back into the parameters of all replicas; the bucket's gradients are overwritten."""
+    def _targets(self, bucket: Bucket, shards: Sequence[Shard]) -> tuple[Tensor | None, list[Tensor]]:
+        """(this rank's part to gather from, where each stepped shard goes); without other shards the parameters."""
         if self.num_shards == 1:
-            if self.has_master:
-                for (_, parameter), shard in zip(bucket.parameters, shards, strict=True):
-                    parameter.copy_(shard.master)
+            return None, [h.detach() if s.apart else s.master for h, s in zip(bucket.homes, shards, strict=True)]
+        part = torch.zeros(bucket.size, dtype=bucket.parameters[0][1].dtype, device=self.device)
+        return part, bucket.mine(part)
+
+    def _publish(self, bucket: Bucket, part: Tensor | None) -> None:
+        """A part into the parameters of all replicas; the bucket's gradients are overwritten."""
+        if part is None:
             return
-        dtype = bucket.parameters[0][1].dtype
-        part = torch.zeros(bucket.size, dtype=dtype, device=self.device)
-        for piece, shard in zip(bucket.mine(part), shards, strict=True):
-            piece.copy_(shard.master)
+        dtype = part.dtype
         whole = bucket.gradients.view(dtype)[: bucket.size * self.num_shards]
         work = _all_gather(whole, part, group=self.shard_group, async_op=True)
         self.flying.append((bucket, part, work))
@@ -237,9 +251,10 @@ class BucketStates:
 
     @torch.no_grad()
     def loaded(self, step: int) -> None:
-        self.adam.num_steps.fill_(step)
         for bucket, shards in zip(self.buckets, self.shards, strict=True):
-            self._publish(bucket, shards)
+            part, into = self._targets(bucket, shards)
+            self.adam.loaded(step, shards, into)
+            self._publish(bucket, part)
         self._published(0)
 
     def tensors(self) -> dict[str, list[Tensor]]:
@@ -247,8 +262,7 @@ class BucketStates:
         return {
             "parameters": [parameter for bucket in self.buckets for _, parameter in bucket.parameters],
             "gradients": [bucket.gradients for bucket in self.buckets],
-            "master_weights": [shard.master for shard in shards] if self.has_master else [],
-            "optimizer_states": [moment for shard in shards for moment in (shard.exp_avg, shard.exp_avg_sq)],
+            **self.adam.tensors(shards),
         }
 
 

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from strategies.engines.engine import Build
-from strategies.zero.states import DTYPES, Adam, Shard, Weights, rows, squared_norm
+from strategies.zero.states import DTYPES, Adam, Weights, rows, squared_norm
 
 
 class FsdpStates:
@@ -38,11 +38,12 @@ class FsdpStates:
                 parameter.to_local().copy_(rows(whole, num_shards, rank))
         # Uneven shards move into padded storage at the first use; the optimizer must hold what is there afterwards.
         self.root._get_fsdp_state()._lazy_init()
+        self.locals: list[Tensor] = [parameter.to_local().detach() for parameter in self.parameters.values()]
+        self.adam: Adam = build.requests.get("adam", Adam)(build.optimizer, build.device, self.locals[0].dtype)
         self.shards = [
-            Shard.of(name, parameter.shape, parameter.to_local().detach())
-            for name, parameter in self.parameters.items()
+            self.adam.shard(name, parameter.shape, local, apart=False)
+            for (name, parameter), local in zip(self.parameters.items(), self.locals, strict=True)
         ]
-        self.adam = Adam(build.optimizer, build.device)
 
     def begin(self) -> None:
         for parameter in self.parameters.values():
@@ -60,9 +61,9 @@ class FsdpStates:
 
     def _gradients(self) -> list[Tensor]:
         gradients = []
-        for shard, parameter in zip(self.shards, self.parameters.values(), strict=True):
+        for local, parameter in zip(self.locals, self.parameters.values(), strict=True):
             gradient = parameter.grad
-            gradients.append(torch.zeros_like(shard.master) if gradient is None else gradient.to_local())
+            gradients.append(torch.zeros_like(local) if gradient is None else gradient.to_local())
         return gradients
 
     def squared_norm(self) -> Tensor:
@@ -70,12 +71,12 @@ class FsdpStates:
 
     @torch.no_grad()
     def update(self, *, scale: float, learning_rate: float) -> None:
-        gradients = self._gradients()
-        if scale != 1.0:
-            torch._foreach_mul_(gradients, scale)
         self.adam.advance()
-        self.adam.update(self.shards, gradients, learning_rate)
+        self.adam.step(self.shards, self._gradients(), self._targets(), scale=scale, learning_rate=learning_rate)
         self.begin()
+
+    def _targets(self) -> list[Tensor]:
+        return [local if s.apart else s.master for local, s in zip(self.locals, self.shards, strict=True)]
 
     def settle(self) -> None:
         """Lets go what a forward pass gathered for a backward pass that does not come."""
@@ -97,15 +98,14 @@ class FsdpStates:
         return state
 
     def loaded(self, step: int) -> None:
-        self.adam.num_steps.fill_(step)
+        self.adam.loaded(step, self.shards, self._targets())
         self.settle()
 
     def tensors(self) -> dict[str, list[Tensor]]:
         return {
-            "parameters": [shard.master for shard in self.shards],
+            "parameters": self.locals,
             "gradients": [p.grad.to_local() for p in self.parameters.values() if p.grad is not None],
-            "master_weights": [],
-            "optimizer_states": [moment for shard in self.shards for moment in (shard.exp_avg, shard.exp_avg_sq)],
+            **self.adam.tensors(self.shards),
         }
 
 

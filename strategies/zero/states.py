@@ -61,10 +61,8 @@ class Shard:
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-
-    @classmethod
-    def of(cls, name: str, shape: torch.Size, master: Tensor) -> Shard:
-        return cls(name, shape, master, torch.zeros_like(master), torch.zeros_like(master))
+    apart: bool
+    """The master is no view of the parameter: what was stepped is copied there."""
 
     def entries(self) -> tuple[tuple[str, Tensor], ...]:
         """(name in a checkpoint, tensor)."""
@@ -80,13 +78,52 @@ class Adam:
 
     Matrices decay, vectors (biases, norms) do not."""
 
-    def __init__(self, settings: OptimizerSettings, device: torch.device) -> None:
-        self.settings = settings
+    def __init__(self, settings: OptimizerSettings, device: torch.device, dtype: torch.dtype) -> None:
+        self.settings, self.dtype = settings, dtype
         self.num_steps = torch.zeros((), dtype=torch.float32, device=device)
+
+    def shard(self, name: str, shape: torch.Size, rows: Tensor, *, apart: bool) -> Shard:
+        """States of one parameter's rows; `apart` gives them a master copy. A policy of storage overrides it."""
+        master = rows.to(self.num_steps.device, self.dtype, copy=True) if apart else rows
+        return Shard(name, shape, master, torch.zeros_like(master), torch.zeros_like(master), apart)
 
     def advance(self) -> None:
         """Once a step, before its first `update`."""
         self.num_steps += 1
+
+    def step(
+        self,
+        shards: Sequence[Shard],
+        gradients: Sequence[Tensor],
+        into: Sequence[Tensor],
+        *,
+        scale: float,
+        learning_rate: float,
+    ) -> None:
+        """Steps the shards by gradients times scale, which are used up, and writes them `into` the parameters' rows, or
+        what gathers them; a shard's own master stands there where nothing is to be written."""
+        if gradients[0].dtype.itemsize == 2:
+            gradients = [gradient.float() for gradient in gradients]
+        if scale != 1.0:
+            torch._foreach_mul_(list(gradients), scale)
+        self.update(shards, gradients, learning_rate)
+        del gradients
+        publish(shards, into)
+
+    def loaded(self, step: int, shards: Sequence[Shard], into: Sequence[Tensor]) -> None:
+        """After a checkpoint was read into the shards."""
+        self.num_steps.fill_(step)
+        publish(shards, into)
+
+    def tensors(self, shards: Sequence[Shard]) -> dict[str, list[Tensor]]:
+        """What the shards hold beside the parameters, by component (see engine.Session)."""
+        return {
+            "master_weights": [shard.master for shard in shards if shard.apart],
+            "optimizer_states": [moment for shard in shards for moment in (shard.exp_avg, shard.exp_avg_sq)],
+        }
+
+    def close(self) -> None:
+        """Lets go what is no tensor."""
 
     def update(self, shards: Sequence[Shard], gradients: Sequence[Tensor], learning_rate: float) -> None:
         """Gradients in the masters' dtype."""
@@ -109,6 +146,13 @@ class Adam:
                     amsgrad=False,
                     maximize=False,
                 )
+
+
+def publish(shards: Sequence[Shard], into: Sequence[Tensor]) -> None:
+    """Copies masters to where their parameters' rows are; a master that stands there itself is in its place."""
+    for target, shard in zip(into, shards, strict=True):
+        if target is not shard.master:
+            target.copy_(shard.master)
 
 
 def squared_norm(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
