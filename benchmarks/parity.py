@@ -27,7 +27,7 @@ from orchestrator.models.architecture import make_architecture
 from orchestrator.models.opt import OPT, initial_weights
 from strategies.engines.engine import MicroBatch, OptimizerSettings
 from strategies.engines.native import build_session
-from strategies.strategy import Strategy
+from strategies.strategy import Offload, Strategy
 
 ARCH = make_architecture(
     family="opt", num_layers=3, hidden_size=24, num_heads=3, ffn_size=44, vocab_size=61, max_position=16
@@ -47,6 +47,9 @@ BUCKET_BYTES = 4096
 """Several buckets for this tiny model."""
 
 
+NOWHERE = Offload()
+
+
 @dataclass(frozen=True)
 class Case:
     world_size: int
@@ -59,6 +62,7 @@ class Case:
     gather: str = "per_micro_batch"
     reduce: str = "per_micro_batch"
     states: str = ""
+    offload: Offload = NOWHERE
 
     @property
     def strategy(self) -> Strategy:
@@ -73,6 +77,7 @@ class Case:
             gradient_accumulation_steps=-(-GLOBAL_BATCH // (self.world_size * self.micro_batch_size)),
             gather=self.gather,  # type: ignore[arg-type]
             reduce=self.reduce,  # type: ignore[arg-type]
+            offload=self.offload,
         )
 
     def __str__(self) -> str:
@@ -81,8 +86,14 @@ class Case:
         often = "".join(f" {n} per_step" for n in ("gather", "reduce") if getattr(strategy, n) == "per_step")
         return (
             f"{self.precision} world {self.world_size} ZeRO {self.zero_stage}{group} {self.recompute}"
-            f" {strategy.gradient_accumulation_steps}x{self.micro_batch_size}{often} {self.states}".rstrip()
+            f" {strategy.gradient_accumulation_steps}x{self.micro_batch_size}{often} {self.states}{self._away}".rstrip()
         )
+
+    @property
+    def _away(self) -> str:
+        kinds = {k: getattr(self.offload, k) for k in ("optimizer", "parameters", "activations")}
+        fraction = f" x{self.offload.optimizer_fraction:g}" if self.offload.optimizer_fraction < 1 else ""
+        return "".join(f" {kind} on {place}" for kind, place in kinds.items() if place != "none") + fraction
 
 
 @dataclass(frozen=True)

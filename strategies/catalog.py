@@ -69,8 +69,16 @@ ENGINES: dict[str, Capability] = {
             ),
             Limit(
                 field="offload",
-                applies=lambda s: s.offload.any,
-                reason="offload is priced, not built yet",
+                applies=lambda s: (
+                    s.offload.parameters != "none"
+                    and (s.offload.optimizer == "none" or s.offload.optimizer_fraction < 1)
+                ),
+                reason="parameters leave the GPU together with all of the optimizer states that step them",
+            ),
+            Limit(
+                field="offload",
+                applies=lambda s: s.offload.parameters == "nvme" and s.zero_stage >= 2,
+                reason="at ZeRO 2 and 3 FSDP2 holds the shards of the parameters, on the GPU or on the host, not on NVMe",
             ),
             Limit(
                 field="states",

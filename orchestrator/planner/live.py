@@ -17,6 +17,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from strategies.offload.host import place
+
+AWAY = ("host", "nvme")
+"""Components that are not on the device: counted apart."""
 OF_STATE = ("parameters", "master_weights", "gradients", "optimizer_states", "communication_buffers")
 
 
@@ -41,6 +45,7 @@ class LiveBytes(TorchDispatchMode):
         with LiveBytes(session.tensors(), vocab_size=50272) as live:
             session.step(...)
         live.peak_bytes, live.peak   # bytes, and bytes by component at that moment
+        live.away_peak["host"]       # what offload put on the host, at its own peak
 
     Components: those of `OF_STATE` by identity; `logits` by their last dimension; `gathered_parameters` where a storage
     is resized (FSDP2's all-gather output); `activations` what the forward pass made and left; `temporary` the rest.
@@ -53,6 +58,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak: dict[str, int] = {}
         self.peak_phase = "forward"
         self.peak_bytes = 0
+        self.away_peak: dict[str, int] = dict.fromkeys(AWAY, 0)
         self._total = 0
         self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, str]] = {}
         self._roles: dict[int, str] = {}
@@ -78,11 +84,15 @@ class LiveBytes(TorchDispatchMode):
 
     def _change(self, component: str, num_bytes: int) -> None:
         self.live[component] += num_bytes
-        self._total += num_bytes
+        if component in AWAY:
+            self.away_peak[component] = max(self.away_peak[component], self.live[component])
+        else:
+            self._total += num_bytes
 
     def _note_peak(self) -> None:
         if self._total > self.peak_bytes:
-            self.peak_bytes, self.peak, self.peak_phase = self._total, dict(self.live), self._phase()
+            self.peak_bytes, self.peak_phase = self._total, self._phase()
+            self.peak = {name: size for name, size in self.live.items() if name not in AWAY}
 
     @staticmethod
     def _phase() -> str:
@@ -91,6 +101,8 @@ class LiveBytes(TorchDispatchMode):
         return "forward" if torch.is_grad_enabled() else "optimizer"
 
     def _component(self, tensor: torch.Tensor) -> str:
+        if away := place():
+            return away
         if self.vocab_size and tensor.dim() >= 2 and tensor.shape[-1] == self.vocab_size:
             return "logits"
         return "activations" if self._phase() == "forward" else "temporary"

@@ -48,6 +48,7 @@ from orchestrator.training.manifest import (
     verify_files,
 )
 from orchestrator.training.reader import Reader
+from strategies.offload.files import copied
 
 if TYPE_CHECKING:
     from strategies.engines.engine import Session
@@ -205,11 +206,11 @@ def _stage(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[st
     for index, (name, value) in enumerate(sorted(tensors.items())):
         if isinstance(value, DTensor):
             if _owns_replica(value, index):
-                local = value.to_local().detach().to("cpu", copy=True)
+                local = copied(value.to_local().detach())
                 shard: Any = value.detach()
                 staged[name] = _Staged(local, shard.__create_write_items__(name, shard))
         elif owners[name] == dist.get_rank(group):
-            staged[name] = value.detach().to("cpu", copy=True)
+            staged[name] = copied(value.detach())
     return staged
 
 

@@ -18,12 +18,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.engines.engine import BUCKET_BYTES, Build, MicroBatch, OptimizerSettings, StepResult
 from strategies.engines.loss import IGNORED, token_loss
+from strategies.offload import apply as offload
 from strategies.recompute import apply as recompute
 from strategies.strategy import Strategy
 from strategies.zero import apply as zero
 from strategies.zero.states import DTYPES, States, Weights
 
-ROOMS: tuple[Callable[[Build], Build], ...] = (recompute.apply, zero.apply)
+ROOMS: tuple[Callable[[Build], Build], ...] = (recompute.apply, zero.apply, offload.apply)
 """In the order of the cost fold: cut -> tensor -> recompute -> zero -> offload -> schedule, as far as they are built."""
 FIRST_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
@@ -86,8 +87,6 @@ def _refuse_unbuilt(module: nn.Module, strategy: Strategy, precision: str) -> No
     for field in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"):
         if (degree := getattr(strategy, field)) != 1:
             raise ValueError(f"{field} {degree} is not built on the native engine; set it to 1")
-    if strategy.offload.any:
-        raise ValueError("offload is not built on the native engine; remove it")
     if buffers := [name for name, _ in module.named_buffers()]:
         raise ValueError(f"the module has buffers ({', '.join(buffers)}); the native engine fills parameters alone")
     world_size = dist.get_world_size() if dist.is_initialized() else 1
@@ -201,6 +200,7 @@ class NativeSession:
 
     def close(self) -> None:
         """Frees the groups made for this session. The process group itself is the caller's."""
+        self.states.close()
         if self.build.deterministic:
             torch.use_deterministic_algorithms(self._was_deterministic)
         if self.owns_group:

@@ -18,6 +18,9 @@ from strategies.zero.cost import StateBytes
 READS = ("offload",)
 HOST_LINK = 0.75
 """Reached of the host link's rate with pinned memory: 24 of 31.5 GB/s on PCIe 4.0 x16 (nvbandwidth)."""
+NUM_SLOTS = 3
+PIECE_ELEMENTS = 2**21
+"""Pieces of the optimizer's states with host buffers at once, and elements of one (adam.py)."""
 PINNED_BYTES = 2 * 64 * 2**20
 """Two staging buffers a rank."""
 

@@ -114,9 +114,10 @@ class BucketStates:
         dtype = DTYPES[build.precision]
         self.has_master = dtype.itemsize == 2
         gradient_dtype = torch.float32 if build.strategy.states == "mixed_fp32_gradients" else dtype
-        _materialize(build.module, dtype, build.device)
+        _materialize(build.module, dtype, build.device, hollow="homes" in build.requests)
         # Offload may put parameters, and what Adam keeps, elsewhere.
-        homes: dict[nn.Parameter, Tensor] = build.requests["homes"](build) if "homes" in build.requests else {}
+        self.streams: Any = build.requests["homes"](build) if "homes" in build.requests else None
+        homes: dict[nn.Parameter, Tensor] = self.streams.homes if self.streams else {}
         self.buckets = [
             Bucket(
                 parameters,
@@ -259,21 +260,33 @@ class BucketStates:
 
     def tensors(self) -> dict[str, list[Tensor]]:
         shards = [shard for shards in self.shards for shard in shards]
-        return {
-            "parameters": [parameter for bucket in self.buckets for _, parameter in bucket.parameters],
+        kept: dict[str, list[Tensor]] = {
+            "parameters": [home.detach() for bucket in self.buckets for home in bucket.homes],
             "gradients": [bucket.gradients for bucket in self.buckets],
             **self.adam.tensors(shards),
         }
+        if self.streams is None:
+            return kept
+        # Parameters on the device come and go.
+        kept["parameters"] = []
+        return {k: kept.get(k, []) + self.streams.tensors().get(k, []) for k in {**kept, **self.streams.tensors()}}
+
+    def close(self) -> None:
+        self.adam.close()
+        if self.streams is not None:
+            self.streams.close()
 
 
-def _materialize(module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def _materialize(module: nn.Module, dtype: torch.dtype, device: torch.device, *, hollow: bool) -> None:
     """New, unfilled parameters in place of those on the meta device; one that stands in two places stays one. (Module.to
-    swaps a tensor's contents, which a trace's fake tensors do not allow.)"""
+    swaps a tensor's contents, which a trace's fake tensors do not allow.) hollow: without memory until they are needed."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter not in made:
                 made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+                if hollow:
+                    made[parameter].untyped_storage().resize_(0)
             setattr(part, name, made[parameter])
 
 

@@ -28,9 +28,12 @@ class FsdpStates:
         self.gather_per_step, self.reduce_per_step = strategy.gather == "per_step", strategy.reduce == "per_step"
         with unset_fake_temporarily():  # on the meta device, whether or not a trace plays what follows
             _shard(build, keeps=strategy.zero_stage == 2 or self.gather_per_step)
+        self.on_host = "fsdp_offload" in build.requests
         self.root = cast("Any", build.module)
         self.units = [unit for unit in build.module.modules() if isinstance(unit, FSDPModule)]
-        build.module.to_empty(device=build.device)
+        policy = build.requests.get("fsdp_offload")
+        home = build.device if policy is None else torch.device("cpu")
+        build.module.to_empty(device=home)
         self.parameters: dict[str, Any] = dict(build.module.named_parameters())
         with torch.no_grad():
             for name, parameter in self.parameters.items():
@@ -39,7 +42,7 @@ class FsdpStates:
         # Uneven shards move into padded storage at the first use; the optimizer must hold what is there afterwards.
         self.root._get_fsdp_state()._lazy_init()
         self.locals: list[Tensor] = [parameter.to_local().detach() for parameter in self.parameters.values()]
-        self.adam: Adam = build.requests.get("adam", Adam)(build.optimizer, build.device, self.locals[0].dtype)
+        self.adam: Adam = build.requests.get("adam", Adam)(build.optimizer, home, self.locals[0].dtype)
         self.shards = [
             self.adam.shard(name, parameter.shape, local, apart=False)
             for (name, parameter), local in zip(self.parameters.items(), self.locals, strict=True)
@@ -67,7 +70,7 @@ class FsdpStates:
         return gradients
 
     def squared_norm(self) -> Tensor:
-        return squared_norm(self._gradients(), self.device)
+        return squared_norm(self._gradients(), self.device).to(self.device)
 
     @torch.no_grad()
     def update(self, *, scale: float, learning_rate: float) -> None:
@@ -102,11 +105,19 @@ class FsdpStates:
         self.settle()
 
     def tensors(self) -> dict[str, list[Tensor]]:
-        return {
+        kept = {
             "parameters": self.locals,
             "gradients": [p.grad.to_local() for p in self.parameters.values() if p.grad is not None],
             **self.adam.tensors(self.shards),
         }
+        if not self.on_host:
+            return kept
+        # The shards and what steps them are on the host.
+        moved = [*kept["parameters"], *kept["master_weights"], *kept["optimizer_states"]]
+        return {"gradients": kept["gradients"], "host": moved + kept.get("host", []), "nvme": kept.get("nvme", [])}
+
+    def close(self) -> None:
+        self.adam.close()
 
 
 def _shard(build: Build, *, keeps: bool) -> None:
@@ -115,6 +126,7 @@ def _shard(build: Build, *, keeps: bool) -> None:
     build.module.to(torch.float64 if build.precision == "fp64" else torch.float32)
     options: dict[str, Any] = {
         "mesh": build.mesh,
+        **({"offload_policy": build.requests["fsdp_offload"]} if "fsdp_offload" in build.requests else {}),
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None),
     }
     blocks: Any = build.module.blocks

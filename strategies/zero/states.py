@@ -50,6 +50,9 @@ class States(Protocol):
     def tensors(self) -> dict[str, list[Tensor]]:
         """See engine.Session."""
 
+    def close(self) -> None:
+        """Files of what is offloaded."""
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:

@@ -1,0 +1,135 @@
+"""Whole parameters that live on the host, or in a file, and come to the device where they are at work.
+
+A unit is a block; what stands outside the blocks is one more, and stays from its forward to the end of its backward pass. A
+block comes while the one before it computes: two are there at once. Like FSDP2, this resizes a parameter's storage and
+leaves the tensor, which autograd has saved, as it is. The CUDA path (a stream of its own) has been run on no GPU yet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+
+from strategies.engines.engine import Build
+from strategies.offload import host
+from strategies.offload.files import ScratchFile, padded
+
+
+class Unit:
+    """Parameters that come and go together."""
+
+    def __init__(self, parameters: list[nn.Parameter], homes: dict[nn.Parameter, Tensor], streams: Streams) -> None:
+        self.parameters, self.homes, self.streams = parameters, homes, streams
+        self.here = False
+        self.arrived: Any = None
+        """CUDA event."""
+        self.awaited = 0
+        """Gradients that this backward pass has still to bring."""
+
+    def ahead(self) -> None:
+        """Begins to bring the unit."""
+        if self.here:
+            return
+        self.here, side = True, self.streams.side
+        for parameter in self.parameters:
+            parameter.untyped_storage().resize_(parameter.numel() * parameter.itemsize)
+        if side is not None:
+            side.wait_stream(torch.cuda.current_stream())
+        with (
+            torch.no_grad(),
+            torch.cuda.stream(side),
+            _unsafe_preserve_version_counter(tuple(self.parameters)),
+        ):
+            for parameter in self.parameters:
+                parameter.copy_(self.homes[parameter], non_blocking=True)
+        if side is not None:
+            self.arrived = side.record_event()
+
+    def fetch(self, following: Unit | None = None) -> None:
+        """Brings the unit, and begins with the one that is used next."""
+        self.ahead()
+        if self.arrived is not None:
+            torch.cuda.current_stream().wait_event(self.arrived)
+            self.arrived = None
+        if following is not None:
+            following.ahead()
+
+    def read_ahead(self) -> None:
+        if self.streams.file is not None:
+            for parameter in self.parameters:
+                self.streams.file.read_ahead(self.homes[parameter])
+
+    def release(self) -> None:
+        self.here = False
+        for parameter in self.parameters:
+            parameter.untyped_storage().resize_(0)
+
+    def came(self, parameter: Tensor) -> None:
+        """A gradient arrived; behind the last one nothing of this backward pass reads the unit."""
+        self.awaited -= 1
+        if self.awaited == 0:
+            self.release()
+
+
+class Streams:
+    """The homes of a module's parameters, and the hooks that bring them."""
+
+    def __init__(self, build: Build, *, to_file: bool) -> None:
+        module: Any = build.module
+        blocks = [list(block.parameters()) for block in module.blocks]
+        inside = {parameter for block in blocks for parameter in block}
+        outside = [parameter for parameter in module.parameters() if parameter not in inside]
+        everything = list(module.parameters())
+        self.side = torch.cuda.Stream() if build.device.type == "cuda" else None
+        self.file = ScratchFile(sum(padded(p.numel() * p.itemsize) for p in everything)) if to_file else None
+        self.homes = {p: self._home(p, build) for p in everything}
+        self.root = Unit(outside, self.homes, self)
+        self.units = [Unit(block, self.homes, self) for block in blocks]
+        for unit in [self.root, *self.units]:
+            unit.release()
+            for parameter in unit.parameters:
+                parameter.register_post_accumulate_grad_hook(unit.came)
+        self._hook(module, self.root, None, None)
+        for index, block in enumerate(module.blocks):
+            before = self.units[index - 1] if index else None
+            after = self.units[index + 1] if index + 1 < len(self.units) else None
+            self._hook(block, self.units[index], before, after)
+
+    def _home(self, parameter: nn.Parameter, build: Build) -> Tensor:
+        if self.file is not None:
+            return self.file.tensor(parameter.shape, parameter.dtype)
+        return host.empty(parameter.shape, parameter.dtype, build.device)
+
+    def _hook(self, part: nn.Module, unit: Unit, before: Unit | None, after: Unit | None) -> None:
+        def forward(*_: Any) -> None:
+            unit.fetch(after)
+            if after is None and unit is self.root:
+                self.units[0].read_ahead()
+
+        def back(_: Tensor) -> None:
+            unit.awaited = sum(parameter.requires_grad for parameter in unit.parameters)
+            unit.fetch(before)
+
+        def forwarded(_: nn.Module, __: Any, output: Tensor) -> None:
+            if output.requires_grad:
+                output.register_hook(back)
+            if unit is not self.root or not output.requires_grad:
+                unit.release()
+
+        part.register_forward_pre_hook(forward)
+        part.register_forward_hook(forwarded)
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        return {"nvme" if self.file is not None else "host": list(self.homes.values())}
+
+    def close(self) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def homes(to_file: bool) -> Callable[[Build], Streams]:
+    """What ZeRO 0 and 1 ask where parameters live."""
+    return lambda build: Streams(build, to_file=to_file)
