@@ -202,7 +202,7 @@ def test_what_cannot_be_is_refused_with_a_fix(name: str) -> None:
     ("pins", "name"),
     [
         ({"tensor_parallel_degree": 2}, "tensor_parallel_degree 2"),
-        ({"offload": "optimizer"}, "offload of optimizer"),
+        ({"offload": {"parameters": "host"}}, "offload of parameters"),
         ({"pipeline_parallel_degree": 2}, "pipeline_parallel_degree 2"),
         (PINNED, "tensor_parallel_degree 2"),
     ],
