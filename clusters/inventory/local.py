@@ -15,6 +15,7 @@ from clusters.calibration.measure import Say, collective, cpu_calibration
 from clusters.catalog import rows
 from clusters.cluster import Cluster
 from clusters.hardware import Accelerator, Calibration, Host, Link
+from clusters.inventory import scratch
 
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
@@ -46,12 +47,23 @@ def cpu_cluster(*, num_nodes: int = 1, per_node: int | None = None, say: Say | N
     cores = available_cores()
     calibration = cpu_calibration(cores, say=say or announce())
     return describe_cpu(
-        calibration, cores=cores, memory_bytes=available_memory_bytes(), num_nodes=num_nodes, per_node=per_node
+        calibration,
+        cores=cores,
+        memory_bytes=available_memory_bytes(),
+        nvme_bytes=scratch.free_bytes(),
+        num_nodes=num_nodes,
+        per_node=per_node,
     )
 
 
 def describe_cpu(
-    calibration: Calibration, *, cores: int, memory_bytes: int, num_nodes: int = 1, per_node: int | None = None
+    calibration: Calibration,
+    *,
+    cores: int,
+    memory_bytes: int,
+    nvme_bytes: int = 0,
+    num_nodes: int = 1,
+    per_node: int | None = None,
 ) -> Cluster:
     """Pure: the cluster of a measured CPU. More accelerators than cores share them, each with its part of the rates."""
     per_node = per_node or cores
@@ -81,6 +93,7 @@ def describe_cpu(
             memory_bytes=memory_bytes,
             memory_bytes_per_s=memory_rate * min(cores, per_node),
             num_cores=cores,
+            nvme_bytes=nvme_bytes,
             nvme_read_bytes_per_s=calibration.disk_read_bytes_per_s or 0.0,
             nvme_write_bytes_per_s=calibration.disk_write_bytes_per_s or 0.0,
         ),

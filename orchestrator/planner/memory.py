@@ -145,6 +145,7 @@ def price_memory(
         host += max(_kept(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
     added, kept = _reserve(constants, kind)
     ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
+    peak = tensors + int(tensors * added + kept)
 
     def stage(rank: int) -> StageMemory:
         known = fills.get(rank)
@@ -152,13 +153,20 @@ def price_memory(
 
     return MemoryPrice(
         stages=Stages(stage, strategy.pipeline_parallel_degree, fullest),
-        peak_bytes=tensors + int(tensors * added + kept),
+        peak_bytes=peak,
         usable_bytes=_usable_bytes(cluster),
-        host_bytes_per_node=int((host + staging) * ranks_per_node) if kind == "cuda" else 0,
+        host_bytes_per_node=_host_bytes(strategy, kind, host, staging, peak) * ranks_per_node,
         nvme_bytes_per_node=int(nvme * ranks_per_node),
         host_usable_bytes=cluster.host.memory_bytes,
         nvme_usable_bytes=cluster.host.nvme_bytes,
     )
+
+
+def _host_bytes(strategy: Strategy, kind: str, offloaded: float, staging: float, peak: int) -> int:
+    """Of one rank. A `cpu` has no memory but the host's, which holds what it offloads beside the rest."""
+    if kind == "cuda":
+        return int(offloaded + staging)
+    return int(offloaded) + peak if strategy.offload.any else 0
 
 
 def too_large(work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_length: int, precision: str) -> bool:

@@ -14,34 +14,23 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from clusters.inventory import scratch
+from clusters.inventory.scratch import VARIABLE
 from strategies.offload.host import placed
 
 PAGE = 4096
-VARIABLE = "SHARDWISE_OFFLOAD_DIRECTORY"
 
 
 def scratch_directory() -> Path:
     """The folder. Raises ValueError where there is none, or it is in memory."""
-    folder = Path(os.environ.get(VARIABLE) or tempfile.gettempdir())
+    folder = scratch.folder()
     if not folder.is_dir():
         raise ValueError(f"{VARIABLE} {folder} is no folder; make it, on a local disk, or unset the variable")
-    if _file_system(folder) in ("tmpfs", "ramfs"):
+    if scratch.is_in_memory(folder):
         raise ValueError(
             f"offload to nvme would write to {folder}, which is in memory; set {VARIABLE} to a folder on a local disk"
         )
     return folder
-
-
-def _file_system(folder: Path) -> str:
-    """Type of the file system that holds a folder; empty where the system does not tell."""
-    mounts = Path("/proc/self/mounts")
-    if not mounts.exists():
-        return ""
-    rows = [line.split() for line in mounts.read_text(encoding="utf-8").splitlines()]
-    real = folder.resolve()
-    holding = [(len(row[1]), row[2]) for row in rows if real.is_relative_to(row[1].replace("\\040", " "))]
-    # The last mount at the deepest place counts.
-    return max(enumerate(holding), key=lambda each: (each[1][0], each[0]))[1][1] if holding else ""
 
 
 def padded(num_bytes: int) -> int:

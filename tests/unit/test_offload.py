@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import parity
+from clusters.inventory import scratch
 from orchestrator.models.opt import OPT, initial_weights
 from orchestrator.planner.live import LiveBytes
 from orchestrator.training.checkpoint import _stage
@@ -108,7 +109,7 @@ def test_a_fraction_takes_the_largest_that_fit():
 
 
 def test_no_file_is_left_behind_not_even_while_it_is_used(tmp_path, monkeypatch):
-    monkeypatch.setenv(files.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(scratch.VARIABLE, str(tmp_path))
     case = parity.Case(world_size=1, zero_stage=0)
     one = session(case, Offload(optimizer="nvme"))
     parity.steps(one, case, 0, 1)
@@ -120,11 +121,14 @@ def test_no_file_is_left_behind_not_even_while_it_is_used(tmp_path, monkeypatch)
 
 
 def test_a_folder_in_memory_or_none_is_refused_with_the_fix(tmp_path, monkeypatch):
-    monkeypatch.setenv(files.VARIABLE, str(tmp_path / "none"))
+    monkeypatch.setenv(scratch.VARIABLE, str(tmp_path / "none"))
     with pytest.raises(ValueError, match="is no folder; make it, on a local disk"):
         files.scratch_directory()
-    monkeypatch.setenv(files.VARIABLE, str(tmp_path))
-    monkeypatch.setattr(files, "_file_system", lambda folder: "tmpfs")
+    monkeypatch.setenv(scratch.VARIABLE, str(tmp_path))
+    mounts = tmp_path / "mounts"
+    mounts.write_text(f"/dev/x / ext4 rw 0 0\ntmpfs {tmp_path} tmpfs rw 0 0\n")
+    monkeypatch.setattr(scratch, "PROC_MOUNTS", mounts)
+    assert scratch.free_bytes() == 0
     with pytest.raises(ValueError, match=re.escape("which is in memory; set SHARDWISE_OFFLOAD_DIRECTORY")):
         files.scratch_directory()
 
