@@ -13,7 +13,7 @@ from strategies.pipeline.cost import Share
 from strategies.recompute.cost import boundary_bytes, saved_bytes
 from strategies.strategy import Strategy
 from strategies.workload import Workload
-from strategies.zero.cost import StateBytes
+from strategies.zero.cost import BYTES, StateBytes, gathers
 
 READS = ("offload",)
 HOST_LINK = 0.75
@@ -21,8 +21,6 @@ HOST_LINK = 0.75
 NUM_SLOTS = 3
 PIECE_ELEMENTS = 2**21
 """Pieces of the optimizer's states with host buffers at once, and elements of one (adam.py)."""
-PINNED_BYTES = 2 * 64 * 2**20
-"""Two staging buffers a rank."""
 
 
 class Offloaded(NamedTuple):
@@ -42,11 +40,21 @@ def offloaded(states: StateBytes, strategy: Strategy, *, num_owned_parameters: f
     if not choice.any:
         return Offloaded(states, 0.0, 0.0, 0.0, 0.0)
     away = choice.optimizer_fraction if choice.optimizer != "none" else 0.0
-    optimizer = away * (states.master_weights + states.optimizer_states)
+    parameter, gradient, master, _ = BYTES[strategy.states]
+    wide = 2 if element == 8 else 1
+    with_shards = gathers(strategy) and choice.parameters == "host" and choice.optimizer == "host"
+    # What is stepped on the host is stepped there in a master copy, unless the parameters themselves are there, in full.
+    masters = states.master_weights
+    if not master and not with_shards and strategy.states != "pure":
+        masters = 4.0 * wide * num_owned_parameters
+    optimizer = away * (masters + states.optimizer_states)
+    buffers = 0.0
+    if away and not with_shards:
+        buffers = buffer_bytes(num_owned_parameters, strategy, wide, in_file=choice.optimizer == "nvme")
     parameters = states.parameters if choice.parameters != "none" else 0.0
     host = (optimizer if choice.optimizer == "host" else 0.0) + (parameters if choice.parameters == "host" else 0.0)
     nvme = (optimizer if choice.optimizer == "nvme" else 0.0) + (parameters if choice.parameters == "nvme" else 0.0)
-    link = away * num_owned_parameters * 2 * element
+    link = away * num_owned_parameters * (parameter + min(4, gradient)) * wide
     if choice.parameters != "none":
         link += 2 * parameters * strategy.gradient_accumulation_steps
     gpu = StateBytes(
@@ -55,7 +63,14 @@ def offloaded(states: StateBytes, strategy: Strategy, *, num_owned_parameters: f
         states.master_weights * (1 - away),
         states.optimizer_states * (1 - away),
     )
-    return Offloaded(gpu, host + PINNED_BYTES, nvme, link, optimizer)
+    return Offloaded(gpu, host + buffers, nvme, link, optimizer)
+
+
+def buffer_bytes(num_owned_parameters: float, strategy: Strategy, wide: int, *, in_file: bool) -> float:
+    """Host buffers of the pieces that are on their way: gradient, its widened copy, parameter; master and moments of a file."""
+    parameter, gradient, _, _ = BYTES[strategy.states]
+    element = min(4, gradient) + (4 if gradient == 2 else 0) + parameter + (12 if in_file else 0)
+    return NUM_SLOTS * min(PIECE_ELEMENTS, num_owned_parameters) * element * wide
 
 
 def step_s(away: Offloaded, cluster: Cluster, *, num_ranks: int) -> float:
