@@ -231,8 +231,13 @@ WITHOUT_EFFECT: tuple[Rule, ...] = (
     ),
     Rule(
         fields=("gather", "zero_stage"),
-        applies=lambda s: s.gather == "per_step" and s.zero_stage < 3 and s.offload.parameters == "none",
-        reason="gather: per_step has no effect at zero_stage {zero_stage}: parameters are never sharded",
+        # At stage 2, FSDP2 shards fp32 parameters too, and gathers them for every micro batch unless told otherwise.
+        applies=lambda s: (
+            s.gather == "per_step"
+            and (s.zero_stage < 2 or (s.zero_stage == 2 and s.states not in ("sharded_fp32", "full")))
+            and s.offload.parameters == "none"
+        ),
+        reason="gather: per_step has no effect at zero_stage {zero_stage} with states {states}: parameters are not sharded",
         fix="leave it out",
     ),
 )

@@ -10,6 +10,9 @@ from orchestrator.cli.errors import CommandError
 from orchestrator.planner.plan import Plan, plan
 from orchestrator.spec import load_job, parse_job
 
+SHOWN = ("version", "fits", "model", "cluster", "strategy", "memory")
+"""Keys of the plan that --json prints."""
+
 
 @click.command("estimate")
 @click.argument("job", required=False)
@@ -32,18 +35,19 @@ from orchestrator.spec import load_job, parse_job
 @click.option("--sequence-length", type=click.IntRange(min=1), default=2048, show_default=True)
 @click.option("--precision", type=click.Choice(["bf16", "fp16", "fp32", "fp64"]), default="bf16", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print the plan's memory and strategy as JSON.")
-def command(job: str | None, as_json: bool, **flags: Any) -> int:
+@click.option("--trace", is_flag=True, help="Play the step on fake devices too (seconds; needs torch, no GPU).")
+def command(job: str | None, as_json: bool, trace: bool, **flags: Any) -> int:
     """The bytes that JOB's strategy, or the one that the flags name, holds on every pipeline rank."""
     made = plan(load_job(job), top=0) if job else plan(parse_job(_mapping(flags)), top=0)
+    if trace:
+        from orchestrator.planner.traced import with_trace
+
+        made = with_trace(made)
     if as_json:
         import json
 
         whole = made.to_dict()
-        click.echo(
-            json.dumps(
-                {key: whole[key] for key in ("version", "fits", "model", "cluster", "strategy", "memory")}, indent=1
-            )
-        )
+        click.echo(json.dumps({key: whole[key] for key in (*SHOWN, *(("trace",) if trace else ()))}, indent=1))
     else:
         click.echo("\n".join(_table(made)))
     return 0 if made.fits else 3
@@ -91,7 +95,7 @@ def _mapping(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _table(made: Plan) -> list[str]:
     """Components down, pipeline ranks across: the first, the last, and the fullest."""
-    from orchestrator.planner.render import COMPONENTS, bytes_told, painted, strategy_told
+    from orchestrator.planner.render import COMPONENTS, bytes_told, painted, strategy_told, trace_told
 
     memory = made.price.memory
     fullest = memory.stages.fullest()
@@ -113,4 +117,6 @@ def _table(made: Plan) -> list[str]:
         lines.append(
             f"  host memory of each node: {bytes_told(memory.host_bytes_per_node)} of {bytes_told(memory.host_usable_bytes)}"
         )
+    if made.trace is not None:
+        lines += ["", *(f"  {line}" for line in trace_told(made.trace))]
     return lines + [f"  note: {note}" for note in made.notes]

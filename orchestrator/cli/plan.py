@@ -15,9 +15,14 @@ from orchestrator.spec import load_job
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON (docs/reference/plan.md).")
 @click.option("--html", metavar="FILE", help="Write the plan as one self-contained page.")
 @click.option("--top", type=click.IntRange(min=0), help="Alternatives to list. [3 as text, 20 in JSON and HTML]")
-def command(job: str, as_json: bool, html: str | None, top: int | None) -> int:
+@click.option("--trace", is_flag=True, help="Play the step on fake devices too (seconds; needs torch, no GPU).")
+def command(job: str, as_json: bool, html: str | None, top: int | None, trace: bool) -> int:
     """Plans JOB, a YAML file. Nothing is started, no GPU is needed. Exit code 3: does not fit, or misses a target."""
     made = plan(load_job(job), top=top if top is not None else 20 if as_json or html else 3)
+    if trace:
+        from orchestrator.planner.traced import with_trace
+
+        made = with_trace(made)
     if html:
         from orchestrator.planner.html import write_page
 

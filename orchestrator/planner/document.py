@@ -44,6 +44,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "search": _search(plan),
         "notes": plan.notes,
         "nearest": plan.nearest,
+        **({} if plan.trace is None else {"trace": plan.trace}),
     }
 
 

@@ -341,6 +341,12 @@ def _reserve(constants: MemoryConstants, kind: str) -> tuple[float, float]:
     return CPU_FRAGMENTATION, CPU_PROCESS_BYTES
 
 
+def reserve_bytes(tensors: int, kind: str) -> int:
+    """Bytes that are no tensors, beside so many that are, on a "cuda" or "cpu" accelerator."""
+    added, kept = _reserve(MEMORY, kind)
+    return int(tensors * added + kept)
+
+
 def _stage(rank: int, fill: _Fill, constants: MemoryConstants, kind: str) -> StageMemory:
     phase, gathered, gradients, activations, logits, buffers, temporary = fill.moment
     added, kept = _reserve(constants, kind)

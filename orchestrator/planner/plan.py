@@ -37,6 +37,8 @@ class Plan:
     """How many alternatives are shown."""
     left_out: Plan | None = None
     """A faster plan that the engine is not built to run yet."""
+    trace: dict[str, Any] | None = None
+    """What playing the step on fake devices said (traced.py), where it was asked for."""
 
     @property
     def strategy(self) -> Strategy:

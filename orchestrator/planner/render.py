@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from strategies.strategy import Offload, Strategy
 
@@ -53,6 +53,7 @@ def render(plan: Plan, *, width: int = 88) -> str:
         _headline(plan),
         _section("strategy", _strategy(plan)),
         _section("memory", _memory(plan, width)),
+        _section("trace", _trace(plan)),
         _section("step", _time(plan, width)),
         _section("speed", _speed(plan)),
         _section("cost", _cost(plan)),
@@ -204,6 +205,30 @@ def _memory(plan: Plan, width: int) -> Iterator[str]:
         if used > usable or (used and plan.strategy.offload.any):
             text = f"{bytes_told(used)} of {bytes_told(usable)} of each node's {name}"
             yield painted(text, RED) if used > usable else text
+
+
+def _trace(plan: Plan) -> list[str]:
+    return [] if plan.trace is None else trace_told(plan.trace)
+
+
+def trace_told(trace: dict[str, Any]) -> list[str]:
+    """The trace for a person, beside the closed form."""
+    if not trace["built"]:
+        return [f"not traced: {trace['reason']}", f"closed form {bytes_told(trace['closed_form_bytes'])} of tensors"]
+    closed, found = trace["closed_form_bytes"], trace["tensor_peak_bytes"]
+    many = trace["num_micro_batches_traced"]
+    lines = [
+        f"tensors: traced {bytes_told(found)} in {trace['peak_phase']}, closed form {bytes_told(closed)} "
+        f"({closed / found - 1:+.1%}); the plan holds the larger",
+        *(
+            f"  {name.replace('_', ' '):<22} {bytes_told(size):>11}"
+            for name, size in sorted(trace["components"].items(), key=lambda item: -item[1])
+        ),
+        f"{trace['flops'] / 1e12:,.2f} TFLOP a rank in {many} micro batch{'es' * (many > 1)}, recompute included",
+    ]
+    lines += [f"{kind.replace('_', ' ')}: {bytes_told(size)}" for kind, size in trace["collective_bytes"].items()]
+    depths = " and ".join(map(str, trace["num_layers_traced"]))
+    return [*lines, f"played at {depths} layers in {trace['seconds']:.1f} s"]
 
 
 def _time(plan: Plan, width: int) -> Iterator[str]:

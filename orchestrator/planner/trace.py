@@ -6,11 +6,13 @@ counted, of the third FLOPs and messages."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from orchestrator.models.opt import OPT
 from orchestrator.planner.live import LiveBytes
 from strategies.engines.engine import MicroBatch
 from strategies.engines.native import NativeSession, build_session
-from strategies.strategy import Strategy
+from strategies.strategy import Offload, Stage, Strategy
 
 SHORT_DEPTHS = (3, 5)
 """A deep model's step is played at two short depths: bytes and FLOPs are straight lines in the number of layers."""
@@ -41,10 +43,11 @@ class Trace:
     components: Mapping[str, int]
     """Bytes at the peak, by component (see LiveBytes)."""
     flops: float
-    """Of one rank's step, recompute included."""
+    """Of one rank in the micro batches played, recompute included."""
     collective_bytes: Mapping[str, int]
     """Bytes handed to each kind of collective."""
     num_layers_traced: tuple[int, ...]
+    num_micro_batches_traced: int
     seconds: float
 
 
@@ -118,6 +121,7 @@ def _play(shape: tuple[Architecture, Strategy], sequence_length: int, precision:
             flops=float(flops.get_total_flops()),
             collective_bytes=dict(collectives.bytes),
             num_layers_traced=(arch.num_layers,),
+            num_micro_batches_traced=len(batches),
             seconds=0.0,
         )
     finally:
@@ -154,3 +158,23 @@ class _Collectives(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves(args[0]) if isinstance(leaf, torch.Tensor)]
             self.bytes[name.strip("_")] += sum(tensor.nbytes for tensor in tensors)
         return func(*args, **(kwargs or {}))
+
+
+def _main() -> None:
+    """The child: a question as JSON on standard input, the answer as the last line of standard output."""
+    asked = json.load(sys.stdin)
+    fields = asked["strategy"]
+    fields["mesh_order"] = tuple(fields["mesh_order"])
+    fields["offload"] = Offload(**fields["offload"])
+    fields["stages"] = tuple(Stage(**stage) for stage in fields["stages"])
+    played = trace(
+        Architecture(**asked["arch"]),
+        Strategy(**fields),
+        sequence_length=asked["sequence_length"],
+        precision=asked["precision"],
+    )
+    print(json.dumps(asdict(played)))
+
+
+if __name__ == "__main__":
+    _main()
