@@ -237,10 +237,11 @@ class Bounds:
         """What must be recomputed at least for the first pipeline rank to hold the activations of so many micro batches; None
         where nothing can."""
         held = fixed.first_rank_bytes + fixed.gradient_bytes * (zero < 2 or batch.accumulation > 1)
-        flights, micro = (1.0 if offload.activations != "none" else flights), batch.micro
+        micro = batch.micro
         kinds, counts = self.space.recomputes(shape.pipeline, 1)
         partly = "num_checkpointed_layers_per_stage" in self.space.pins
-        if partly:  # a pinned number of layers may be less than all; what it saves is left open here
+        # A pinned number of layers may be less than all, and on the host activations hold two layers: left open here.
+        if partly or offload.activations != "none":
             return Least(tuple(kinds), 1 if counts else None)
         first = self.rank_layers(shape.pipeline)[0]
         free = (fixed.usable_bytes - held) / flights / micro

@@ -242,8 +242,14 @@ class _Ledger:
     def fill(self, strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> _Fill:
         """A pipeline rank at the largest of its moments."""
         held, states, num_bytes = self.held(strategy, share)
-        flights = 1.0 if strategy.offload.activations == "host" else pipeline.in_flight(strategy, rank)
-        activations = _kept(share, micro) * flights + (micro.final if share.head else 0.0)
+        if strategy.offload.activations == "host":
+            # A block at work and the one that comes back from the host meanwhile.
+            kept = min(
+                _kept(share, micro), 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed)
+            )
+        else:
+            kept = _kept(share, micro) * pipeline.in_flight(strategy, rank)
+        activations = kept + (micro.final if share.head else 0.0)
         moments = native_moments if self.work.native else published_moments
         fullest = max(moments(self.work, strategy, share, held, micro, activations, self.element), key=size_of)
         _, gathered, gradients, activations, logits, buffers, temporary = fullest
@@ -315,7 +321,9 @@ def _held(work: Workload, strategy: Strategy, share: pipeline.Share, precision: 
     rows = zero.padding(work, strategy) if work.native and strategy.zero_stage else (0.0, 0.0)
     states = zero.state_bytes(parameters, strategy, precision, rows[0] * (outside > 0) + share.layers * rows[1])
     owned = parameters / zero.group_size(strategy)
-    left = offload.offloaded(states, strategy, num_owned_parameters=owned, element=ELEMENT[precision])
+    table = work.vocab_size * work.embedding_size if outside else 0
+    largest = max(table, work.ffn_size * work.hidden_size) / strategy.tensor_parallel_degree / zero.group_size(strategy)
+    left = offload.offloaded(states, strategy, num_owned_parameters=owned, element=ELEMENT[precision], largest=largest)
     return Held(left, parameters, block, outside, rows)
 
 

@@ -34,8 +34,15 @@ class Offloaded(NamedTuple):
     """States that the host's own AdamW steps."""
 
 
-def offloaded(states: StateBytes, strategy: Strategy, *, num_owned_parameters: float, element: int) -> Offloaded:
-    """Optimizer states and master weights, and parameters, by the strategy's offload."""
+def offloaded(
+    states: StateBytes,
+    strategy: Strategy,
+    *,
+    num_owned_parameters: float,
+    element: int,
+    largest: float = PIECE_ELEMENTS,
+) -> Offloaded:
+    """Optimizer states and master weights, and parameters, by the strategy's offload; `largest` elements has one shard."""
     choice = strategy.offload
     if not choice.any:
         return Offloaded(states, 0.0, 0.0, 0.0, 0.0)
@@ -50,7 +57,7 @@ def offloaded(states: StateBytes, strategy: Strategy, *, num_owned_parameters: f
     optimizer = away * (masters + states.optimizer_states)
     buffers = 0.0
     if away and not with_shards:
-        buffers = buffer_bytes(num_owned_parameters, strategy, wide, in_file=choice.optimizer == "nvme")
+        buffers = buffer_bytes(largest, strategy, wide, in_file=choice.optimizer == "nvme")
     parameters = states.parameters if choice.parameters != "none" else 0.0
     host = (optimizer if choice.optimizer == "host" else 0.0) + (parameters if choice.parameters == "host" else 0.0)
     nvme = (optimizer if choice.optimizer == "nvme" else 0.0) + (parameters if choice.parameters == "nvme" else 0.0)
@@ -66,11 +73,11 @@ def offloaded(states: StateBytes, strategy: Strategy, *, num_owned_parameters: f
     return Offloaded(gpu, host + buffers, nvme, link, optimizer)
 
 
-def buffer_bytes(num_owned_parameters: float, strategy: Strategy, wide: int, *, in_file: bool) -> float:
+def buffer_bytes(largest: float, strategy: Strategy, wide: int, *, in_file: bool) -> float:
     """Host buffers of the pieces that are on their way: gradient, its widened copy, parameter; master and moments of a file."""
     parameter, gradient, _, _ = BYTES[strategy.states]
     element = min(4, gradient) + (4 if gradient == 2 else 0) + parameter + (12 if in_file else 0)
-    return NUM_SLOTS * min(PIECE_ELEMENTS, num_owned_parameters) * element * wide
+    return NUM_SLOTS * min(PIECE_ELEMENTS, largest) * element * wide
 
 
 def step_s(away: Offloaded, cluster: Cluster, *, num_ranks: int) -> float:
