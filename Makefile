@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test check fix parity chaos bench gpu oracle trace clean
+.PHONY: install quickstart test check fix parity chaos bench gpu oracle trace engine-fairscale clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml
@@ -56,6 +56,9 @@ trace: $(INSTALLED)  ## closed form against the traced step, as a table
 
 gpu:  ## native ZeRO on the GPUs present, one JSON; needs torch, numpy, PyYAML and pydantic alone
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
+
+engine-fairscale: $(INSTALLED)  ## fairscale in a folder of its own, which only its workers see
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/engines/fairscale fairscale==0.4.13
 
 clean:
 	rm -rf $(VENV) runs examples/corpus

@@ -93,7 +93,52 @@ ENGINES: dict[str, Capability] = {
         ),
     ),
     "colossalai": Capability(built=False, semantics=""),
-    "fairscale": Capability(built=False, semantics=""),
+    "fairscale": Capability(
+        built=True,
+        semantics="",
+        limits=(
+            *(
+                Limit(
+                    field=field,
+                    applies=lambda s, field=field: getattr(s, field) > 1,  # type: ignore[misc]
+                    reason="the fairscale engine splits the data alone (its Pipe is one process with threads)",
+                )
+                for field in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree")
+            ),
+            Limit(
+                field="zero_stage",
+                applies=lambda s: s.zero_stage == 0,
+                reason="fairscale shards by OSS (1), ShardedDataParallel (2) or FSDP (3); plain replicas are the native engine's",
+            ),
+            Limit(
+                field="zero_group_size",
+                applies=lambda s: s.zero_group_size != s.data_parallel_degree,
+                reason="the fairscale engine shards over all data-parallel ranks",
+            ),
+            Limit(
+                field="gather",
+                applies=lambda s: s.gather != "per_micro_batch",
+                reason="fairscale's FSDP gathers for every micro batch",
+            ),
+            Limit(
+                field="activation_checkpointing",
+                applies=lambda s: s.activation_checkpointing == "selective",
+                reason="fairscale's checkpoint_wrapper recomputes whole blocks: `none` or `full`",
+            ),
+            Limit(
+                field="offload",
+                applies=lambda s: (
+                    (s.offload.optimizer, s.offload.parameters) not in (("none", "none"), ("host", "host"))
+                    or s.offload.optimizer_fraction < 1
+                    or (s.offload.parameters == "host" and s.zero_stage != 3)
+                    or (s.offload.activations == "host" and s.activation_checkpointing != "full")
+                ),
+                reason="fairscale's FSDP (ZeRO 3) moves parameters and all optimizer states to the host together, and its "
+                "checkpoint_wrapper the inputs of recomputed blocks; OffloadModel wants CUDA by design",
+            ),
+            Limit(field="compile", applies=lambda s: s.compile, reason="fairscale's hooks do not compile"),
+        ),
+    ),
 }
 """ColossalAI's Gemini chunks and fairscale's flat parameters hold other bytes than the native rooms: nothing prices them yet."""
 

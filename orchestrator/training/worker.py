@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, rea
 from orchestrator.training.schedule import CheckpointEvery, learning_rate
 from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
 from strategies.engines.engine import OptimizerSettings, Session
-from strategies.engines.native import build_session
+from strategies.engines.native import build_session as build_native
 
 TIMEOUT = timedelta(minutes=10)
 """Longest wait for another rank; a rank that dies is noticed at once, this is for one that hangs."""
@@ -182,7 +183,10 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
     else:
         weights = initial_weights(architecture, job.training.seed)
     optimizer = job.training.optimizer
-    return build_session(
+    build_session: Any = build_native
+    if assignment.strategy.engine != "native":
+        build_session = import_module(f"strategies.engines.{assignment.strategy.engine}").build_session
+    session: Session = build_session(
         module,
         strategy=assignment.strategy,
         precision=job.training.precision,
@@ -197,6 +201,7 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
         deterministic=job.training.deterministic,
         z_loss=job.training.z_loss,
     )
+    return session
 
 
 class LeftAsTheyAre(TorchFunctionMode):

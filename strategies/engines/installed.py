@@ -1,0 +1,27 @@
+"""Where an engine beside torch stands: a folder of its own, put on the path of the process that uses it and of no other.
+
+`make engine-fairscale` fills `engines/fairscale` below the interpreter's prefix, without a dependency of its own: torch is the
+one that the native engine uses, and a process that runs another engine never sees the folder."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def engine_module(engine: str, name: str) -> Any:
+    """Imports a module of an engine's package. ValueError that says how to install it."""
+    folder = Path(os.environ.get("SHARDWISE_ENGINES") or Path(sys.prefix) / "engines") / engine
+    if folder.is_dir() and str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != engine:
+            raise
+        raise ValueError(
+            f"engine {engine} is not installed: {folder} is not there; run `make engine-{engine}`, or set engine: native"
+        ) from None
