@@ -194,7 +194,7 @@ def check(problem: Problem) -> None:
         )
     if pins.get("engine", "native") != "native":
         raise PlanError(
-            f"engine {pins['engine']} is not built, and no cost door prices it\n  to fix: engine: native, or leave it out"
+            f"engine {pins['engine']} cannot be planned: no cost door prices it yet\n  to fix: engine: native, or leave it out"
         )
     if problem.precision in ("fp32", "fp64") and pins.get("states", "full") != "full":
         raise PlanError(

@@ -58,6 +58,10 @@ def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
     if limit := unbuilt(strategy):
         value = getattr(strategy, limit.field)
         raise ValueError(f"{limit.field} {value} cannot run: {limit.reason}; set it otherwise, or engine: native")
+    if precision == "fp64" and strategy.zero_stage == 3:
+        raise ValueError(
+            "precision fp64 at zero_stage 3: fairscale's FSDP computes in 16 or 32 bits; set fp32, or zero_stage 1 or 2"
+        )
     low = precision in ("bf16", "fp16")
     states = ("sharded_fp32" if strategy.zero_stage == 3 else "mixed") if low else "full"
     if strategy.states != states:
@@ -216,7 +220,8 @@ class Oss(Held):
         self.oss: Any = oss(list(self.parameters.values()), optim=_Owned, make=make, adam=self.adam)
         if build.strategy.zero_stage == 2:
             sharded = engine_module("fairscale", "fairscale.nn").ShardedDataParallel
-            self.wrapped = sharded(build.module, self.oss, broadcast_buffers=False)
+            self.wrapped = sharded(build.module, self.oss, broadcast_buffers=False, auto_refresh_trainable=False)
+            self.wrapped.refresh_trainable()
         else:
             self.wrapped = nn.parallel.DistributedDataParallel(build.module)
         # OSS, and ShardedDataParallel again, move parameters into new buffers: the masters stand where they are now.
