@@ -25,12 +25,13 @@ import torch.distributed.checkpoint as dcp
 from benchmarks.pool import Pool
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.opt import OPT, initial_weights
+from orchestrator.planner.stages import cut
 from strategies.engines.engine import MicroBatch, OptimizerSettings
 from strategies.engines.native import build_session
-from strategies.strategy import Offload, Strategy
+from strategies.strategy import MESH_ORDER, Offload, Strategy
 
 ARCH = make_architecture(
-    family="opt", num_layers=3, hidden_size=24, num_heads=3, ffn_size=44, vocab_size=61, max_position=16
+    family="opt", num_layers=8, hidden_size=24, num_heads=4, ffn_size=44, vocab_size=61, max_position=16
 )
 GLOBAL_BATCH, SEQUENCE, SEED = 7, 12, 5
 LEARNING_RATE = 1e-2
@@ -63,29 +64,67 @@ class Case:
     reduce: str = "per_micro_batch"
     states: str = ""
     offload: Offload = NOWHERE
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    schedule: str = "1f1b"
+    sequence_parallel: bool = False
+    checkpointed: int | None = None
+    """Layers of each stage that are computed again; None: all."""
+    mesh_order: tuple[str, ...] = MESH_ORDER
+
+    @property
+    def data(self) -> int:
+        return self.world_size // (self.tensor * self.pipeline)
 
     @property
     def strategy(self) -> Strategy:
         mixed = "mixed" if self.zero_stage < 2 else "sharded_fp32"
         return Strategy(
-            data_parallel_degree=self.world_size,
+            data_parallel_degree=self.data,
+            tensor_parallel_degree=self.tensor,
+            pipeline_parallel_degree=self.pipeline,
+            num_virtual_stages=self.virtual,
+            pipeline_schedule=self.schedule,  # type: ignore[arg-type]
+            sequence_parallel=self.sequence_parallel,
+            mesh_order=self.mesh_order,  # type: ignore[arg-type]
+            stages=cut(
+                ARCH.num_layers,
+                pipeline=self.pipeline,
+                virtual=self.virtual,
+                v_shaped=self.schedule == "zbv",
+                head_layers=0.0,
+                checkpointed=self.checkpointed if self.recompute != "none" else 0,
+            ),
             zero_stage=self.zero_stage,
-            zero_group_size=self.group or (self.world_size if self.zero_stage else 1),
+            zero_group_size=self.group or (self.data if self.zero_stage else 1),
             states=self.states or ("full" if self.precision in ("fp32", "fp64") else mixed),  # type: ignore[arg-type]
             activation_checkpointing=self.recompute,  # type: ignore[arg-type]
             micro_batch_size=self.micro_batch_size,
-            gradient_accumulation_steps=-(-GLOBAL_BATCH // (self.world_size * self.micro_batch_size)),
+            gradient_accumulation_steps=self._num_micro_batches,
             gather=self.gather,  # type: ignore[arg-type]
             reduce=self.reduce,  # type: ignore[arg-type]
             offload=self.offload,
         )
 
+    @property
+    def _num_micro_batches(self) -> int:
+        least = -(-GLOBAL_BATCH // (self.data * self.micro_batch_size))
+        # Interleaving wants whole rounds of the pipeline: the last ones are filled up.
+        return -(-least // self.pipeline) * self.pipeline if self.virtual > 1 else least
+
     def __str__(self) -> str:
         strategy = self.strategy
         group = f"/{strategy.zero_group_size}" if self.group else ""
         often = "".join(f" {n} per_step" for n in ("gather", "reduce") if getattr(strategy, n) == "per_step")
+        split = f" tensor {self.tensor}{' sequence' * self.sequence_parallel}" * (self.tensor > 1)
+        if self.pipeline > 1:
+            split += f" pipeline {self.pipeline}x{self.virtual} {self.schedule}"
+        if self.mesh_order != MESH_ORDER:
+            split += f" {'-'.join(self.mesh_order)}"
+        layers = "" if self.checkpointed is None else f" {self.checkpointed}"
         return (
-            f"{self.precision} world {self.world_size} ZeRO {self.zero_stage}{group} {self.recompute}"
+            f"{self.precision} world {self.world_size}{split} ZeRO {self.zero_stage}{group} {self.recompute}{layers}"
             f" {strategy.gradient_accumulation_steps}x{self.micro_batch_size}{often} {self.states}{self._away}".rstrip()
         )
 
@@ -130,10 +169,11 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
 def micro_batches(case: Case, rank: int) -> list[MicroBatch]:
     """This replica's share; what is missing is filled up with sequences of weight 0."""
     inputs, targets = batch()
-    size = case.micro_batch_size
+    size, strategy = case.micro_batch_size, case.strategy
+    replica = strategy.degrees.coordinates(rank)["data"]
     result = []
-    for i in range(case.strategy.gradient_accumulation_steps):
-        rows = [(i * case.world_size + rank) * size + j for j in range(size)]
+    for i in range(strategy.gradient_accumulation_steps):
+        rows = [(i * case.data + replica) * size + j for j in range(size)]
         weight = torch.tensor([1.0 if row < GLOBAL_BATCH else 0.0 for row in rows])
         rows = [min(row, GLOBAL_BATCH - 1) for row in rows]
         result.append(MicroBatch(input_ids_BS=inputs[rows], target_ids_BS=targets[rows], weight_B=weight))
@@ -222,7 +262,20 @@ def play(rank: int, case: Case, count: int, load_from: str | None, save_to: str 
         save(session, save_to)
     state = whole(session.state_dict())
     session.close()
-    return (losses, state) if rank == 0 else None
+    return losses, state
+
+
+def all_of(results: list[Any]) -> tuple[list[float], dict[str, Any]]:
+    """The losses, which every rank tells alike, and the states of all stages."""
+    losses = results[0][0]
+    assert all(told == losses for told, _ in results)
+    state: dict[str, Any] = {}
+    for _, part in results:
+        for name, value in part.items():
+            # A parameter that two stages hold is one.
+            assert name not in state or (state[name] == value).all() if hasattr(value, "all") else True, name
+            state[name] = value
+    return losses, state
 
 
 def judge(pool: Pool, trial: Trial) -> Verdict:
@@ -231,15 +284,15 @@ def judge(pool: Pool, trial: Trial) -> Verdict:
     num_steps, loss_bound, weight_bound = BOUNDS[case.precision]
     expected, weights = reference(case.precision, num_steps)
     if then is None:
-        losses, state = pool.run(play, case, num_steps, None, None, world_size=case.world_size)[0]
+        losses, state = all_of(pool.run(play, case, num_steps, None, None, world_size=case.world_size))
     else:
         half = num_steps // 2
         with tempfile.TemporaryDirectory() as folder:
-            losses, _ = pool.run(play, case, half, None, folder, world_size=case.world_size)[0]
-            rest, state = pool.run(play, then, num_steps - half, folder, None, world_size=then.world_size)[0]
+            losses, _ = all_of(pool.run(play, case, half, None, folder, world_size=case.world_size))
+            rest, state = all_of(pool.run(play, then, num_steps - half, folder, None, world_size=then.world_size))
         losses += rest
     if trial.kind == "bitwise":
-        expected, undisturbed = pool.run(play, case, num_steps, None, None, world_size=case.world_size)[0]
+        expected, undisturbed = all_of(pool.run(play, case, num_steps, None, None, world_size=case.world_size))
         same = all(
             (state[name] == value).all() for name, value in undisturbed.items() if name.startswith("optimizer.e")
         )
@@ -251,9 +304,43 @@ def judge(pool: Pool, trial: Trial) -> Verdict:
     return Verdict(trial, passed, loss, weight, time.perf_counter() - started)
 
 
+def compositions() -> list[Case]:
+    """Tensor {1, 2} x pipeline {1, 2, 4} x data {1, 2} x ZeRO 0..3 x recompute x schedule, on up to 8 processes in fp64;
+    some of them in fp32 and bf16, and with the axes of the mesh in another order."""
+    cases = []
+    schedules = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_zero_bubble", 2), ("zbv", 2)]
+    for tensor, pipeline, data, recompute in itertools.product((1, 2), (1, 2, 4), (1, 2), ("none", "selective", "full")):
+        world = tensor * pipeline * data
+        if tensor == pipeline == 1 or world > 8:
+            continue
+        for stage, (schedule, virtual) in itertools.product(range(4 if data > 1 else 1), schedules):
+            if pipeline == 1 and schedule != "1f1b":
+                continue
+            cases.append(
+                Case(
+                    world_size=world,
+                    zero_stage=stage,
+                    recompute=recompute,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    schedule=schedule,
+                    virtual=virtual,
+                    micro_batch_size=1,
+                    sequence_parallel=tensor > 1 and recompute != "selective",
+                    reduce="per_step" if pipeline > 1 and stage >= 2 else "per_micro_batch",
+                    gather="per_step" if schedule == "zbv" and stage == 3 else "per_micro_batch",
+                    checkpointed=1 if recompute == "full" and pipeline < 4 else None,
+                )
+            )
+    plain = Case(world_size=8, zero_stage=1, tensor=2, pipeline=2, micro_batch_size=1, sequence_parallel=True)
+    cases += [replace(plain, precision=precision) for precision in ("fp32", "bf16")]
+    cases.append(replace(plain, mesh_order=("tensor", "pipeline", "data", "context")))
+    return cases
+
+
 def matrix() -> list[Trial]:
     """ZeRO 0..3 x recompute x world size in each precision; hybrid groups; gather and reduce once a step; accumulation;
-    every pair of eleven ways to save and to load; bitwise resumption with 3 and 4 workers."""
+    every pair of fourteen ways to save and to load; bitwise resumption with 3 and 4 workers."""
     cases = [
         Case(world_size=world, zero_stage=stage, recompute=recompute, precision=precision)
         for precision, world, stage, recompute in itertools.product(
@@ -266,12 +353,17 @@ def matrix() -> list[Trial]:
     groups = [Case(world_size=4, zero_stage=s, group=2, micro_batch_size=1) for s in (1, 2, 3)]
     often = itertools.product((2, 3), ("per_step", "per_micro_batch"), ("per_step", "per_micro_batch"))
     frequencies = [Case(world_size=2, zero_stage=s, micro_batch_size=1, gather=g, reduce=r) for s, g, r in often]
-    cases += groups + frequencies
+    cases += groups + frequencies + compositions()
     cases += [replace(case, gather="per_step", reduce="per_step") for case in groups[1:]]
     ends = [
         Case(world_size=w, zero_stage=s) for s, w in ((0, 1), (2, 1), (0, 2), (0, 4), (1, 2), (1, 3), (2, 2), (3, 4))
     ]
     ends += groups
+    ends += [
+        Case(world_size=4, zero_stage=3, tensor=2, sequence_parallel=True),
+        Case(world_size=4, zero_stage=1, pipeline=2, virtual=2, schedule="interleaved_1f1b", micro_batch_size=1),
+        Case(world_size=8, zero_stage=1, tensor=2, pipeline=2, micro_batch_size=1),
+    ]
     trials = [Trial(case) for case in cases]
     trials += [Trial(a, b) for a, b in itertools.product(ends, ends) if a != b]
     for world, stage, precision in itertools.product((3, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16", "fp64")):

@@ -52,21 +52,14 @@ class Capability:
     limits: tuple[Limit, ...] = ()
 
 
+NATIVE_STATES = (("mixed", "mixed_fp32_gradients", "full"), ("sharded_fp32", "full"))
+"""What the native engine keeps at ZeRO 0 and 1, and at 2 and 3."""
+
 ENGINES: dict[str, Capability] = {
     "native": Capability(
         built=True,
         semantics="native",
         limits=(
-            Limit(
-                field="tensor_parallel_degree",
-                applies=lambda s: s.tensor_parallel_degree > 1,
-                reason="tensor parallelism is priced, not built yet",
-            ),
-            Limit(
-                field="pipeline_parallel_degree",
-                applies=lambda s: s.pipeline_parallel_degree > 1,
-                reason="pipeline parallelism is priced, not built yet",
-            ),
             Limit(
                 field="offload",
                 applies=lambda s: (
@@ -81,14 +74,30 @@ ENGINES: dict[str, Capability] = {
                 reason="at ZeRO 2 and 3 FSDP2 holds the shards of the parameters, on the GPU or on the host, not on NVMe",
             ),
             Limit(
+                field="offload",
+                applies=lambda s: s.offload.any and (s.tensor_parallel_degree > 1 or s.pipeline_parallel_degree > 1),
+                reason="offload under tensor or pipeline parallelism is priced, not built yet",
+            ),
+            Limit(
+                field="reduce",
+                applies=lambda s: (
+                    s.pipeline_parallel_degree > 1
+                    and s.zero_stage >= 2
+                    and s.reduce == "per_micro_batch"
+                    and s.gradient_accumulation_steps > 1
+                ),
+                reason="under a pipeline FSDP2's gradients are scattered once a step; set reduce: per_step",
+            ),
+            Limit(
                 field="states",
-                applies=lambda s: s.states not in (("mixed", "full") if s.zero_stage < 2 else ("sharded_fp32", "full")),
-                reason="the native engine keeps `mixed` at ZeRO 0 and 1, `sharded_fp32` at 2 and 3, `full` in fp32 and fp64",
+                applies=lambda s: s.states not in NATIVE_STATES[s.zero_stage >= 2],
+                reason="the native engine keeps `mixed` or `mixed_fp32_gradients` at ZeRO 0 and 1, `sharded_fp32` at 2 and 3, "
+                "`full` in fp32 and fp64",
             ),
             Limit(
                 field="compile",
-                applies=lambda s: s.compile,
-                reason="torch.compile under a strategy is priced, not built yet",
+                applies=lambda s: s.compile and (s.tensor_parallel_degree > 1 or s.pipeline_parallel_degree > 1),
+                reason="torch.compile of blocks that talk to a tensor group or run as a pipeline's stages is not built",
             ),
         ),
     ),

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.models.architecture import Architecture
+from strategies.tensor.region import WHOLE
 
 SPLIT: dict[str, str] = {
     "embed.tokens.weight": "vocabulary",
     "embed.positions.weight": "sequence",
-    "embed.project.weight": "replicated",
+    "embed.project.weight": "replicated_partial",  # it widens each rank's part of the looked-up rows
     "blocks.*.attention.q.*": "column",
     "blocks.*.attention.k.*": "column",
     "blocks.*.attention.v.*": "column",
@@ -49,21 +50,19 @@ class Attention(nn.Module):
         # Apart: on a CPU as fast as one [3H, H] (110 against 111 ms, 1 thread, B1 S512 H768, forward and backward), and a
         # column split keeps whole heads.
         self.q, self.k, self.v, self.out = (nn.Linear(hidden, hidden) for _ in range(4))
+        self.region = WHOLE
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        batch, sequence, _ = x_BSH.shape
-        q_BASD, k_BASD, v_BASD = (
-            linear(x_BSH).view(batch, sequence, -1, self.head_dim).transpose(1, 2)
-            for linear in (self.q, self.k, self.v)
-        )
+        columns = self.region.columns(x_BSH, self.q, self.k, self.v)
+        batch, sequence, _ = columns[0].shape  # whole, where x_BSH may be split by sequence
+        q_BASD, k_BASD, v_BASD = (y.view(batch, sequence, -1, self.head_dim).transpose(1, 2) for y in columns)
         if self.kind == "flash":
             y_BASD = F.scaled_dot_product_attention(q_BASD, k_BASD, v_BASD, is_causal=True)
         else:
             scores = q_BASD @ k_BASD.transpose(-1, -2) / math.sqrt(self.head_dim)
             future = torch.ones(sequence, sequence, dtype=torch.bool, device=x_BSH.device).triu(1)
             y_BASD = scores.masked_fill(future, float("-inf")).softmax(-1) @ v_BASD
-        y: Tensor = self.out(y_BASD.transpose(1, 2).reshape(batch, sequence, -1))
-        return y
+        return self.region.row(y_BASD.transpose(1, 2).reshape(batch, sequence, -1), self.out)
 
 
 class MLP(nn.Module):
@@ -72,10 +71,11 @@ class MLP(nn.Module):
     def __init__(self, arch: Architecture) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(arch.hidden_size, arch.ffn_size), nn.Linear(arch.ffn_size, arch.hidden_size)
+        self.region = WHOLE
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        y: Tensor = self.down(F.relu(self.up(x_BSH)))
-        return y
+        (y,) = self.region.columns(x_BSH, self.up)
+        return self.region.row(F.relu(y), self.down)
 
 
 class Block(nn.Module):
@@ -109,17 +109,17 @@ class Embed(nn.Module):
         self.tokens = nn.Embedding(arch.vocab_size, width)
         self.positions = nn.Embedding(arch.max_position + arch.traits.position_offset, arch.hidden_size)
         self.project = nn.Linear(width, arch.hidden_size, bias=False) if width != arch.hidden_size else None
+        self.region = WHOLE
 
     def forward(self, input_ids_BS: Tensor) -> Tensor:
         sequence = input_ids_BS.shape[1]
         if sequence > self.max_position:
             raise ValueError(f"a sequence of {sequence} tokens is longer than max_position {self.max_position}")
-        x = self.tokens(input_ids_BS)
+        x = self.region.rows(self.tokens, input_ids_BS)
         if self.project is not None:
             x = self.project(x)
         positions_S = torch.arange(sequence, device=input_ids_BS.device) + self.offset
-        x_BSH: Tensor = x + self.positions(positions_S)
-        return x_BSH
+        return self.region.leave(x + self.region.rows(self.positions, positions_S))
 
 
 class Head(nn.Module):
@@ -132,6 +132,7 @@ class Head(nn.Module):
         self.project = nn.Linear(arch.hidden_size, width, bias=False) if width != arch.hidden_size else None
         self.output = None if arch.tied_embeddings else nn.Linear(width, arch.vocab_size, bias=False)
         self._embed = (embed,)  # in a tuple: a reference, not a submodule
+        self.region = WHOLE
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         if self.norm is not None:
@@ -139,11 +140,13 @@ class Head(nn.Module):
         if self.project is not None:
             x_BSH = self.project(x_BSH)
         weight = self._embed[0].tokens.weight if self.output is None else self.output.weight
-        return F.linear(x_BSH, weight)
+        return self.region.logits(x_BSH, weight)
 
 
 class OPT(nn.Module):
     """input_ids_BS -> logits_BSV."""
+
+    split = SPLIT
 
     def __init__(self, arch: Architecture, *, attention: str = "flash") -> None:
         super().__init__()
@@ -158,6 +161,11 @@ class OPT(nn.Module):
         self.embed = Embed(arch)
         self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(arch.num_layers))
         self.head = Head(arch, self.embed)
+        self.hidden_size = arch.hidden_size
+        self.divides = {"num_heads": arch.num_heads}
+        """What tensor_parallel_degree must divide: a head is never split."""
+        self.shared = ("embed.tokens.weight",) if arch.tied_embeddings else ()
+        """Parameters of the embedding that the head uses too."""
 
     def forward(self, input_ids_BS: Tensor) -> Tensor:
         x_BSH = self.embed(input_ids_BS)

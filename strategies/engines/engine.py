@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from strategies.engines.mesh import Mesh
+    from strategies.tensor.region import Region
 
 BUCKET_BYTES = 64 * 2**20
 """Gradients that ZeRO 0 and 1 reduce in one message: large enough for a link's full bandwidth, small beside the states."""
@@ -54,6 +56,29 @@ class OptimizerSettings:
     gradient_clip: float | None = 1.0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How tensor parallelism cuts one parameter."""
+
+    shape: torch.Size
+    """Of the whole parameter."""
+    dim: int | None
+    """The dimension that is split as torch.chunk splits; None: whole on every rank."""
+    size: int
+    rank: int
+    partial: bool
+    """Whole on every rank, but each rank's gradient is a part of a sum."""
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This rank's part, a view; empty where the rows run out."""
+        if self.dim is None:
+            return whole
+        length = whole.shape[self.dim]
+        step = -(-length // self.size)
+        start = min(self.rank * step, length)
+        return whole.narrow(self.dim, start, min(step, length - start))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Build:
     """What the rooms pass from one to the next while a module is split; realized once, after the last room.
@@ -64,8 +89,14 @@ class Build:
     strategy: Strategy
     precision: str
     device: torch.device
-    mesh: Any = None
-    """torch DeviceMesh of the data axis: `shard`, or `replicate` x `shard`. None where nothing is sharded."""
+    mesh: Mesh
+    """The world, by axis."""
+    region: Region
+    """What the module's parts ask for their products at the borders of a split."""
+    layout: Mapping[str, Layout] = field(default_factory=dict)
+    """Of each parameter; empty where tensor parallelism splits none."""
+    shared: tuple[str, ...] = ()
+    """Parameters that another pipeline stage holds too: one parameter, whose gradients are added."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     requests: Mapping[str, Any] = field(default_factory=dict)
     bucket_bytes: int = BUCKET_BYTES

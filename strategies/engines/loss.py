@@ -39,7 +39,7 @@ class _TokenLoss(torch.autograd.Function):
         counted_N = targets_N != IGNORED
         index_N1 = targets_N.clamp(min=0)[:, None]
         losses, partitions = [], []
-        for rows in _chunks(logits_NV):
+        for rows in chunks(logits_NV):
             picked = torch.log_softmax(logits_NV[rows], -1, dtype=wide).gather(1, index_N1[rows])
             losses.append(-picked[:, 0])
             partitions.append((logits_NV[rows].gather(1, index_N1[rows]) - picked)[:, 0])
@@ -59,7 +59,7 @@ class _TokenLoss(torch.autograd.Function):
         wide = partition_N.dtype
         result_NV = torch.empty_like(logits_NV)
         weight_N1 = torch.where(counted_N, gradient.to(wide), 0.0)[:, None]
-        for rows in _chunks(logits_NV):
+        for rows in chunks(logits_NV):
             into = result_NV[rows]
             if into.dtype == wide:
                 probability = torch.softmax(logits_NV[rows], -1, out=into)
@@ -75,7 +75,8 @@ class _TokenLoss(torch.autograd.Function):
         return result_NV, None, None
 
 
-def _chunks(logits_NV: Tensor) -> list[slice]:
+def chunks(logits_NV: Tensor) -> list[slice]:
+    """Rows to be widened at once."""
     rows, columns = logits_NV.shape
     size = max(1, CHUNK_ELEMENTS // columns)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,15 +16,28 @@ from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch._subclasses.fake_tensor import FakeTensor
 
+from strategies.catalog import ENGINES
+from strategies.engines import mesh
 from strategies.engines.engine import BUCKET_BYTES, Build, MicroBatch, OptimizerSettings, StepResult
-from strategies.engines.loss import IGNORED, token_loss
+from strategies.engines.loss import IGNORED
 from strategies.offload import apply as offload
+from strategies.pipeline import apply as pipeline
+from strategies.pipeline.runner import Runner
 from strategies.recompute import apply as recompute
 from strategies.strategy import Strategy
+from strategies.tensor import apply as tensor
+from strategies.tensor.region import WHOLE
 from strategies.zero import apply as zero
-from strategies.zero.states import DTYPES, States, Weights
+from strategies.zero.states import DTYPES, States, Weights, squared_norm
 
-ROOMS: tuple[Callable[[Build], Build], ...] = (recompute.apply, zero.apply, offload.apply)
+ROOMS: tuple[Callable[[Build], Build], ...] = (
+    pipeline.cut,
+    tensor.apply,
+    recompute.apply,
+    zero.apply,
+    offload.apply,
+    pipeline.schedule,
+)
 """In the order of the cost fold: cut -> tensor -> recompute -> zero -> offload -> schedule, as far as they are built."""
 FIRST_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
@@ -48,7 +61,8 @@ def build_session(
     Collective over the process group, which has one rank for each GPU of the strategy; a world of one needs none.
 
     Args:
-        module: has .embed, .blocks and .head; module(input_ids_BS) -> logits_BSV. Has no buffers.
+        module: has .embed, .blocks and .head; module(input_ids_BS) -> logits_BSV. Has no buffers. To be split over ranks
+            it also says how: see strategies/tensor/apply.py and strategies/pipeline/apply.py.
         precision: bf16, fp16, fp32 or fp64.
         weights: (name, shape) -> that parameter's first value; every rank is given the same.
         deterministic: no kernel whose sum depends on the order of arrival, in this whole process until close().
@@ -56,24 +70,29 @@ def build_session(
 
     Raises ValueError, with the field's name, for a strategy that this engine has not built."""
     _refuse_unbuilt(module, strategy, precision)
-    build = Build(
-        module=module,
-        strategy=strategy,
-        precision=precision,
-        device=torch.device(device),
-        optimizer=optimizer or OptimizerSettings(),
-        deterministic=deterministic,
-        bucket_bytes=bucket_bytes,
-    )
     # FSDP2 knows no world without a process group.
     owns_group = strategy.zero_stage >= 2 and not dist.is_initialized()
     if owns_group:
-        backend = "nccl" if build.device.type == "cuda" else "gloo"
+        backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
+        build = Build(
+            module=module,
+            strategy=strategy,
+            precision=precision,
+            device=torch.device(device),
+            mesh=mesh.lay(strategy, torch.device(device).type),
+            region=WHOLE,
+            optimizer=optimizer or OptimizerSettings(),
+            deterministic=deterministic,
+            bucket_bytes=bucket_bytes,
+        )
         for room in ROOMS:
             build = room(build)
-        states: States = build.requests["states"](build, weights)
+        for part in module.modules():
+            if hasattr(part, "region"):
+                cast("Any", part).region = build.region
+        states: States = build.requests["states"](build, _parts(build, weights))
     except BaseException:
         if owns_group:
             dist.destroy_process_group()
@@ -81,27 +100,53 @@ def build_session(
     return NativeSession(build, states, z_loss=z_loss, owns_group=owns_group)
 
 
+def _parts(build: Build, weights: Weights) -> Weights:
+    """The same first values, cut to what this rank holds."""
+
+    def part(name: str, shape: torch.Size) -> Tensor:
+        layout = build.layout.get(name)
+        return weights(name, shape) if layout is None else layout.part(weights(name, layout.shape))
+
+    return part
+
+
 def _refuse_unbuilt(module: nn.Module, strategy: Strategy, precision: str) -> None:
     if precision not in DTYPES:
         raise ValueError(f"precision {precision!r} is unknown; set it to one of {', '.join(DTYPES)}")
-    for field in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree"):
-        if (degree := getattr(strategy, field)) != 1:
-            raise ValueError(f"{field} {degree} is not built on the native engine; set it to 1")
+    if strategy.context_parallel_degree != 1:
+        raise ValueError(
+            f"context_parallel_degree {strategy.context_parallel_degree} is not built on the native engine; set it to 1"
+        )
+    composed = strategy.tensor_parallel_degree > 1 or strategy.pipeline_parallel_degree > 1
+    for limit in ENGINES["native"].limits:
+        # The ZeRO room says what the states may be, by precision, and the offload room what may leave a plain replica.
+        said = limit.field == "states" or (limit.field == "offload" and not composed)
+        if not said and limit.applies(strategy):
+            raise ValueError(
+                f"{limit.field} {getattr(strategy, limit.field)!r} is not built on the native engine: {limit.reason}"
+            )
     if buffers := [name for name, _ in module.named_buffers()]:
         raise ValueError(f"the module has buffers ({', '.join(buffers)}); the native engine fills parameters alone")
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if world_size != strategy.num_gpus:
         raise ValueError(
-            f"data_parallel_degree {strategy.data_parallel_degree} wants a process group of {strategy.num_gpus}, "
+            f"{_degrees(strategy)} wants a process group of {strategy.num_gpus}, "
             f"this one has {world_size}; start as many workers as the strategy has GPUs"
         )
+
+
+def _degrees(strategy: Strategy) -> str:
+    names = ("data_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree")
+    told = [f"{name} {degree}" for name in names if (degree := getattr(strategy, name)) > 1]
+    return " x ".join(told) or "data_parallel_degree 1"
 
 
 class NativeSession:
     """One rank's share of the training, see engine.Session."""
 
     def __init__(self, build: Build, states: States, *, z_loss: float, owns_group: bool) -> None:
-        self.module, self.build, self.states, self.z_loss = build.module, build, states, z_loss
+        self.module, self.build, self.states = build.module, build, states
+        self.runner: Runner = build.requests["runner"](build, states, z_loss)
         self.distributed, self.owns_group = dist.is_initialized(), owns_group
         self.scale = FIRST_SCALE if build.precision == "fp16" else None
         self.good_steps = 0
@@ -113,14 +158,9 @@ class NativeSession:
     def step(self, micro_batches: Sequence[MicroBatch], *, num_target_tokens: int, learning_rate: float) -> StepResult:
         """See engine.Session. The device is waited for once, between backward and the optimizer."""
         self.states.begin()
-        total = torch.zeros((), dtype=torch.float64, device=self.build.device)
-        for index, batch in enumerate(micro_batches):
-            self.states.micro_batch(last=index == len(micro_batches) - 1)
-            loss, trained = self._loss(batch)
-            (trained * ((self.scale or 1.0) / num_target_tokens)).backward()
-            total += loss
-            del loss, trained
+        total = self.runner.train(micro_batches, (self.scale or 1.0) / num_target_tokens)
         self.states.reduce()
+        self._add_parts()
         loss_value, norm = self._totals(total / num_target_tokens)
         if not math.isfinite(loss_value):
             raise FloatingPointError(f"the loss is {loss_value}; the weights are those of the step before")
@@ -135,15 +175,37 @@ class NativeSession:
         return StepResult(loss=loss_value, gradient_norm=norm)
 
     @torch.no_grad()
+    def _add_parts(self) -> None:
+        """Adds up, once a step, the gradients of which another rank holds a part: of replicated parameters over the tensor
+        group, of a parameter that two stages share over these two."""
+        gradients = self.states.gradients()
+        partial = [
+            gradients[name] for name, layout in self.build.layout.items() if layout.partial and name in gradients
+        ]
+        _all_reduce_together(partial, self.build.mesh.group("tensor"))
+        _all_reduce_together([gradients[name] for name in self.build.shared], self.build.requests["shared_group"])
+
+    @torch.no_grad()
     def _totals(self, loss: Tensor) -> tuple[float, float]:
-        """(loss, gradient norm) over all ranks, in one message; every replica of a shard tells its norm."""
-        sums = torch.stack([loss, self.states.squared_norm() / self.states.num_replicas])
+        """(loss, gradient norm) over all ranks, in one message: whoever holds a copy tells its part of it."""
+        tensor = self.build.mesh.sizes["tensor"]
+        by_copies: dict[int, list[Tensor]] = {}
+        for name, gradient in self.states.gradients().items():
+            layout = self.build.layout.get(name)
+            copies = self.states.num_replicas * (2 if name in self.build.shared else 1)
+            if layout is not None and layout.dim is None:
+                copies *= tensor
+            by_copies.setdefault(copies, []).append(gradient)
+        square = torch.zeros((), dtype=torch.float64, device=self.build.device)
+        for copies, gradients in sorted(by_copies.items()):
+            square += squared_norm(gradients, self.build.device) / copies
+        sums = torch.stack([loss / tensor, square])
         if self.distributed:
             dist.all_reduce(sums)
         if isinstance(sums, FakeTensor):  # a trace plays the step on tensors that have no values
             return 1.0, 1.0
-        loss_value, square = sums.tolist()
-        return loss_value, math.sqrt(square) / (self.scale or 1.0) if square >= 0 else math.nan
+        loss_value, total = sums.tolist()
+        return loss_value, math.sqrt(total) / (self.scale or 1.0) if total >= 0 else math.nan
 
     def _overflow(self, norm: float) -> None:
         """Half the scale, the same on every rank: the norm is. Without a scaler, or at its end, nothing helps."""
@@ -157,24 +219,21 @@ class NativeSession:
             if self.good_steps == GROWTH_INTERVAL:
                 self.scale, self.good_steps = self.scale * 2, 0
 
-    def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(told, trained), sums over the counted target tokens."""
-        device = self.build.device
-        logits_BSV = self.module(batch.input_ids_BS.to(device))
-        targets_BS = batch.target_ids_BS.masked_fill(batch.weight_B[:, None] == 0, IGNORED)
-        return token_loss(logits_BSV.flatten(0, 1), targets_BS.flatten().to(device), self.z_loss)
-
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
         """See engine.Session."""
         total = torch.zeros(2, dtype=torch.float64, device=self.build.device)
         for batch in micro_batches:
             counted = (batch.target_ids_BS != IGNORED) & (batch.weight_B[:, None] != 0)
-            total[0] += self._loss(batch)[0]
-            total[1] += counted.sum().to(self.build.device)
+            loss = self.runner.evaluate(batch)
+            if loss is not None:
+                total[0] += loss
+                total[1] += counted.sum().to(self.build.device)
+        self.runner.settle()
         self.states.settle()
         if self.distributed:
             dist.all_reduce(total)
+            total /= self.build.mesh.sizes["tensor"]
         loss, count = total.tolist()
         return loss, int(count)
 
@@ -205,10 +264,20 @@ class NativeSession:
             torch.use_deterministic_algorithms(self._was_deterministic)
         if self.owns_group:
             dist.destroy_process_group()
-        elif self.build.mesh is not None:
-            for group in self.build.mesh.get_all_groups():
-                if group is not dist.group.WORLD:
-                    dist.destroy_process_group(group)
+            return
+        for group in self.build.mesh.groups() + self.build.requests["groups"]:
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+
+
+def _all_reduce_together(tensors: Sequence[Tensor], group: Any) -> None:
+    """One message, in place."""
+    if group is None or not tensors:
+        return
+    flat = torch.cat([t.flatten() for t in tensors])
+    dist.all_reduce(flat, group=group)
+    for whole, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+        whole.copy_(part.view_as(whole))
 
 
 def _be_deterministic() -> None:

@@ -26,16 +26,16 @@ SAVED_BY_SELECTIVE: list[Any] = [
 
 
 def apply(build: Build) -> Build:
-    """Wraps the first `num_checkpointed_layers` blocks of the stage (all of them where the strategy names no stage).
+    """Wraps the first `num_checkpointed_layers` blocks of each stage (all of them where the strategy names no stage).
 
     With `compile`, each block's forward is compiled with the wrapping inside, so that the compiler sees what to save; the
     hooks that ZeRO hangs on a block stay outside."""
     strategy = build.strategy
     kind = strategy.activation_checkpointing
+    again = {i for s in strategy.stages for i in range(s.first_layer, s.first_layer + s.num_checkpointed_layers)}
     blocks: Any = build.module.blocks
-    count = 0 if kind == "none" else strategy.stages[0].num_checkpointed_layers if strategy.stages else len(blocks)
-    for index, block in enumerate(blocks):
-        if index < count:
+    for name, block in blocks.named_children():
+        if kind != "none" and (int(name) in again or not strategy.stages):
             block.forward = _again(block.forward, selective=kind == "selective")
         if strategy.compile:
             block.forward = torch.compile(block.forward)

@@ -37,10 +37,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch.distributed as dist
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.device_mesh import init_device_mesh
-
 from strategies.engines.engine import Build
 from strategies.strategy import impossible
 from strategies.zero.buckets import BucketStates
@@ -56,8 +52,7 @@ BUILT_STATES = {
 
 
 def apply(build: Build) -> Build:
-    """Lays the data mesh, one axis `shard`, or `replicate` x `shard` where a ZeRO group is smaller than the replicas,
-    and chooses who shards. Raises ValueError for what no state of ours can be."""
+    """Chooses who shards over the mesh's data axes. Raises ValueError for what no state of ours can be."""
     strategy = build.strategy
     if rule := impossible(strategy):
         raise ValueError(f"{rule.told(strategy)}; to fix: {rule.fix}")
@@ -67,28 +62,13 @@ def apply(build: Build) -> Build:
             f"states {strategy.states!r} in {build.precision} at zero_stage {strategy.zero_stage} is not built on the "
             f"native engine; set states to {' or '.join(known)}"
         )
-    degree = strategy.data_parallel_degree
-    num_shards = strategy.zero_group_size if strategy.zero_stage else 1
-    num_replicas = degree // num_shards
+    mesh = build.mesh
     requests: dict[str, Any] = {
         "states": FsdpStates if strategy.zero_stage >= 2 else BucketStates,
-        "num_shards": num_shards,
-        "num_replicas": num_replicas,
-        "shard_rank": 0,
-        "shard_group": None,
-        # Those that hold the same shard: all ranks where nothing is sharded.
-        "replica_group": dist.group.WORLD if num_replicas > 1 else None,
+        "num_shards": mesh.sizes["shard"],
+        "num_replicas": mesh.sizes["replicate"],
+        "shard_rank": mesh.rank("shard"),
+        "shard_group": mesh.group("shard"),
+        "replica_group": mesh.group("replicate"),
     }
-    mesh: Any = None
-    if num_shards > 1 or strategy.zero_stage >= 2:
-        one_group = num_replicas == 1
-        with unset_fake_temporarily():  # a mesh computes with tensors that a trace may not make fake
-            mesh = init_device_mesh(
-                build.device.type,
-                (num_shards,) if one_group else (num_replicas, num_shards),
-                mesh_dim_names=("shard",) if one_group else ("replicate", "shard"),
-            )
-        requests |= {"shard_rank": mesh.get_local_rank("shard"), "shard_group": mesh.get_group("shard")}
-        if not one_group:
-            requests["replica_group"] = mesh.get_group("replicate")
-    return replace(build, mesh=mesh, requests={**build.requests, **requests})
+    return replace(build, requests={**build.requests, **requests})

@@ -19,18 +19,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor import Shard as Split
 
+from strategies.engines.collectives import all_gather, reduce_scatter
 from strategies.engines.engine import Build
-from strategies.zero.states import DTYPES, Adam, Shard, Weights, rows, squared_norm
+from strategies.zero.states import DTYPES, Adam, Shard, Weights, as_global, rows
 
 IN_FLIGHT = 2
 """Reductions or gathers at once, beside what computes; each holds a rank's share of its bucket."""
-
-# torch 2.13 renames the two and warns of the old names; 2.11 has the old ones alone.
-_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class Bucket:
@@ -107,7 +102,7 @@ class BucketStates:
     """States of ZeRO 0 and 1 on one rank: replicas of one shard each (stage 0: one shard, the whole)."""
 
     def __init__(self, build: Build, weights: Weights) -> None:
-        self.mesh, self.device = build.mesh, build.device
+        self.build, self.device = build, build.device
         self.num_shards, self.num_replicas = build.requests["num_shards"], build.requests["num_replicas"]
         self.shard_group, self.replica_group = build.requests["shard_group"], build.requests["replica_group"]
         rank = build.requests["shard_rank"]
@@ -176,7 +171,7 @@ class BucketStates:
         self.next += 1
         if self.num_shards > 1:
             part = torch.empty_like(bucket.part)
-            work = _reduce_scatter(part, bucket.gradients, group=self.shard_group, async_op=True)
+            work = reduce_scatter(part, bucket.gradients, group=self.shard_group, async_op=True)
             self.flying.append((bucket, part, work))
             if len(self.flying) == IN_FLIGHT:
                 self._land()
@@ -201,8 +196,12 @@ class BucketStates:
         while self.flying:
             self._land()
 
-    def squared_norm(self) -> Tensor:
-        return squared_norm((g for bucket in self.buckets for g in bucket.mine(bucket.part)), self.device)
+    def gradients(self) -> dict[str, Tensor]:
+        return {
+            name: gradient
+            for bucket in self.buckets
+            for (name, _), gradient in zip(bucket.parameters, bucket.mine(bucket.part), strict=True)
+        }
 
     @torch.no_grad()
     def update(self, *, scale: float, learning_rate: float) -> None:
@@ -226,7 +225,7 @@ class BucketStates:
             return
         dtype = part.dtype
         whole = bucket.gradients.view(dtype)[: bucket.size * self.num_shards]
-        work = _all_gather(whole, part, group=self.shard_group, async_op=True)
+        work = all_gather(whole, part, group=self.shard_group, async_op=True)
         self.flying.append((bucket, part, work))
         self._published(IN_FLIGHT - 1)
 
@@ -241,14 +240,12 @@ class BucketStates:
         """Parameters are whole all the time."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: self._global(t, s) for shards in self.shards for s in shards for name, t in s.entries()}
-
-    def _global(self, local: Tensor, shard: Shard) -> Tensor:
-        if self.num_shards == 1:
-            return local
-        split = [*[Replicate()] * (self.mesh.ndim - 1), Split(0)]
-        stride = torch.empty(shard.shape, device="meta").stride()
-        return DTensor.from_local(local, self.mesh, split, run_check=False, shape=shard.shape, stride=stride)
+        return {
+            name: as_global(self.build, shard.name, shard.shape, local)
+            for shards in self.shards
+            for shard in shards
+            for name, local in shard.entries()
+        }
 
     @torch.no_grad()
     def loaded(self, step: int) -> None:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from strategies.engines.engine import Build
-from strategies.zero.states import DTYPES, Adam, Weights, rows, squared_norm
+from strategies.zero.states import DTYPES, Adam, Weights, as_global, rows
 
 
 class FsdpStates:
@@ -22,7 +21,8 @@ class FsdpStates:
 
     def __init__(self, build: Build, weights: Weights) -> None:
         strategy = build.strategy
-        self.device = build.device
+        self.build, self.device = build, build.device
+        self.pipelined = strategy.pipeline_parallel_degree > 1
         self.num_replicas = build.requests["num_replicas"]
         num_shards, rank = build.requests["num_shards"], build.requests["shard_rank"]
         self.gather_per_step, self.reduce_per_step = strategy.gather == "per_step", strategy.reduce == "per_step"
@@ -54,28 +54,39 @@ class FsdpStates:
 
     def micro_batch(self, *, last: bool) -> None:
         """Each micro batch scatters into the group's shards; replicas of a shard add theirs once a step."""
+        if self.pipelined:  # several stages and micro batches are under way: only `reduce` knows the last
+            last = False
         self.root.set_requires_gradient_sync(last or not self.reduce_per_step)
         self.root.set_requires_all_reduce(last)
         self.root.set_reshard_after_backward(last or not self.gather_per_step)
         self.root.set_is_last_backward(last)
 
     def reduce(self) -> None:
-        """FSDP2 reduced while backward ran."""
+        """FSDP2 reduced while backward ran, but under a pipeline it is told here, as torch's own pipeline stages do."""
+        if not self.pipelined:
+            return
+        self.root.set_requires_gradient_sync(True)
+        self.root.set_requires_all_reduce(True)
+        self.root.set_reshard_after_backward(True)
+        self.root.set_is_last_backward(True)
+        state = self.root._get_fsdp_state()
+        for each in state._state_ctx.all_states:
+            for group in each._fsdp_param_groups:
+                group.post_backward()
+        state._root_post_backward_final_callback()
 
-    def _gradients(self) -> list[Tensor]:
-        gradients = []
-        for local, parameter in zip(self.locals, self.parameters.values(), strict=True):
+    def gradients(self) -> dict[str, Tensor]:
+        result = {}
+        for (name, parameter), local in zip(self.parameters.items(), self.locals, strict=True):
             gradient = parameter.grad
-            gradients.append(torch.zeros_like(local) if gradient is None else gradient.to_local())
-        return gradients
-
-    def squared_norm(self) -> Tensor:
-        return squared_norm(self._gradients(), self.device).to(self.device)
+            result[name] = torch.zeros_like(local) if gradient is None else gradient.to_local()
+        return result
 
     @torch.no_grad()
     def update(self, *, scale: float, learning_rate: float) -> None:
+        gradients = list(self.gradients().values())
         self.adam.advance()
-        self.adam.step(self.shards, self._gradients(), self._targets(), scale=scale, learning_rate=learning_rate)
+        self.adam.step(self.shards, gradients, self._targets(), scale=scale, learning_rate=learning_rate)
         self.begin()
 
     def _targets(self) -> list[Tensor]:
@@ -87,18 +98,11 @@ class FsdpStates:
             unit.reshard()
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = {}
-        for shard, parameter in zip(self.shards, self.parameters.values(), strict=True):
-            for name, local in shard.entries():
-                state[name] = DTensor.from_local(
-                    local,
-                    parameter.device_mesh,
-                    parameter.placements,
-                    run_check=False,
-                    shape=parameter.shape,
-                    stride=parameter.stride(),
-                )
-        return state
+        return {
+            name: as_global(self.build, shard.name, shard.shape, local)
+            for shard in self.shards
+            for name, local in shard.entries()
+        }
 
     def loaded(self, step: int) -> None:
         self.adam.loaded(step, self.shards, self._targets())
@@ -125,7 +129,7 @@ def _shard(build: Build, *, keeps: bool) -> None:
     low = DTYPES[build.precision] if build.precision in ("bf16", "fp16") else None
     build.module.to(torch.float64 if build.precision == "fp64" else torch.float32)
     options: dict[str, Any] = {
-        "mesh": build.mesh,
+        "mesh": build.mesh.data,
         **({"offload_policy": build.requests["fsdp_offload"]} if "fsdp_offload" in build.requests else {}),
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None),
     }

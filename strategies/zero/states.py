@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as Split
 
-from strategies.engines.engine import OptimizerSettings
+from strategies.engines.engine import Build, OptimizerSettings
 
 Weights = Callable[[str, torch.Size], Tensor]
 """(parameter name, global shape) -> its first value, whole, in any precision."""
@@ -18,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 
 
 class States(Protocol):
-    """Parameters, gradients and optimizer states of one rank. All calls but `tensors` and `squared_norm` are collective."""
+    """Parameters, gradients and optimizer states of one rank. All calls but `tensors` and `gradients` are collective."""
 
     num_replicas: int
     """Ranks that hold the same shard."""
@@ -27,13 +29,14 @@ class States(Protocol):
         """Before the first micro batch: no gradients."""
 
     def micro_batch(self, *, last: bool) -> None:
-        """Before each forward pass."""
+        """Before each micro batch; under a pipeline before each backward pass. last: the step's gradients are complete
+        after it, on this rank; False throughout leaves all reductions to `reduce`."""
 
     def reduce(self) -> None:
         """After the last backward pass: gradients become sums over the replicas."""
 
-    def squared_norm(self) -> Tensor:
-        """Of this rank's shards of the reduced gradients. Scalar, fp64."""
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's shards of the reduced gradients, by parameter; views, to be changed in place."""
 
     def update(self, *, scale: float, learning_rate: float) -> None:
         """Gradients times scale, one AdamW step, parameters the same on all replicas again. Uses the gradients up."""
@@ -74,6 +77,23 @@ class Shard:
             (f"optimizer.exp_avg.{self.name}", self.exp_avg),
             (f"optimizer.exp_avg_sq.{self.name}", self.exp_avg_sq),
         )
+
+
+def as_global(build: Build, name: str, shape: torch.Size, local: Tensor) -> Tensor:
+    """This rank's rows of a parameter as a piece of the whole one, which no strategy changes: tensor parallelism cuts
+    first, then ZeRO deals rows of the part. `shape` is that of the part."""
+    mesh, layout = build.mesh.states, build.layout.get(name)
+    if mesh is None:
+        return local
+    placements = {
+        "replicate": Replicate(),
+        "tensor": Replicate() if layout is None or layout.dim is None else Split(layout.dim),
+        "shard": Split(0),
+    }
+    whole = shape if layout is None else layout.shape
+    stride = torch.empty(whole, device="meta").stride()
+    split = [placements[axis] for axis in mesh.mesh_dim_names]
+    return DTensor.from_local(local, mesh, split, run_check=False, shape=whole, stride=stride)
 
 
 class Adam:

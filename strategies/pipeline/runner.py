@@ -1,0 +1,248 @@
+"""Runs a step's micro batches: one after the other, or through the stages of a pipeline.
+
+torch.distributed.pipelining's schedules are not used: its stages average what must be summed, keep every output, fix FSDP2's
+gathers, and learn shapes by messages of their own. What is left, sending and receiving in order, is this file.
+
+B micro batch, S sequence, H hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from strategies.engines.engine import Build, MicroBatch
+from strategies.engines.loss import IGNORED
+from strategies.pipeline.schedules import Action, orders
+from strategies.strategy import SPLIT_BACKWARD, Stage
+from strategies.tensor.region import Pending, weight_gradient
+from strategies.zero.states import DTYPES, States
+
+
+class Runner(Protocol):
+    """Forward and backward passes of a step."""
+
+    def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
+        """Adds up the gradients of factor x loss. The sum of the told loss in nats, fp64; 0 where another rank holds the
+        head."""
+
+    def evaluate(self, batch: MicroBatch) -> Tensor | None:
+        """The sum of the told loss; None where another rank holds the head."""
+
+    def settle(self) -> None:
+        """After the last of several evaluations."""
+
+
+def counted_loss(build: Build, logits_BSV: Tensor, batch: MicroBatch, z_loss: float) -> tuple[Tensor, Tensor]:
+    """(told, trained), sums over the counted target tokens."""
+    targets_BS = batch.target_ids_BS.masked_fill(batch.weight_B[:, None] == 0, IGNORED)
+    return build.region.loss(logits_BSV.flatten(0, 1), targets_BS.flatten().to(build.device), z_loss)
+
+
+class PlainRunner:
+    """The whole model on this rank."""
+
+    def __init__(self, build: Build, states: States, z_loss: float) -> None:
+        self.build, self.states, self.z_loss = build, states, z_loss
+
+    def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64, device=self.build.device)
+        for index, batch in enumerate(micro_batches):
+            self.states.micro_batch(last=index == len(micro_batches) - 1)
+            loss, trained = self._loss(batch)
+            (trained * factor).backward()
+            total += loss
+            del loss, trained
+        return total
+
+    def evaluate(self, batch: MicroBatch) -> Tensor | None:
+        return self._loss(batch)[0]
+
+    def settle(self) -> None:
+        """Nothing is on its way."""
+
+    def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        logits_BSV = self.build.module(batch.input_ids_BS.to(self.build.device))
+        return counted_loss(self.build, logits_BSV, batch, self.z_loss)
+
+
+class _Flight(NamedTuple):
+    """What a stage keeps of a micro batch between its forward and its backward pass."""
+
+    given: Tensor | None
+    """What came in; its gradient goes back. None: token ids."""
+    result: GradientEdge
+
+
+class PipelineRunner:
+    """The stages of one pipeline rank."""
+
+    def __init__(self, build: Build, states: States, z_loss: float) -> None:
+        self.build, self.states, self.z_loss = build, states, z_loss
+        strategy, mesh = build.strategy, build.mesh
+        self.strategy, self.rank = strategy, mesh.rank("pipeline")
+        self.stages = {stage.stage: stage for stage in strategy.stages}
+        self.held = sorted(stage.stage for stage in build.requests["held"])
+        self.channels = build.requests["channels"]
+        self.peers = _column(build)
+        self.dtype = DTYPES[build.precision]
+        module: Any = build.module
+        self.hidden = module.hidden_size
+        self.splits = strategy.pipeline_schedule in SPLIT_BACKWARD
+        module.forward = self._stage_forward
+        self.sends: list[tuple[Any, Tensor]] = []
+        self.receipts: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
+        self.local: dict[tuple[Any, ...], Tensor] = {}
+
+    # The two passes --------------------------------------------------------------------------------------------------
+
+    def _stage_forward(self, x: Tensor, stage: Stage) -> Tensor:
+        module: Any = self.build.module
+        if stage.embedding:
+            x = module.embed(x)
+        for index in range(stage.first_layer, stage.first_layer + stage.num_layers):
+            x = module.blocks._modules[str(index)](x)
+        return module.head(x) if stage.head else x
+
+    def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
+        strategy = self.strategy
+        everyone = orders(
+            strategy.pipeline_schedule,
+            strategy.pipeline_parallel_degree,
+            strategy.num_virtual_stages,
+            len(micro_batches),
+        )
+        actions = everyone[self.rank]
+        flights: dict[tuple[int, int], _Flight] = {}
+        weights: dict[tuple[int, int], Pending] = {}
+        total = torch.zeros((), dtype=torch.float64, device=self.build.device)
+        for index, action in enumerate(actions):
+            for ahead in actions[index : index + 2]:  # the next one's input travels while this one computes
+                self._ask(ahead, micro_batches)
+            key = (action.stage, action.micro_batch)
+            if action.kind == "forward":
+                flights[key], loss = self._forward(action, micro_batches, factor)
+                if loss is not None:
+                    total += loss
+            elif action.kind == "weights":
+                _weights(weights.pop(key))
+            else:
+                # A split backward brings the last gradients after its last pass over the inputs.
+                self.states.micro_batch(last=index == len(actions) - 1 and not self.splits)
+                self._backward(action, flights.pop(key))
+                if self.splits:
+                    weights[key] = self._pending()
+            self._forget_sent()
+        self.settle()
+        return total
+
+    def _forward(
+        self, action: Action, micro_batches: Sequence[MicroBatch], factor: float
+    ) -> tuple[_Flight, Tensor | None]:
+        stage, batch = self.stages[action.stage], micro_batches[action.micro_batch]
+        given = None if stage.embedding else self._take(action).requires_grad_()
+        result = self.build.module(batch.input_ids_BS.to(self.build.device) if given is None else given, stage)
+        if stage.head:
+            loss, trained = counted_loss(self.build, result, batch, self.z_loss)
+            return _Flight(given, get_gradient_edge(trained * factor)), loss
+        self._give(Action("forward", action.stage + 1, action.micro_batch), result.detach())
+        return _Flight(given, get_gradient_edge(result)), None
+
+    def _backward(self, action: Action, flight: _Flight) -> None:
+        stage = self.stages[action.stage]
+        gradients = None if stage.head else [self._take(action)]
+        torch.autograd.backward([flight.result], gradients)
+        if flight.given is not None:
+            gradient, flight.given.grad = flight.given.grad, None
+            assert gradient is not None
+            self._give(Action(action.kind, action.stage - 1, action.micro_batch), gradient)
+
+    def _pending(self) -> Pending:
+        """Takes what the pass has collected. The list stays: forward passes under way hold it."""
+        pending = self.build.region.pending
+        assert pending is not None
+        taken = list(pending)
+        pending.clear()
+        return taken
+
+    @torch.no_grad()
+    def evaluate(self, batch: MicroBatch) -> Tensor | None:
+        loss = None
+        for number in self.held:
+            action, stage = Action("forward", number, 0), self.stages[number]
+            self._ask(action, [batch])
+            x = batch.input_ids_BS.to(self.build.device) if stage.embedding else self._take(action)
+            result = self.build.module(x, stage)
+            if stage.head:
+                loss, _ = counted_loss(self.build, result, batch, self.z_loss)
+            else:
+                self._give(Action("forward", number + 1, 0), result)
+        self._forget_sent()
+        return loss
+
+    def settle(self) -> None:
+        for work, _ in self.sends:
+            work.wait()
+        self.sends.clear()
+
+    # Messages: `action` is the pass that they are for ----------------------------------------------------------------
+
+    def _source(self, action: Action) -> int | None:
+        """The pipeline rank that an action's input comes from; None: there is none."""
+        number = action.stage + (-1 if action.kind == "forward" else 1)
+        stage = self.stages.get(number)
+        return None if stage is None or action.kind == "weights" else stage.pipeline_rank
+
+    def _ask(self, action: Action, micro_batches: Sequence[MicroBatch]) -> None:
+        source = self._source(action)
+        if source is None or source == self.rank or action in self.receipts:
+            return
+        batch, sequence = micro_batches[action.micro_batch].input_ids_BS.shape
+        shape = self.build.region.boundary_shape(batch, sequence, self.hidden)
+        buffer = torch.empty(shape, dtype=self.dtype, device=self.build.device)
+        work = dist.irecv(buffer, self.peers[source], group=self._channel(action), tag=self._tag(action))
+        self.receipts[action] = work, buffer
+
+    def _take(self, action: Action) -> Tensor:
+        if self._source(action) == self.rank:
+            return self.local.pop(action)
+        work, buffer = self.receipts.pop(action)
+        work.wait()
+        return buffer
+
+    def _give(self, action: Action, tensor: Tensor) -> None:
+        target = self.stages[action.stage].pipeline_rank
+        if target == self.rank:
+            self.local[action] = tensor
+            return
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, self.peers[target], group=self._channel(action), tag=self._tag(action))
+        self.sends.append((work, tensor))
+
+    def _channel(self, action: Action) -> Any:
+        return self.channels["forward" if action.kind == "forward" else "backward", action.stage]
+
+    def _tag(self, action: Action) -> int:
+        """gloo tells messages apart by it; NCCL goes by their order."""
+        return 2 * (action.micro_batch * len(self.stages) + action.stage) + (action.kind != "forward")
+
+    def _forget_sent(self) -> None:
+        self.sends = [(work, tensor) for work, tensor in self.sends if not work.is_completed()]
+
+
+def _column(build: Build) -> list[int]:
+    """The ranks of the world that stand where this one does, by pipeline rank."""
+    mesh = build.mesh
+    place = (mesh.rank("replicate"), mesh.rank("tensor"), mesh.rank("shard"))
+    return [int(mesh.ranks[(rank, *place)]) for rank in range(mesh.sizes["pipeline"])]
+
+
+def _weights(pending: Pending) -> None:
+    """The gradients of weights that a backward pass over the inputs left; autograd's hooks run as in a whole one."""
+    for weight, gradient, x in pending:
+        torch.autograd.backward([weight], [weight_gradient(gradient, x)])
