@@ -309,7 +309,9 @@ def compositions() -> list[Case]:
     some of them in fp32 and bf16, and with the axes of the mesh in another order."""
     cases = []
     schedules = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_zero_bubble", 2), ("zbv", 2)]
-    for tensor, pipeline, data, recompute in itertools.product((1, 2), (1, 2, 4), (1, 2), ("none", "selective", "full")):
+    for tensor, pipeline, data, recompute in itertools.product(
+        (1, 2), (1, 2, 4), (1, 2), ("none", "selective", "full")
+    ):
         world = tensor * pipeline * data
         if tensor == pipeline == 1 or world > 8:
             continue

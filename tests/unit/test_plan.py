@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.planner.plan import Plan, PlanError, plan
 from orchestrator.spec import parse_job
+from strategies.catalog import unbuilt
 
 NAMES = {
     "": "version fits job model cluster strategy memory time throughput cost placement confidence alternatives targets_met "
@@ -202,7 +203,6 @@ def test_what_cannot_be_is_refused_with_a_fix(name: str) -> None:
     ("pins", "name"),
     [
         ({"offload": {"parameters": "host"}}, "offload of parameters"),
-        ({"engine": "fairscale"}, "engine fairscale"),
     ],
 )
 def test_a_run_refuses_what_is_not_built_if_it_was_written(pins: dict[str, Any], name: str) -> None:
