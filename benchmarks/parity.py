@@ -31,7 +31,7 @@ from strategies.engines.native import build_session
 from strategies.strategy import MESH_ORDER, Offload, Strategy
 
 ARCH = make_architecture(
-    family="opt", num_layers=8, hidden_size=24, num_heads=4, ffn_size=44, vocab_size=61, max_position=16
+    family="opt", num_layers=4, hidden_size=24, num_heads=4, ffn_size=44, vocab_size=61, max_position=16
 )
 GLOBAL_BATCH, SEQUENCE, SEED = 7, 12, 5
 LEARNING_RATE = 1e-2
@@ -316,7 +316,7 @@ def compositions() -> list[Case]:
         if tensor == pipeline == 1 or world > 8:
             continue
         for stage, (schedule, virtual) in itertools.product(range(4 if data > 1 else 1), schedules):
-            if pipeline == 1 and schedule != "1f1b":
+            if (pipeline == 1 and schedule != "1f1b") or pipeline * virtual > ARCH.num_layers:
                 continue
             cases.append(
                 Case(
