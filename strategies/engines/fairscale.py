@@ -20,9 +20,12 @@ from torch.distributed.tensor import Shard as Split
 from strategies.catalog import unbuilt
 from strategies.engines.engine import Build, OptimizerSettings
 from strategies.engines.installed import engine_module
+from strategies.engines.mesh import NAMES, Mesh
 from strategies.engines.native import NativeSession
+from strategies.pipeline.runner import PlainRunner
 from strategies.strategy import Strategy
-from strategies.zero.states import DTYPES, Adam, Shard, Weights, rows, squared_norm
+from strategies.tensor.region import WHOLE
+from strategies.zero.states import DTYPES, Adam, Shard, Weights, rows
 
 Entries = tuple[tuple[str, Tensor], ...]
 
@@ -45,7 +48,12 @@ def build_session(
         strategy=strategy,
         precision=precision,
         device=torch.device(device),
+        mesh=Mesh(
+            sizes=dict.fromkeys(NAMES, 1), ranks=torch.arange(strategy.num_gpus)
+        ),  # fairscale keeps its own groups
+        region=WHOLE,
         optimizer=optimizer or OptimizerSettings(),
+        requests={"runner": PlainRunner, "groups": [], "shared_group": None},
     )
     engine_module("fairscale", "fairscale")
     if build.device.type == "cpu":
@@ -243,8 +251,9 @@ class Oss(Held):
     def _gradients(self) -> list[Tensor]:
         return [parameter.grad for parameter in self.oss.optim.owned if parameter.grad is not None]
 
-    def squared_norm(self) -> Tensor:
-        return squared_norm(self._gradients(), self.device)
+    def gradients(self) -> dict[str, Tensor]:
+        pairs = zip(self.shards, self.oss.optim.owned, strict=True)
+        return {shard.name: parameter.grad for shard, parameter in pairs if parameter.grad is not None}
 
     def update(self, *, scale: float, learning_rate: float) -> None:
         for group in self.oss.param_groups:
@@ -306,8 +315,8 @@ class Fsdp(Held):
         pairs = zip(self.shards, self.parameters.values(), strict=True)
         return [torch.zeros_like(shard.master) if p.grad is None else p.grad for shard, p in pairs]
 
-    def squared_norm(self) -> Tensor:
-        return squared_norm(self._gradients(), self.device)
+    def gradients(self) -> dict[str, Tensor]:
+        return dict(zip((shard.name for shard in self.shards), self._gradients(), strict=True))
 
     @torch.no_grad()
     def update(self, *, scale: float, learning_rate: float) -> None:
