@@ -94,10 +94,10 @@ def losers(solution: Solution, *, limit: int) -> list[Loser]:
     if found is None or found.best is None or limit < 1:
         return []
     others = [family for family in found.families if family.choice != found.best.choice]
-    rows = [_slower(solution, other) for other in others[:limit]]
-    rows += [_larger(solution, other) for other in _closest(solution, found)[: max(1, limit // TOO_LARGE_PART)]]
+    rows = [_larger(solution, other) for other in _closest(solution, found)[: max(1, limit // TOO_LARGE_PART)]]
+    rows += [_slower(solution, other) for other in others[: limit - len(rows)]]
     rows.sort(key=lambda row: -row.tokens_per_second_per_gpu)
-    return rows[:limit]
+    return rows
 
 
 def _slower(solution: Solution, found: Found) -> Loser:

@@ -18,6 +18,9 @@ from strategies.zero.cost import BYTES, StateBytes, gathers
 READS = ("offload",)
 HOST_LINK = 0.75
 """Reached of the host link's rate with pinned memory: 24 of 31.5 GB/s on PCIe 4.0 x16 (nvbandwidth)."""
+GPUS_PER_UPLINK = 2
+"""GPUs behind one PCIe switch of an eight-GPU NVLink board, which share its x16 uplink to the host (DGX A100 and DGX H100
+system architecture: four switches for eight GPUs). All of them offload at the same time."""
 NUM_SLOTS = 3
 PIECE_ELEMENTS = 2**21
 """Pieces of the optimizer's states with host buffers at once, and elements of one (adam.py)."""
@@ -80,11 +83,17 @@ def buffer_bytes(largest: float, strategy: Strategy, wide: int, *, in_file: bool
     return NUM_SLOTS * min(PIECE_ELEMENTS, largest) * element * wide
 
 
+def host_bytes_per_s(cluster: Cluster) -> float:
+    """One GPU's share of its way to the host, one direction, while its neighbours use it too."""
+    shared = cluster.intra_node.name == "nvlink" and cluster.gpus_per_node >= 8
+    return cluster.accelerator.host_link_bytes_per_s * HOST_LINK / (GPUS_PER_UPLINK if shared else 1)
+
+
 def step_s(away: Offloaded, cluster: Cluster, *, num_ranks: int) -> float:
     """Seconds that a step's offload takes: gradients down and parameters up, the host's AdamW, NVMe both ways. Nothing of
     it is hidden: the next step needs the parameters."""
     host = cluster.host
-    link = away.link_bytes / (cluster.accelerator.host_link_bytes_per_s * HOST_LINK)
+    link = away.link_bytes / host_bytes_per_s(cluster)
     stepped = 2 * away.optimizer_bytes_on_host * num_ranks / host.memory_bytes_per_s
     disk = 0.0
     if away.nvme_bytes:
@@ -115,4 +124,4 @@ def activations_s(
             work, strategy, MEMORY, selective=True, tokens=tokens, sequence_length=sequence_length, element=element
         )
     num_bytes = share.checkpointed * kept + (share.layers - share.checkpointed) * layer
-    return 2 * num_bytes / (cluster.accelerator.host_link_bytes_per_s * HOST_LINK)
+    return 2 * num_bytes / host_bytes_per_s(cluster)
