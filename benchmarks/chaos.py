@@ -1,6 +1,6 @@
 """kill -9 at random moments: does a run always resume, never from a torn checkpoint, with the losses of an undisturbed one?
 
-    python -m benchmarks.chaos [--kills 20] [--seed 0] [--workers 3] [--steps 250] [--directory FOLDER]
+    python -m benchmarks.chaos [--kills 20] [--seed 0] [--workers 3] [--steps 400] [--directory FOLDER]
 
 One job is trained undisturbed, then once more while its processes are killed: a worker, the raylet, the `run` process,
 or all of them at once (a power cut), while it starts, trains or writes a checkpoint. `run` restarts what it can by itself;
@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--directory", type=Path, help="of jobs, runs and logs; by default a new temporary one")
     given = parser.parse_args(arguments)
     directory = given.directory or Path(tempfile.mkdtemp(prefix="chaos-"))
