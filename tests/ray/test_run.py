@@ -68,3 +68,32 @@ def test_a_run_is_stopped_by_ctrl_c_and_goes_on_to_its_end(workspace):
     }
     assert (folder / "logs" / "rank-0001.log").exists()
     assert marked(str(folder.resolve())) == []
+
+
+def test_a_run_goes_on_under_another_split(workspace):
+    """Two pipeline stages, then two halves of every product: the losses are those of two replicas all along."""
+    file = chaos.job(workspace, name="small", workers=2, steps=9)
+    splits = [
+        {"pipeline_parallel_degree": 2, "pipeline_schedule": "1f1b", "micro_batch_size": 1},
+        {"tensor_parallel_degree": 2, "sequence_parallel": True},
+        {"data_parallel_degree": 2, "zero_stage": 3},
+    ]
+    losses = {}
+    for name, strategies in (("small", splits), ("small-plain", splits[2:])):
+        for number, split in enumerate(strategies, start=4 - len(strategies)):
+            mapping = yaml.safe_load(file.read_text()) | {"name": name, "strategy": split}
+            mapping["training"]["steps"] = 3 * number
+            mapping["training"]["schedule"] = {"name": "constant", "warmup_steps": 0}
+            file.write_text(yaml.safe_dump(mapping))
+            done = subprocess.run(
+                [sys.executable, "-m", "orchestrator.cli", "run", str(file), "--json"],
+                capture_output=True,
+                text=True,
+                timeout=180,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
+            assert json.loads(done.stdout)["step"] == 3 * number
+        losses[name] = [report.loss for report in steps(workspace / "runs" / name / "metrics.jsonl")]
+    assert len(losses["small"]) == 9
+    assert losses["small"] == pytest.approx(losses["small-plain"], rel=1e-4)
