@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters import describe
+from clusters.calibration.runs import with_record
 from clusters.cluster import Cluster
 from clusters.files import locked, write_atomically
 from clusters.hardware import Calibration
@@ -46,7 +47,19 @@ Say = Callable[[float, str], None]
 def cpu_calibration(
     num_workers: int, *, quick: bool = True, fresh: bool = False, say: Say | None = None
 ) -> Calibration:
-    """What one core does while `num_workers` of them work. Cached by processor, cores, torch and worker environment."""
+    """What one core does while `num_workers` of them work. Cached by processor, cores, torch and worker environment.
+
+    With the errors that finished runs on this machine showed."""
+    measured = _measured(num_workers, quick=quick, fresh=fresh, say=say)
+    return with_record(measured, machine_record(num_workers))
+
+
+def machine_record(num_workers: int) -> Path:
+    """Where finished runs on this CPU are kept, beside what was measured of it."""
+    return _cache_file(num_workers).with_suffix(".runs.yaml")
+
+
+def _measured(num_workers: int, *, quick: bool, fresh: bool, say: Say | None) -> Calibration:
     path = _cache_file(num_workers)
     if not fresh and (found := _cached(path, quick)):
         return found

@@ -68,16 +68,19 @@ def measured_cluster(*, quick: bool, say: Any) -> Cluster:
 def write(output: Path, cluster: Cluster) -> None:
     """Into the file; runs that it already holds stay, with the errors that they showed."""
     from clusters import describe
+    from clusters.calibration.runs import ERRORS
     from clusters.inventory.file import read_mapping, write_mapping
 
     mapping = describe.to_mapping(cluster)
+    for name in ERRORS:  # of this machine's own record; the file tells of the runs that it holds
+        mapping["calibration"].pop(name, None)
     if output.exists():
         try:
             before = read_mapping(output)
         except ValueError as error:
             raise CommandError(str(error), "--output FILE: a new file, or one that calibrate wrote") from None
         kept = before.get("calibration", {})
-        for name in ("throughput_error", "memory_error", "num_runs"):
+        for name in ERRORS:
             if name in kept:
                 mapping["calibration"][name] = kept[name]
         if before.get("runs"):

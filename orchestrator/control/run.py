@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.control import lessons
 from orchestrator.control.folder import RunFolder, RunRefused, held
 from orchestrator.control.host import Host, RayHost
 from orchestrator.control.processes import end_marked
@@ -161,6 +162,8 @@ def _run(
             view.note(f"metrics   {url}")
         supervisor.watchers = [metrics, LiveReport(folder), *view.watchers]
         ending = supervisor.run()
+    if ending.kind == "finished" and (told := lessons.record(planned, folder, done)):
+        view.note(told)
     report.write(folder.path)
     return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=url)
 

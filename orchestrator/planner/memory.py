@@ -39,6 +39,8 @@ COMMUNICATOR_BYTES = 64 * 2**20
 """NCCL's buffers of one communicator beyond the first."""
 MEMORY_ERROR = 0.05
 """Margin kept of what the driver reports as total."""
+LARGEST_MARGIN = 0.25
+"""However wrong runs have shown the bytes to be: small models, whose runs tell least, would leave no memory to plan with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -187,7 +189,7 @@ def too_large(work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_
 def _usable_bytes(cluster: Cluster) -> int:
     calibration = cluster.calibration
     margin = (calibration.memory_error if calibration else None) or MEMORY_ERROR
-    return int(cluster.accelerator.memory_bytes * (1 - margin))
+    return int(cluster.accelerator.memory_bytes * (1 - min(margin, LARGEST_MARGIN)))
 
 
 class _Ledger:

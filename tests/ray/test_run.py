@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import pytest
 import yaml
 
 from benchmarks import chaos
+from clusters.calibration.measure import cpu_calibration, machine_record
+from clusters.inventory.file import read_mapping
+from clusters.inventory.local import available_cores
 from orchestrator.control.processes import end_marked, marked
 from orchestrator.telemetry.records import Event, read, steps
 
@@ -19,7 +23,15 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture
-def workspace(tmp_path):
+def workspace(tmp_path, monkeypatch):
+    """With a cache of its own, so that these runs teach this machine nothing; what was measured of it is copied."""
+    cpu_calibration(available_cores())
+    before = machine_record(available_cores()).parent
+    cache = tmp_path / "cache" / "shardwise"
+    cache.mkdir(parents=True)
+    for file in before.glob("cpu-*.json"):
+        shutil.copy(file, cache)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     yield tmp_path
     end_marked(str((tmp_path / "runs" / "small").resolve()))
 
@@ -43,7 +55,7 @@ def test_a_run_is_stopped_by_ctrl_c_and_goes_on_to_its_end(workspace):
     assert stopped_at >= 3
     assert (folder / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").exists()
 
-    with_steps(file, stopped_at + 4)
+    with_steps(file, stopped_at + 8)
     again = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", "run", str(file), "--json"],
         capture_output=True,
@@ -52,11 +64,13 @@ def test_a_run_is_stopped_by_ctrl_c_and_goes_on_to_its_end(workspace):
         check=False,
     )
     assert again.returncode == 0, again.stderr
-    assert f"after step {stopped_at:,} of {stopped_at + 4:,}" in again.stderr
+    assert f"after step {stopped_at:,} of {stopped_at + 8:,}" in again.stderr
     result = json.loads(again.stdout)
-    assert (result["ending"], result["step"], result["restarts"]) == ("finished", stopped_at + 4, 0)
+    assert (result["ending"], result["step"], result["restarts"]) == ("finished", stopped_at + 8, 0)
     reports = steps(folder / "metrics.jsonl")
-    assert [report.step for report in reports] == list(range(1, stopped_at + 5))
+    assert [report.step for report in reports] == list(range(1, stopped_at + 9))
+    (run,) = read_mapping(machine_record(available_cores()))["runs"]  # the finished one; the stopped one tells nothing
+    assert set(run["predicted"]) == set(run["measured"]) == {"tokens_per_second", "peak_bytes"}
     assert reports[-1].loss < reports[0].loss
     kinds = [event.kind for event in read(folder / "events.jsonl", Event)]
     assert [kind for kind in kinds if kind in ("run", "started", "stopped", "resumed", "finished")] == [

@@ -16,7 +16,7 @@ from clusters import describe
 from clusters.calibration import benches, measure
 from clusters.calibration.cpu import merged, worlds
 from clusters.calibration.disk import disk_rates
-from clusters.calibration.runs import PRIOR_ERROR, append_run, stated_error, with_run
+from clusters.calibration.runs import PRIOR_ERROR, append_run, stated_error, with_record, with_run
 from clusters.calibration.timing import cpu_seconds, mean_curves, quartile
 from clusters.catalog import load_cluster
 from clusters.hardware import Calibration
@@ -215,3 +215,29 @@ def test_finished_runs_are_appended_and_narrow_the_error(tmp_path):
 def test_a_run_without_a_measurement_teaches_nothing():
     with pytest.raises(ValueError, match="predicted and measured of tokens_per_second or peak_bytes"):
         with_run({"gpu": "t4"}, {"tokens_per_second": 10.0}, {"tokens_per_second": 0.0}, time_unix_s=0)
+
+
+def test_a_machine_keeps_the_errors_of_its_runs_when_it_is_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(measure, "run_child", lambda *_, **__: describe.plain(CPU_RATES))
+    assert measure.cpu_calibration(2).throughput_error is None
+    record = measure.machine_record(2)
+    append_run(record, {"tokens_per_second": 5423.0}, {"tokens_per_second": 3950.0}, begin=True)
+    expected = stated_error([3950 / 5423 - 1], prior=PRIOR_ERROR["tokens_per_second"])
+    for fresh in (False, True):
+        again = measure.cpu_calibration(2, fresh=fresh)
+        assert again.throughput_error == pytest.approx(expected, abs=1e-4)
+        assert (again.num_runs, again.matmul_flops) == (1, CPU_RATES.matmul_flops)
+    assert measure.cpu_calibration(4).num_runs == 0  # another number of cores is another machine
+
+
+def test_a_record_that_cannot_be_read_tells_nothing(tmp_path):
+    record = tmp_path / "runs.yaml"
+    for text in ("{", "calibration: 3", "calibration: {throughput_error: much}"):
+        record.write_text(text)
+        assert with_record(CPU_RATES, record) == CPU_RATES
+
+
+def test_a_cluster_file_that_is_gone_is_not_begun_anew(tmp_path):
+    with pytest.raises(ValueError, match="cannot read the cluster file"):
+        append_run(tmp_path / "gone.yaml", {"peak_bytes": 1.0}, {"peak_bytes": 2.0})
