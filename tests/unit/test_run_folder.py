@@ -144,9 +144,9 @@ def test_a_cluster_that_is_not_this_machine_is_refused(cluster, told, monkeypatc
         ("training: {steps: 3, precision: fp32}", "the job has no data", "data: {train:"),
         ("training: {steps: 3, precision: fp32}\ndata: {train: [nothing-here.txt]}", "nothing-here.txt", ""),
         (
-            "training: {steps: 3, precision: fp32}\ndata: {train: [job.yaml]}\nstrategy: {tensor_parallel_degree: 2}",
-            "tensor",
-            "",
+            "training: {steps: 3, precision: fp32}\ndata: {train: [job.yaml]}\nstrategy: {engine: fairscale}",
+            "engine fairscale cannot be planned",
+            "engine: native",
         ),
     ],
 )
