@@ -54,6 +54,8 @@ def solve(problem: Problem, *, wanted: Wanted | None = None, num_families: int =
     choice = found.best.choice if found.best else found.closest.choice if found.closest else None
     assert choice is not None, "a space with candidates has a best or a closest one"
     strategy = problem.strategy(choice)
+    if problem.built_only and found.best and (limit := unbuilt(strategy)) is not None:
+        raise _not_built(limit, getattr(strategy, limit.field))  # built one by one, not together
     return Solution(problem=problem, strategy=strategy, price=problem.price(strategy), search=found)
 
 

@@ -148,6 +148,12 @@ def test_a_cluster_that_is_not_this_machine_is_refused(cluster, told, monkeypatc
             "engine fairscale cannot be planned",
             "engine: native",
         ),
+        (
+            "training: {steps: 3, precision: fp32}\ndata: {train: [job.yaml]}\n"
+            "strategy: {tensor_parallel_degree: 2, offload: {optimizer: host}}",
+            "tensor or pipeline parallelism",
+            "leave offload out",
+        ),
     ],
 )
 def test_run_refuses_what_it_cannot_do_before_it_writes(tmp_path, monkeypatch, capfd, text, told, fix):
