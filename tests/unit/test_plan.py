@@ -296,3 +296,20 @@ def test_planning_imports_neither_torch_nor_ray() -> None:
         f"plan(parse_job({job()!r})).to_dict()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_run_takes_the_best_that_is_built_where_the_fastest_is_built_only_in_parts() -> None:
+    job = parse_job(
+        {
+            "version": 1,
+            "name": "t",
+            "model": "opt-66b",
+            "batch": {"global_batch_size": 64, "sequence_length": 2048},
+            "cluster": "a100-80gb-1x8",
+        }
+    )
+    anything, built = plan(job), plan(job, built_only=True)
+    assert unbuilt(anything.strategy) is not None
+    assert built.fits
+    assert unbuilt(built.strategy) is None
+    assert built.solution.tokens_per_second < anything.solution.tokens_per_second
