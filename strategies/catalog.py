@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
-from strategies.strategy import Strategy
+from strategies.strategy import Offload, States, Strategy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +50,18 @@ class Capability:
     built: bool
     semantics: str
     """Whose cost doors price it; empty where its steps differ from every priced one."""
+    states: tuple[States, ...] = ()
+    """What it keeps in 16-bit precision, by ZeRO stage."""
+    whole_until: int = 1
+    """The last ZeRO stage whose parameters stand whole on every rank, and whose gradients are reduced once a step."""
+    plans_ahead: bool = False
+    """A plan prices what it is not built to do, too."""
+    assumed_error: float = 0.0
+    """Relative error of bytes and seconds, at least, where they are another engine's."""
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the Strategy that a job leaves open and the planner does not vary."""
+    package: str = ""
+    """What must be installed beside torch."""
     limits: tuple[Limit, ...] = ()
 
 
@@ -59,6 +72,8 @@ ENGINES: dict[str, Capability] = {
     "native": Capability(
         built=True,
         semantics="native",
+        states=("mixed", "mixed", "sharded_fp32", "sharded_fp32"),
+        plans_ahead=True,
         limits=(
             Limit(
                 field="offload",
@@ -104,7 +119,17 @@ ENGINES: dict[str, Capability] = {
     "colossalai": Capability(built=False, semantics=""),
     "fairscale": Capability(
         built=True,
-        semantics="",
+        semantics="native",
+        states=("mixed", "mixed", "mixed", "sharded_fp32"),
+        whole_until=2,
+        assumed_error=0.25,
+        fixed={
+            "tensor_parallel_degree": 1,
+            "pipeline_parallel_degree": 1,
+            "gather": "per_micro_batch",
+            "offload": Offload(),
+        },
+        package="fairscale",
         limits=(
             *(
                 Limit(
@@ -123,6 +148,18 @@ ENGINES: dict[str, Capability] = {
                 field="zero_group_size",
                 applies=lambda s: s.zero_group_size != s.data_parallel_degree,
                 reason="the fairscale engine shards over all data-parallel ranks",
+            ),
+            Limit(
+                field="reduce",
+                applies=lambda s: (
+                    s.zero_stage == 2 and s.reduce == "per_micro_batch" and s.gradient_accumulation_steps > 1
+                ),
+                reason="the fairscale engine's ShardedDataParallel reduces once a step; set reduce: per_step",
+            ),
+            Limit(
+                field="states",
+                applies=lambda s: s.states not in ("sharded_fp32" if s.zero_stage == 3 else "mixed", "full"),
+                reason="fairscale keeps `mixed` at ZeRO 1 and 2, `sharded_fp32` at 3, `full` in fp32 and fp64",
             ),
             Limit(
                 field="gather",
@@ -149,12 +186,14 @@ ENGINES: dict[str, Capability] = {
         ),
     ),
 }
-"""ColossalAI's Gemini chunks and fairscale's flat parameters hold other bytes than the native rooms: nothing prices them yet."""
+"""ColossalAI's Gemini chunks hold other bytes than the native rooms: nothing prices them yet."""
 
 
-def unbuilt(strategy: Strategy) -> Limit | None:
-    """The first choice that the strategy's engine does not carry out yet; None where it is built."""
+def unbuilt(strategy: Strategy, *, field: str | None = None) -> Limit | None:
+    """The first choice (of one field, where it is given) that the strategy's engine does not carry out yet; None where it is
+    built."""
     capability = ENGINES[strategy.engine]
     if not capability.built:
         return Limit(field="engine", applies=lambda _: True, reason=f"the {strategy.engine} engine is not built yet")
-    return next((limit for limit in capability.limits if limit.applies(strategy)), None)
+    limits = (limit for limit in capability.limits if field in (None, limit.field))
+    return next((limit for limit in limits if limit.applies(strategy)), None)

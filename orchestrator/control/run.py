@@ -20,6 +20,8 @@ from orchestrator.telemetry import report
 from orchestrator.telemetry.records import Event, StepReport, append
 from orchestrator.training import manifest
 from orchestrator.training.assignment import Assignment
+from strategies.catalog import ENGINES
+from strategies.engines.installed import is_installed
 
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
@@ -116,6 +118,7 @@ def _run(
     from orchestrator.telemetry.metrics import Metrics
 
     planned = plan(job, cluster=cluster, built_only=True)
+    refuse_uninstalled(planned.strategy.engine, job)
     refuse_elsewhere(cluster, planned.strategy.num_gpus, job)
     if not planned.fits:
         raise DoesNotFit(planned)
@@ -166,6 +169,17 @@ def _run(
         view.note(told)
     report.write(folder.path)
     return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=url)
+
+
+def refuse_uninstalled(engine: str, job: Job) -> None:
+    """RunRefused before any process starts, where the engine's package is missing."""
+    package = ENGINES[engine].package
+    if package and not is_installed(engine, package):
+        raise RunRefused(
+            f"engine {engine} is not installed",
+            where=f"{job.file}: strategy.engine",
+            fix=f"run `make engine-{engine}`, or set engine: native",
+        )
 
 
 def served(metrics: Metrics, port: int) -> str:

@@ -47,6 +47,10 @@ def notes(solution: Solution) -> list[str]:
 def _notes(solution: Solution) -> Iterator[str]:
     strategy, problem = solution.strategy, solution.problem
     yield from problem.cluster.notes
+    if error := problem.engine.assumed_error:
+        yield (
+            f"engine {strategy.engine} is priced as {problem.engine.semantics}: bytes and seconds may be {error:.0%} off or more"
+        )
     idle = problem.cluster.num_gpus - strategy.num_gpus
     if idle:
         yield f"{idle} of {problem.cluster.num_gpus} GPUs stay idle: {_why_idle(problem, strategy)}"

@@ -227,6 +227,7 @@ class _Ledger:
             share.layers,
             share.embedding,
             share.head,
+            strategy.engine,
             strategy.tensor_parallel_degree,
             strategy.zero_stage,
             strategy.zero_group_size,

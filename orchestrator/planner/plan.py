@@ -11,6 +11,7 @@ from orchestrator.planner import explain
 from orchestrator.planner.problem import PlanError, Problem
 from orchestrator.planner.solve import Solution, solve
 from orchestrator.planner.targets import judged, wanted_of, would_meet
+from strategies.catalog import ENGINES
 from strategies.strategy import Offload, Strategy
 
 if TYPE_CHECKING:
@@ -130,11 +131,12 @@ class Plan:
             source, speed = f"{source}; offload terms without a published anchor", max(speed, OFFLOAD_ERROR)
         measured = self.cluster.calibration
         memory = measured.memory_error if measured else None
-        return {
-            "source": source,
-            "throughput_error": speed,
-            "memory_error": PRIOR_ERROR["peak_bytes"] if memory is None else memory,
-        }
+        memory = PRIOR_ERROR["peak_bytes"] if memory is None else memory
+        engine = self.solution.problem.engine
+        if engine.assumed_error:
+            source = f"{source}; engine {self.strategy.engine} priced as {engine.semantics}"
+            speed, memory = max(speed, engine.assumed_error), max(memory, engine.assumed_error)
+        return {"source": source, "throughput_error": speed, "memory_error": memory}
 
     def _speed_error(self) -> tuple[str, float]:
         """Of the cluster's finished runs; before any, what is assumed of measured machines; else of published runs."""
@@ -189,7 +191,7 @@ def plan(job: Job, *, cluster: Cluster | None = None, built_only: bool = False, 
     wanted = wanted_of(job, problem.cluster.usd_per_gpu_hour)
     solution = solve(problem, wanted=wanted, num_families=top + 1)
     made = Plan(job=job, solution=solution, top=top)
-    if not built_only or solution.search is None:
+    if not built_only or solution.search is None or not problem.engine.plans_ahead:
         return made
     everything = solve(problem.changed(built_only=False), wanted=wanted)
     faster = everything.fits and everything.price.time.step_s < solution.price.time.step_s
@@ -207,6 +209,7 @@ def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = F
 
         cluster = discover()
     pins = {key: value for key, value in job.strategy.__dict__.items() if value is not None}
+    engine = ENGINES[pins.get("engine", "native")]
     if "offload" in pins:
         left = pins["offload"]
         pins["offload"] = Offload(
@@ -215,6 +218,7 @@ def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = F
             activations=left.activations,
             optimizer_fraction=left.optimizer_fraction,
         )
+    pins = dict(engine.fixed) | pins
     return Problem(
         arch=job.architecture,
         cluster=cluster,
@@ -223,5 +227,5 @@ def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = F
         precision=job.training.precision,
         pins=pins,
         objective=job.objective,
-        built_only=built_only,
+        built_only=built_only or not engine.plans_ahead,
     )

@@ -13,6 +13,7 @@ from orchestrator.models.workloads import workload
 from orchestrator.planner.memory import MemoryPrice, price_memory, too_large
 from orchestrator.planner.stages import cut
 from orchestrator.planner.time import Price, TimePrice, price_time
+from strategies.catalog import ENGINES, Capability
 from strategies.strategy import MESH_ORDER, Offload, Schedule, States, Strategy, impossible
 from strategies.workload import Workload
 
@@ -65,6 +66,11 @@ class Problem:
         return workload(self.arch)
 
     @cached_property
+    def engine(self) -> Capability:
+        """Native unless another is pinned: the planner chooses none by itself."""
+        return ENGINES[self.pins.get("engine", "native")]
+
+    @cached_property
     def num_gpus(self) -> int:
         return min(self.cluster.num_gpus, self.max_gpus or self.cluster.num_gpus)
 
@@ -95,13 +101,13 @@ class Problem:
         return -(-self.global_batch_size // (data * micro))
 
     def states(self, zero: int) -> States:
-        """As the native engine keeps them: the bytes table is strategies/zero/cost.py."""
+        """As the engine keeps them: the bytes table is strategies/zero/cost.py."""
         pinned: States | None = self.pins.get("states")
         if pinned is not None:
             return pinned
         if self.precision in ("fp32", "fp64"):
             return "full"
-        return "mixed" if zero < 2 else "sharded_fp32"
+        return self.engine.states[zero]
 
     def strategy(self, choice: Choice) -> Strategy:
         """The choice as the value that the cost doors and the engine read."""
@@ -192,7 +198,7 @@ def check(problem: Problem) -> None:
             f"{stages} pipeline stages are more than the model's {arch.num_layers} layers\n"
             f"  to fix: pipeline_parallel_degree x num_virtual_stages of at most {arch.num_layers}"
         )
-    if pins.get("engine", "native") != "native":
+    if not problem.engine.semantics:
         raise PlanError(
             f"engine {pins['engine']} cannot be planned: no cost door prices it yet\n  to fix: engine: native, or leave it out"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from orchestrator.planner.problem import PlanError, Problem, check, check_batch, check_rules
@@ -11,7 +11,7 @@ from orchestrator.planner.result import SearchResult, Wanted
 from orchestrator.planner.search import search
 from orchestrator.planner.space import Space, require_candidates
 from orchestrator.planner.time import Price
-from strategies.catalog import Limit, unbuilt
+from strategies.catalog import ENGINES, Limit, unbuilt
 from strategies.strategy import Offload, Strategy
 
 
@@ -47,7 +47,7 @@ def solve(problem: Problem, *, wanted: Wanted | None = None, num_families: int =
         strategy = problem.strategy(single)
         check_rules(strategy)
         if problem.built_only and (limit := unbuilt(strategy)) is not None:
-            raise _not_built(limit, getattr(strategy, limit.field))
+            raise _not_built(limit, getattr(strategy, limit.field), strategy.engine)
         return Solution(problem=problem, strategy=strategy, price=problem.price(strategy))
     if problem.built_only:
         _check_built(problem)
@@ -60,7 +60,7 @@ def solve(problem: Problem, *, wanted: Wanted | None = None, num_families: int =
         # Built one by one, not together: the best of the spaces that leave one of them out.
         fitting = [one for one in _narrower(problem, wanted, num_families) if one.fits]
         if not fitting:
-            raise _not_built(limit, getattr(strategy, limit.field))
+            raise _not_built(limit, getattr(strategy, limit.field), strategy.engine)
         return replace(max(fitting, key=lambda one: one.tokens_per_second), problem=problem)
     return Solution(problem=problem, strategy=strategy, price=problem.price(strategy), search=found)
 
@@ -82,24 +82,33 @@ def _narrower(problem: Problem, wanted: Wanted | None, num_families: int) -> Ite
                 continue
 
 
+PINNED_ALONE = (
+    *("engine", "tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree", "zero_stage"),
+    *("gather", "activation_checkpointing", "offload", "compile"),
+)
+"""Fields that a pin alone may make impossible for the engine."""
+
+
 def _check_built(problem: Problem) -> None:
     """PlanError where a pinned choice alone is not built."""
-    names = ("engine", "tensor_parallel_degree", "pipeline_parallel_degree", "offload", "compile")
-    for name in names:
-        if name in problem.pins:
-            limit = unbuilt(Strategy(**{name: problem.pins[name]}))
+    pinned = {field.name: problem.pins[field.name] for field in fields(Strategy) if field.name in problem.pins}
+    for name in PINNED_ALONE:
+        if name in pinned:
+            limit = unbuilt(Strategy(**pinned), field=name)
             if limit is not None:
-                raise _not_built(limit, problem.pins[name])
+                raise _not_built(limit, pinned[name], pinned.get("engine", "native"))
     if "states" in problem.pins:
-        limits = [unbuilt(Strategy(zero_stage=zero, states=problem.pins["states"])) for zero in range(4)]
+        limits = [unbuilt(Strategy(**(pinned | {"zero_stage": zero})), field="states") for zero in range(4)]
         if all(limit is not None for limit in limits) and limits[0] is not None:
-            raise _not_built(limits[0], problem.pins["states"])
+            raise _not_built(limits[0], problem.pins["states"], pinned.get("engine", "native"))
 
 
-def _not_built(limit: Limit, value: object) -> PlanError:
+def _not_built(limit: Limit, value: object, engine: str) -> PlanError:
     if limit.field == "offload":
         value = "of " + ", ".join(k for k in ("optimizer", "parameters", "activations") if getattr(value, k) != "none")
+    ahead = ENGINES[engine].plans_ahead
+    rest = "; `shardwise plan` still prices it" if ahead else ", or set engine: native"
     return PlanError(
         f"strategy.{limit.field} {value} cannot run: {limit.reason}\n"
-        f"  to fix: leave {limit.field} out and let the planner choose; `shardwise plan` still prices it"
+        f"  to fix: leave {limit.field} out and let the planner choose{rest}"
     )

@@ -77,7 +77,8 @@ class Space:
         """Under built_only, the values that the engine carries out; the pinned ones are judged by plan.py, by name."""
         if not self.problem.built_only:
             return values
-        return [value for value in values if unbuilt(Strategy(**{field: value})) is None]
+        engine = self.pins.get("engine", "native")
+        return [value for value in values if unbuilt(Strategy(engine=engine, **{field: value}), field=field) is None]
 
     def offloads_of(self, zero: int, data: int) -> list[Offload]:
         """Parameters stream in block by block, as ZeRO 3 gathers them, or on a single replica."""
@@ -181,15 +182,18 @@ class Space:
     def shardings(self, tensor: int, data: int, accumulation: int) -> list[Sharding]:
         pins = self.pins
         stages = [pins["zero_stage"]] if "zero_stage" in pins else [0, 1, 2, 3] if data > 1 else [0]
-        if self.problem.built_only:
-            states = self.problem.states
-            stages = [zero for zero in stages if unbuilt(Strategy(zero_stage=zero, states=states(zero))) is None]
+        stages = [zero for zero in stages if not self.problem.built_only or self._built(zero)]
         return [
             Sharding(zero, group, gather, reduce)
             for zero in stages
             for group in self._groups(zero, tensor, data)
             for gather, reduce in self._frequencies(zero, accumulation)
         ]
+
+    def _built(self, zero: int) -> bool:
+        engine = self.pins.get("engine", "native")
+        strategy = Strategy(engine=engine, zero_stage=zero, states=self.problem.states(zero))
+        return unbuilt(strategy, field="zero_stage") is None and unbuilt(strategy, field="states") is None
 
     def _groups(self, zero: int, tensor: int, data: int) -> list[int]:
         """Ranks that share one copy: all replicas, or those of one node."""
@@ -199,13 +203,19 @@ class Space:
             return [1]
         near = max(1, self.problem.cluster.gpus_per_node // tensor)
         inside = next(n for n in range(min(near, data), 0, -1) if data % n == 0)
-        return [data, inside] if 1 < inside < data else [data]
+        groups = [data, inside] if 1 < inside < data else [data]
+        if not self.problem.built_only:
+            return groups
+        engine = self.pins.get("engine", "native")
+        whole = {"engine": engine, "data_parallel_degree": data}
+        return [n for n in groups if unbuilt(Strategy(zero_group_size=n, **whole), field="zero_group_size") is None]
 
     def _frequencies(self, zero: int, accumulation: int) -> list[tuple[str, str]]:
-        gathers, reduces = [PER_MICRO_BATCH], [PER_MICRO_BATCH if zero >= 2 else PER_STEP]
+        often = zero > self.problem.engine.whole_until
+        gathers, reduces = [PER_MICRO_BATCH], [PER_MICRO_BATCH if often else PER_STEP]
         if accumulation > 1:
             gathers = [PER_MICRO_BATCH, PER_STEP] if zero == 3 else gathers
-            reduces = [PER_MICRO_BATCH, PER_STEP] if zero >= 2 else reduces
+            reduces = [PER_MICRO_BATCH, PER_STEP] if often else reduces
         gathers = [self.pins["gather"]] if "gather" in self.pins else gathers
         reduces = [self.pins["reduce"]] if "reduce" in self.pins else reduces
         return list(product(gathers, reduces))
@@ -225,7 +235,7 @@ class Space:
         if pinned is not None:
             return ["none"], [pinned]
         most = -(-self.problem.arch.num_layers // num_stages)
-        return ["none", "selective"], [*range(1, most), None]
+        return self._kept(["none", "selective"], "activation_checkpointing"), [*range(1, most), None]
 
     def num_recomputes(self, pipeline: int, virtual: int) -> int:
         kinds, counts = self.recomputes(pipeline, virtual)

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from clusters.cluster import Cluster
+from strategies.catalog import ENGINES
 from strategies.constants import TimeConstants
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.links import all_reduce_s, half_s, ring
 from strategies.strategy import Strategy
 from strategies.workload import Workload
 
-READS = ("data_parallel_degree", "zero_stage", "zero_group_size", "states", "gather", "reduce")
+READS = ("engine", "data_parallel_degree", "zero_stage", "zero_group_size", "states", "gather", "reduce")
 """Fields of the Strategy that these functions read."""
 
 BYTES: dict[str, tuple[int, int, int, int]] = {
@@ -81,9 +82,8 @@ def state_bytes(num_parameters: float, strategy: Strategy, precision: str, paddi
     wide = 2 if precision == "fp64" else 1
     stage = strategy.zero_stage
     owned = num_parameters / strategy.zero_group_size + padding if stage else num_parameters
-    shards_parameters = stage == 3 or (stage == 2 and parameter == 4)
     return StateBytes(
-        parameter * wide * (owned if shards_parameters else num_parameters),
+        parameter * wide * (owned if gathers(strategy) else num_parameters),
         gradient * wide * (owned if stage >= 2 else num_parameters),
         master * owned,
         moments * wide * owned,
@@ -92,7 +92,8 @@ def state_bytes(num_parameters: float, strategy: Strategy, precision: str, paddi
 
 def gathers(strategy: Strategy) -> bool:
     """Parameters are sharded, and unsharded copies come and go."""
-    return strategy.zero_stage == 3 or (strategy.zero_stage == 2 and BYTES[strategy.states][0] == 4)
+    stage = strategy.zero_stage
+    return stage == 3 or (stage > ENGINES[strategy.engine].whole_until and BYTES[strategy.states][0] == 4)
 
 
 def gathered_bytes(stage: float, block: float, outside: float, strategy: Strategy, element: int) -> float:
