@@ -54,6 +54,8 @@ class Capability:
     """What it keeps in 16-bit precision, by ZeRO stage."""
     whole_until: int = 1
     """The last ZeRO stage whose parameters stand whole on every rank, and whose gradients are reduced once a step."""
+    gathers_ahead: bool = True
+    """At ZeRO 3 it fetches a block while the one before is at work."""
     plans_ahead: bool = False
     """A plan prices what it is not built to do, too."""
     assumed_error: float = 0.0
@@ -122,6 +124,7 @@ ENGINES: dict[str, Capability] = {
         semantics="native",
         states=("mixed", "mixed", "mixed", "sharded_fp32"),
         whole_until=2,
+        gathers_ahead=False,
         assumed_error=0.25,
         fixed={
             "tensor_parallel_degree": 1,

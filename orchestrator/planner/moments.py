@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from strategies.catalog import ENGINES
 from strategies.offload.cost import Offloaded
 from strategies.pipeline.cost import Share
 from strategies.strategy import Strategy
@@ -183,7 +184,7 @@ def _sharded_moments(
     behind_root = wide_root if late and not whole_gradients else 0.0
     at_head = parameters * element if keeps else root
     in_block = parameters * element if keeps else root + min(block, parameters - outside) * element
-    ahead = 0.0 if keeps else block * element * (1 + 1 / group)
+    ahead = 0.0 if keeps or not ENGINES[strategy.engine].gathers_ahead else block * element * (1 + 1 / group)
     last = micro.checkpointed if share.checkpointed == share.layers else min(micro.layer, micro.checkpointed)
     one_less = max(0.0, activations - last)
     block_gradients = block * element + wide_block * (1 + 1 / group)

@@ -289,6 +289,7 @@ class Fsdp(Held):
             "fp32_reduce_scatter": low,
             "compute_dtype": DTYPES[build.precision],
             "compute_device": build.device,
+            "bucket_cap_mb": 0,  # its buckets are made whole: 25 MiB and more, whatever the model's size
             "move_params_to_cpu": build.strategy.offload.parameters == "host",
         }
         for index, block in enumerate(module.blocks):
