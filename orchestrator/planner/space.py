@@ -70,6 +70,7 @@ class Space:
         """`every_size`: smaller data-parallel degrees are candidates too, for objectives that may prefer fewer GPUs."""
         self.problem, self.pins = problem, problem.pins
         self.every_size = every_size
+        self.engine = self.pins.get("engine", "native")
         self._batches: dict[Shape, tuple[Batch, ...]] = {}
         self._recomputes: dict[tuple[int, int], tuple[list[str], list[int | None]]] = {}
 
@@ -77,8 +78,7 @@ class Space:
         """Under built_only, the values that the engine carries out; the pinned ones are judged by plan.py, by name."""
         if not self.problem.built_only:
             return values
-        engine = self.pins.get("engine", "native")
-        return [value for value in values if unbuilt(Strategy(engine=engine, **{field: value}), field=field) is None]
+        return [value for value in values if unbuilt(Strategy(engine=self.engine, **{field: value}), field=field) is None]
 
     def offloads_of(self, zero: int, data: int) -> list[Offload]:
         """Parameters stream in block by block, as ZeRO 3 gathers them, or on a single replica."""
@@ -191,8 +191,7 @@ class Space:
         ]
 
     def _built(self, zero: int) -> bool:
-        engine = self.pins.get("engine", "native")
-        strategy = Strategy(engine=engine, zero_stage=zero, states=self.problem.states(zero))
+        strategy = Strategy(engine=self.engine, zero_stage=zero, states=self.problem.states(zero))
         return unbuilt(strategy, field="zero_stage") is None and unbuilt(strategy, field="states") is None
 
     def _groups(self, zero: int, tensor: int, data: int) -> list[int]:
@@ -206,8 +205,7 @@ class Space:
         groups = [data, inside] if 1 < inside < data else [data]
         if not self.problem.built_only:
             return groups
-        engine = self.pins.get("engine", "native")
-        whole = {"engine": engine, "data_parallel_degree": data}
+        whole = {"engine": self.engine, "data_parallel_degree": data}
         return [n for n in groups if unbuilt(Strategy(zero_group_size=n, **whole), field="zero_group_size") is None]
 
     def _frequencies(self, zero: int, accumulation: int) -> list[tuple[str, str]]:
