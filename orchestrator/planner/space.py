@@ -78,7 +78,9 @@ class Space:
         """Under built_only, the values that the engine carries out; the pinned ones are judged by plan.py, by name."""
         if not self.problem.built_only:
             return values
-        return [value for value in values if unbuilt(Strategy(engine=self.engine, **{field: value}), field=field) is None]
+        return [
+            value for value in values if unbuilt(Strategy(engine=self.engine, **{field: value}), field=field) is None
+        ]
 
     def offloads_of(self, zero: int, data: int) -> list[Offload]:
         """Parameters stream in block by block, as ZeRO 3 gathers them, or on a single replica."""
