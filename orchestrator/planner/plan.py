@@ -135,7 +135,7 @@ class Plan:
         engine = self.solution.problem.engine
         if engine.assumed_error:
             source = f"{source}; engine {self.strategy.engine} priced as {engine.semantics}"
-            speed, memory = max(speed, engine.assumed_error), max(memory, engine.assumed_error)
+            speed, memory = max(speed, 2 * engine.assumed_error), max(memory, engine.assumed_error)
         return {"source": source, "throughput_error": speed, "memory_error": memory}
 
     def _speed_error(self) -> tuple[str, float]:
@@ -207,7 +207,10 @@ def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = F
     if cluster is None:
         from clusters.inventory.local import discover
 
-        cluster = discover()
+        try:
+            cluster = discover()
+        except (ValueError, OSError, RuntimeError) as error:
+            raise PlanError(f"cluster: auto cannot be answered here: {error}") from error
     pins = {key: value for key, value in job.strategy.__dict__.items() if value is not None}
     engine = ENGINES[pins.get("engine", "native")]
     if "offload" in pins:

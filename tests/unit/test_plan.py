@@ -313,3 +313,12 @@ def test_a_run_takes_the_best_that_is_built_where_the_fastest_is_built_only_in_p
     assert built.fits
     assert unbuilt(built.strategy) is None
     assert built.solution.tokens_per_second < anything.solution.tokens_per_second
+
+
+def test_a_machine_that_cannot_be_measured_is_a_plan_error_with_its_cause(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ValueError("this machine cannot be measured: torch is not installed\n  to fix: pip install torch")
+
+    monkeypatch.setattr("clusters.inventory.local.discover", fail)
+    with pytest.raises(PlanError, match="torch is not installed\n  to fix: pip install torch"):
+        plan(parse_job(job() | {"cluster": "auto"}))
