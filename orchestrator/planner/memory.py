@@ -145,9 +145,8 @@ def price_memory(
         staging = max(staging, sum(each.states))  # a checkpoint's one copy
     if strategy.offload.activations == "host":
         host += max(_kept(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
-    added, kept = _reserve(constants, kind)
     ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
-    peak = tensors + int(tensors * added + kept)
+    peak = tensors + reserve_bytes(tensors, kind, constants)
 
     def stage(rank: int) -> StageMemory:
         known = fills.get(rank)
@@ -352,16 +351,15 @@ def _reserve(constants: MemoryConstants, kind: str) -> tuple[float, float]:
     return CPU_FRAGMENTATION, CPU_PROCESS_BYTES
 
 
-def reserve_bytes(tensors: int, kind: str) -> int:
+def reserve_bytes(tensors: int, kind: str, constants: MemoryConstants = MEMORY) -> int:
     """Bytes that are no tensors, beside so many that are, on a "cuda" or "cpu" accelerator."""
-    added, kept = _reserve(MEMORY, kind)
+    added, kept = _reserve(constants, kind)
     return int(tensors * added + kept)
 
 
 def _stage(rank: int, fill: _Fill, constants: MemoryConstants, kind: str) -> StageMemory:
     phase, gathered, gradients, activations, logits, buffers, temporary = fill.moment
-    added, kept = _reserve(constants, kind)
-    reserve = int(fill.tensors * added + kept)
+    reserve = reserve_bytes(fill.tensors, kind, constants)
     return StageMemory(
         pipeline_rank=rank,
         peak_phase=phase,

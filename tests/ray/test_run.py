@@ -42,6 +42,16 @@ def with_steps(file, steps: int):
     file.write_text(yaml.safe_dump(mapping))
 
 
+def run_to_its_end(file):
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", "run", str(file), "--json"],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+
+
 def test_a_run_is_stopped_by_ctrl_c_and_goes_on_to_its_end(workspace):
     file = chaos.job(workspace, name="small", workers=2, steps=100_000)
     folder = workspace / "runs" / "small"
@@ -56,13 +66,7 @@ def test_a_run_is_stopped_by_ctrl_c_and_goes_on_to_its_end(workspace):
     assert (folder / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").exists()
 
     with_steps(file, stopped_at + 8)
-    again = subprocess.run(
-        [sys.executable, "-m", "orchestrator.cli", "run", str(file), "--json"],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        check=False,
-    )
+    again = run_to_its_end(file)
     assert again.returncode == 0, again.stderr
     assert f"after step {stopped_at:,} of {stopped_at + 8:,}" in again.stderr
     result = json.loads(again.stdout)
@@ -99,13 +103,7 @@ def test_a_run_goes_on_under_another_split(workspace):
             mapping["training"]["steps"] = 3 * number
             mapping["training"]["schedule"] = {"name": "constant", "warmup_steps": 0}
             file.write_text(yaml.safe_dump(mapping))
-            done = subprocess.run(
-                [sys.executable, "-m", "orchestrator.cli", "run", str(file), "--json"],
-                capture_output=True,
-                text=True,
-                timeout=180,
-                check=False,
-            )
+            done = run_to_its_end(file)
             assert done.returncode == 0, done.stderr
             assert json.loads(done.stdout)["step"] == 3 * number
         losses[name] = [report.loss for report in steps(workspace / "runs" / name / "metrics.jsonl")]
