@@ -298,22 +298,6 @@ class Bounds:
             options.append(self.added_s(*key, "full") * min(least.layers, fewest) / num_layers)
         return self.problem.accumulation(shape.data, micro) * min(options)
 
-    def layers_short(self, choice: Choice, memory: MemoryPrice) -> int:
-        """Layers of a stage that must be recomputed beyond those of a choice that does not fit, at least: on the fullest rank
-        each saves no more than it leaves there, times what the allocator adds."""
-        kept = self.kept(choice.tensor, choice.sequence_parallel)
-        stage = memory.stages.fullest()
-        grown = stage.peak_bytes / max(1, stage.peak_bytes - stage.reserve)
-        held = 1.0
-        if choice.offload.activations == "none":
-            times = self.problem.accumulation(choice.data, choice.micro)
-            held = flights(choice.pipeline, choice.schedule, choice.virtual, times, stage.pipeline_rank)
-        held *= choice.virtual if choice.pipeline > 1 else 1
-        saved = (kept.none_bytes - kept.full_bytes) * choice.micro * held * grown
-        if saved <= 0:
-            return 1
-        return max(1, math.ceil((stage.peak_bytes - memory.usable_bytes) / saved * (1 - 1e-3)))
-
     def fixed(self, smallest: list[tuple[Choice, MemoryPrice]]) -> Fixed:
         """What every member of the family has, from its smallest members."""
         first = smallest[0][0]

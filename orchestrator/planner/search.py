@@ -385,16 +385,18 @@ class _Search:
     def _fewest(
         self, core: Core, sharding: Sharding, offload: Offload, counts: list[int | None], place: int
     ) -> tuple[int | None, int]:
-        """(place in counts of the fewest recomputed layers that fit, how many places were priced). Each that does not fit says
-        how many more it takes at least, so none is passed over."""
-        priced = 0
-        while place < len(counts):
+        """(place in counts of the fewest recomputed layers that fit, how many places were priced): halved, since more layers
+        recomputed never hold more."""
+        low, high, found, priced = place, len(counts) - 1, None, 0
+        middle = low  # the bound is often exact
+        while low <= high:
             priced += 1
-            choice = point(core, sharding, offload, "full", counts[place])
-            memory = self._memory(choice)
-            if memory.fits:
-                return place, priced
-            if place == len(counts) - 1:
-                break
-            place = min(place + self.bounds.layers_short(choice, memory), len(counts) - 1)
-        return None, priced
+            if self._fits(point(core, sharding, offload, "full", counts[middle])):
+                found, high = middle, middle - 1
+            elif found is None and middle != len(counts) - 1:
+                low, middle = middle + 1, len(counts) - 1  # does it fit at all?
+                continue
+            else:
+                low = middle + 1
+            middle = (low + high) // 2
+        return found, priced
