@@ -7,27 +7,21 @@ parameters to step, FSDP a flat piece of each. Pipe is one process with threads,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor import Shard as Split
 
 from strategies.catalog import unbuilt
 from strategies.engines.engine import Build, OptimizerSettings
+from strategies.engines.held import Held, HeldSession, Owned, Place, fill
 from strategies.engines.installed import engine_module
 from strategies.engines.mesh import NAMES, Mesh
-from strategies.engines.native import NativeSession
 from strategies.pipeline.runner import PlainRunner
 from strategies.strategy import Strategy
 from strategies.tensor.region import WHOLE
-from strategies.zero.states import DTYPES, Adam, Shard, Weights, rows
-
-Entries = tuple[tuple[str, Tensor], ...]
+from strategies.zero.states import DTYPES, Adam, Shard, Weights
 
 
 def build_session(
@@ -40,7 +34,7 @@ def build_session(
     device: torch.device | str = "cpu",
     deterministic: bool = False,
     z_loss: float = 0.0,
-) -> FairscaleSession:
+) -> HeldSession:
     """As native.build_session. Raises ValueError, with the field's name, for what fairscale cannot do."""
     _refuse(strategy, precision, deterministic)
     build = Build(
@@ -59,7 +53,7 @@ def build_session(
     if build.device.type == "cpu":
         engine_module("strategies", "strategies.engines.fairscale_cpu").install()
     states = (Fsdp if strategy.zero_stage == 3 else Oss)(build, weights)
-    return FairscaleSession(build, states, z_loss=z_loss, owns_group=False)
+    return HeldSession(build, states, z_loss=z_loss, owns_group=False)
 
 
 def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
@@ -88,36 +82,14 @@ def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
         )
 
 
-class FairscaleSession(NativeSession):
-    """See engine.Session. state_dict() copies: a rank's rows of each parameter, whoever steps them in fairscale."""
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See engine.Session."""
-        cast("Held", self.states).take(state)
-        super().load_state_dict(state)
-
-
-class Held:
-    """States under a wrapped module; `_view` says which part of the flat whole a rank's shard of a parameter is."""
+class FairscaleStates(Held):
+    """Under a module that fairscale or DDP wrapped."""
 
     wrapped: Any
-    adam: Adam
-    shards: list[Shard]
-    """This rank's, each counted on one rank only."""
-    parameters: dict[str, nn.Parameter]
-    shapes: dict[str, torch.Size]
-    num_replicas = 1
 
     def __init__(self, build: Build) -> None:
-        self.build, self.device = build, build.device
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.mesh = init_device_mesh(build.device.type, (self.world_size,))
-        self.wide = torch.float64 if build.precision == "fp64" else torch.float32
+        super().__init__(build)
         self.waiting: contextlib.ExitStack | None = None
-
-    def _view(self, shard: Shard, whole: Tensor) -> Tensor:
-        """The flat part of a whole parameter that the shard holds."""
-        raise NotImplementedError
 
     def micro_batch(self, *, last: bool) -> None:
         if self.build.strategy.reduce == "per_micro_batch" and isinstance(self, Fsdp):
@@ -129,91 +101,14 @@ class Held:
             self.waiting.close()
             self.waiting = None
 
-    def settle(self) -> None:
-        """fairscale lets go of what evaluation gathered by itself."""
 
-    def close(self) -> None:
-        """fairscale made no group."""
-
-    def _entry(self, local: Tensor | None, shard: Shard | None, name: str) -> DTensor:
-        """One parameter's tensor by rows; collective, one whole tensor at a time."""
-        whole = torch.zeros(self.shapes[name], dtype=self.wide, device=self.device)
-        if local is not None and shard is not None:
-            part = self._view(shard, whole)
-            part.copy_(local.reshape(-1)[: part.numel()])
-        dist.all_reduce(whole)
-        mine = rows(whole, self.world_size, self.rank).clone()
-        return DTensor.from_local(
-            mine, self.mesh, [Split(0)], run_check=False, shape=whole.shape, stride=whole.stride()
-        )
-
-    @torch.no_grad()
-    def state_dict(self) -> dict[str, Any]:
-        """Collective."""
-        held = {shard.name: shard for shard in self.shards}
-        state: dict[str, Any] = {}
-        for name in self.shapes:
-            shard = held.get(name)
-            for index, kind in enumerate(("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")):
-                local = shard.entries()[index][1] if shard else None
-                state[f"{kind}.{name}"] = self._entry(local, shard, name)
-        return state
-
-    @torch.no_grad()
-    def take(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict(); collective, one whole tensor at a time."""
-        held = {shard.name: shard for shard in self.shards}
-        for name in self.shapes:
-            for index, kind in enumerate(("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")):
-                whole = state[f"{kind}.{name}"].full_tensor()
-                if shard := held.get(name):
-                    part = self._view(shard, whole)
-                    shard.entries()[index][1].view(-1)[: part.numel()].copy_(part)
-
-    def tensors(self) -> dict[str, list[Tensor]]:
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        parameters = [p.detach() for p in self.parameters.values()]
-        return {"parameters": parameters, "gradients": gradients, **self.adam.tensors(self.shards)}
-
-
-class _Owned(torch.optim.Optimizer):
-    """What OSS steps on each rank: the project's AdamW over the parameters that OSS gave this rank."""
-
-    def __init__(self, params: Any, *, make: Callable[[nn.Parameter], Shard], adam: Adam) -> None:
-        super().__init__(params, {"lr": 0.0})
-        self.adam = adam
-        self.owned = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.shards = [make(parameter) for parameter in self.owned]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None, *, scale: float = 1.0) -> None:  # type: ignore[override]
-        if not self.owned:
-            return
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.owned]
-        self.adam.advance()
-        self.adam.step(
-            self.shards, gradients, self._into(), scale=scale, learning_rate=float(self.param_groups[0]["lr"])
-        )
-
-    def _into(self) -> list[Tensor]:
-        return [p.detach() if shard.apart else shard.master for p, shard in zip(self.owned, self.shards, strict=True)]
-
-    @torch.no_grad()
-    def loaded(self, step: int) -> None:
-        self.adam.loaded(step, self.shards, self._into())
-
-
-class Oss(Held):
+class Oss(FairscaleStates):
     """ZeRO 1 and 2: each rank steps whole parameters, dealt by size, and broadcasts them."""
 
     def __init__(self, build: Build, weights: Weights) -> None:
         super().__init__(build)
-        build.module.to(DTYPES[build.precision]).to_empty(device=build.device)
-        self.parameters = dict(build.module.named_parameters())
+        self.parameters = fill(build, weights, DTYPES[build.precision])
         self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(weights(name, parameter.shape))
         names = {parameter: name for name, parameter in self.parameters.items()}
         self.adam = Adam(build.optimizer, build.device, self.wide)
         apart = build.precision in ("bf16", "fp16")
@@ -225,7 +120,8 @@ class Oss(Held):
 
         _checkpoint(build)
         oss = engine_module("fairscale", "fairscale.optim.oss").OSS
-        self.oss: Any = oss(list(self.parameters.values()), optim=_Owned, make=make, adam=self.adam)
+        self.oss: Any = oss(list(self.parameters.values()), optim=Owned, make=make, adam=self.adam)
+        self.oss.optim.own()
         if build.strategy.zero_stage == 2:
             sharded = engine_module("fairscale", "fairscale.nn").ShardedDataParallel
             self.wrapped = sharded(build.module, self.oss, broadcast_buffers=False, auto_refresh_trainable=False)
@@ -260,26 +156,22 @@ class Oss(Held):
             group["lr"] = learning_rate
         self.oss.step(scale=scale)
 
-    def _view(self, shard: Shard, whole: Tensor) -> Tensor:
-        return whole.view(-1)
+    def place(self, shard: Shard) -> Place:
+        return Place()
 
     def loaded(self, step: int) -> None:
         self.oss.optim.loaded(step)
         self.oss._broadcast_params()
 
 
-class Fsdp(Held):
+class Fsdp(FairscaleStates):
     """ZeRO 3: fp32 flat shards of each parameter, not of all together: norms and biases do not decay."""
 
     def __init__(self, build: Build, weights: Weights) -> None:
         super().__init__(build)
         module: Any = build.module
-        module.to(self.wide).to_empty(device=build.device)
-        self.parameters = dict(module.named_parameters())
+        self.parameters = fill(build, weights, self.wide)
         self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(weights(name, parameter.shape))
         _checkpoint(build)
         fsdp = engine_module("fairscale", "fairscale.nn").FullyShardedDataParallel
         low = build.precision in ("bf16", "fp16")
@@ -326,9 +218,9 @@ class Fsdp(Held):
         self.adam.step(self.shards, self._gradients(), masters, scale=scale, learning_rate=learning_rate)
         self.begin()
 
-    def _view(self, shard: Shard, whole: Tensor) -> Tensor:
-        size = -(-whole.numel() // self.world_size)
-        return whole.view(-1)[self.rank * size : (self.rank + 1) * size]
+    def place(self, shard: Shard) -> Place:
+        size = -(-shard.shape.numel() // self.world_size)
+        return Place(start=self.rank * size, stop=(self.rank + 1) * size)
 
     def loaded(self, step: int) -> None:
         self.adam.num_steps.fill_(step)
