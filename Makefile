@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test check fix parity chaos bench gpu oracle trace engine-fairscale clean
+.PHONY: install quickstart test check fix parity chaos bench gpu oracle trace engine-fairscale engine-colossalai engines clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml
@@ -59,6 +59,15 @@ gpu:  ## native ZeRO on the GPUs present, one JSON; needs torch, numpy, PyYAML a
 
 engine-fairscale: $(INSTALLED)  ## fairscale in a folder of its own, which only its workers see
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/engines/fairscale fairscale==0.4.13
+
+# Its metadata asks for torch 2.5: --no-deps, with what it imports by name, and not torch.
+engine-colossalai: $(INSTALLED)  ## ColossalAI in a folder of its own, which only its workers see
+	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/engines/colossalai colossalai==0.5.0 transformers==4.51.3 \
+	  'tokenizers==0.21.*' 'huggingface_hub<1' peft==0.13.2 'accelerate<2' 'einops==0.8.*' galore-torch==1.0 bitsandbytes \
+	  filelock regex tqdm requests packaging
+
+engines: $(INSTALLED)  ## ColossalAI and fairscale against the native engine, as a table
+	$(BIN)/python -m benchmarks.engines
 
 clean:
 	rm -rf $(VENV) runs examples/corpus

@@ -47,13 +47,12 @@ class Limit:
 class Capability:
     """What an engine is built to do; what no limit names, it does."""
 
-    built: bool
     semantics: str
-    """Whose cost doors price it; empty where its steps differ from every priced one."""
+    """Whose cost doors price it."""
     states: tuple[States, ...] = ()
     """What it keeps in 16-bit precision, by ZeRO stage."""
     whole_until: int = 1
-    """The last ZeRO stage whose parameters stand whole on every rank, and whose gradients are reduced once a step."""
+    """The last ZeRO stage whose parameters stand whole on every rank."""
     gathers_ahead: bool = True
     """At ZeRO 3 it fetches a block while the one before is at work."""
     plans_ahead: bool = False
@@ -72,7 +71,6 @@ NATIVE_STATES = (("mixed", "mixed_fp32_gradients", "full"), ("sharded_fp32", "fu
 
 ENGINES: dict[str, Capability] = {
     "native": Capability(
-        built=True,
         semantics="native",
         states=("mixed", "mixed", "sharded_fp32", "sharded_fp32"),
         plans_ahead=True,
@@ -118,9 +116,60 @@ ENGINES: dict[str, Capability] = {
             ),
         ),
     ),
-    "colossalai": Capability(built=False, semantics=""),
+    "colossalai": Capability(
+        semantics="native",
+        states=("mixed", "mixed", "mixed", "mixed"),
+        whole_until=2,
+        gathers_ahead=False,
+        assumed_error=0.25,
+        fixed={"tensor_parallel_degree": 1, "pipeline_parallel_degree": 1, "offload": Offload()},
+        package="colossalai",
+        limits=(
+            *(
+                Limit(
+                    field=field,
+                    applies=lambda s, field=field: getattr(s, field) > 1,  # type: ignore[misc]
+                    reason="the colossalai engine splits the data alone",
+                )
+                for field in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree")
+            ),
+            Limit(
+                field="zero_stage",
+                applies=lambda s: s.zero_stage == 3,
+                reason="the colossalai engine does ZeRO 0 (TorchDDP), 1 and 2 (LowLevelZero)",
+            ),
+            Limit(
+                field="zero_group_size",
+                applies=lambda s: s.zero_stage > 0 and s.zero_group_size != s.data_parallel_degree,
+                reason="ColossalAI shards over all data-parallel ranks",
+            ),
+            Limit(
+                field="reduce",
+                applies=lambda s: (
+                    s.gradient_accumulation_steps > 1
+                    and s.reduce != ("per_micro_batch" if s.zero_stage == 2 else "per_step")
+                ),
+                reason="ColossalAI reduces gradients for every micro batch at ZeRO 2 and once a step at 0 and 1",
+            ),
+            Limit(
+                field="states",
+                applies=lambda s: s.states not in ("mixed", "full"),
+                reason="ColossalAI keeps `mixed` in 16-bit precisions, `full` in fp32 and fp64",
+            ),
+            Limit(
+                field="offload",
+                applies=lambda s: (
+                    (s.offload.parameters, s.offload.activations) != ("none", "none")
+                    or s.offload.optimizer == "nvme"
+                    or s.offload.optimizer_fraction < 1
+                    or (s.offload.optimizer == "host" and s.zero_stage == 0)
+                ),
+                reason="ColossalAI's LowLevelZero (ZeRO 1 and 2) moves all optimizer states to the host, and nothing else",
+            ),
+            Limit(field="compile", applies=lambda s: s.compile, reason="ColossalAI's hooks do not compile"),
+        ),
+    ),
     "fairscale": Capability(
-        built=True,
         semantics="native",
         states=("mixed", "mixed", "mixed", "sharded_fp32"),
         whole_until=2,
@@ -189,14 +238,11 @@ ENGINES: dict[str, Capability] = {
         ),
     ),
 }
-"""ColossalAI's Gemini chunks hold other bytes than the native rooms: nothing prices them yet."""
 
 
 def unbuilt(strategy: Strategy, *, field: str | None = None) -> Limit | None:
     """The first choice (of one field, where it is given) that the strategy's engine does not carry out yet; None where it is
     built."""
     capability = ENGINES[strategy.engine]
-    if not capability.built:
-        return Limit(field="engine", applies=lambda _: True, reason=f"the {strategy.engine} engine is not built yet")
     limits = (limit for limit in capability.limits if field in (None, limit.field))
     return next((limit for limit in limits if limit.applies(strategy)), None)

@@ -198,10 +198,6 @@ def check(problem: Problem) -> None:
             f"{stages} pipeline stages are more than the model's {arch.num_layers} layers\n"
             f"  to fix: pipeline_parallel_degree x num_virtual_stages of at most {arch.num_layers}"
         )
-    if not problem.engine.semantics:
-        raise PlanError(
-            f"engine {pins['engine']} cannot be planned: no cost door prices it yet\n  to fix: engine: native, or leave it out"
-        )
     if problem.precision in ("fp32", "fp64") and pins.get("states", "full") != "full":
         raise PlanError(
             f"states {pins['states']} keeps 16-bit parameters, training.precision is {problem.precision}\n"

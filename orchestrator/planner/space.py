@@ -211,14 +211,25 @@ class Space:
         return [n for n in groups if unbuilt(Strategy(zero_group_size=n, **whole), field="zero_group_size") is None]
 
     def _frequencies(self, zero: int, accumulation: int) -> list[tuple[str, str]]:
-        often = zero > self.problem.engine.whole_until
+        often = zero >= 2
         gathers, reduces = [PER_MICRO_BATCH], [PER_MICRO_BATCH if often else PER_STEP]
         if accumulation > 1:
             gathers = [PER_MICRO_BATCH, PER_STEP] if zero == 3 else gathers
             reduces = [PER_MICRO_BATCH, PER_STEP] if often else reduces
         gathers = [self.pins["gather"]] if "gather" in self.pins else gathers
-        reduces = [self.pins["reduce"]] if "reduce" in self.pins else reduces
+        reduces = [self.pins["reduce"]] if "reduce" in self.pins else self._reduces(reduces, zero, accumulation)
         return list(product(gathers, reduces))
+
+    def _reduces(self, values: list[str], zero: int, accumulation: int) -> list[str]:
+        """Under built_only, those that the engine carries out at this stage."""
+        if not self.problem.built_only:
+            return values
+        at: dict[str, Any] = {
+            "engine": self.engine,
+            "zero_stage": zero,
+            "gradient_accumulation_steps": accumulation,
+        }
+        return [value for value in values if unbuilt(Strategy(reduce=value, **at), field="reduce") is None]  # type: ignore[arg-type]
 
     def recomputes(self, pipeline: int, virtual: int) -> tuple[list[str], list[int | None]]:
         """(none and selective as far as open, numbers of layers for full: None is all of them)."""
@@ -308,7 +319,7 @@ class Space:
             schedules = [(pins["pipeline_schedule"], pins["num_virtual_stages"])]
         if len(groups) != 1 or len(schedules) != 1:
             return None
-        gather, reduce = self._frequencies(stages[0], 1)[0]
+        gather, reduce = self._frequencies(stages[0], self.problem.accumulation(data, micros[0]))[0]
         return Choice(
             tensor=tensor,
             pipeline=pipeline,

@@ -55,10 +55,13 @@ class PlainRunner:
         for index, batch in enumerate(micro_batches):
             self.states.micro_batch(last=index == len(micro_batches) - 1)
             loss, trained = self._loss(batch)
-            (trained * factor).backward()
+            self._backward(trained * factor)
             total += loss
             del loss, trained
         return total
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
 
     def evaluate(self, batch: MicroBatch) -> Tensor | None:
         return self._loss(batch)[0]

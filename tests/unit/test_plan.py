@@ -170,7 +170,6 @@ def test_a_model_that_no_strategy_fits_is_a_plan_with_what_would_fit() -> None:
 
 
 REFUSED = {
-    "an engine that nothing prices": ({"engine": "colossalai"}, "engine colossalai cannot be planned"),
     "zbv with one stage a rank": (
         PINNED | {"pipeline_schedule": "zbv"},
         "zbv holds exactly 2 stages",

@@ -144,8 +144,8 @@ def test_a_cluster_that_is_not_this_machine_is_refused(cluster, told, monkeypatc
         ("training: {steps: 3, precision: fp32}", "the job has no data", "data: {train:"),
         ("training: {steps: 3, precision: fp32}\ndata: {train: [nothing-here.txt]}", "nothing-here.txt", ""),
         (
-            "training: {steps: 3, precision: fp32}\ndata: {train: [job.yaml]}\nstrategy: {engine: colossalai}",
-            "engine colossalai cannot be planned",
+            "training: {steps: 3, precision: fp32}\ndata: {train: [job.yaml]}\nstrategy: {engine: colossalai, compile: true}",
+            "ColossalAI's hooks do not compile",
             "engine: native",
         ),
         (

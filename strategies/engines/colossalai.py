@@ -1,0 +1,248 @@
+"""The ColossalAI engine: its Booster with TorchDDPPlugin (ZeRO 0) and LowLevelZeroPlugin (ZeRO 1 and 2).
+
+The step (loss, norm, clip, loss scale) is the native session's and the AdamW the project's; who holds, reduces and gathers what
+is ColossalAI's. docs/reference/engines.md says what is left out, and why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from strategies.catalog import unbuilt
+from strategies.engines.engine import Build, OptimizerSettings
+from strategies.engines.held import Held, HeldSession, Owned, Place, fill
+from strategies.engines.installed import engine_module
+from strategies.engines.mesh import NAMES, Mesh
+from strategies.pipeline.runner import PlainRunner
+from strategies.recompute import apply as recompute
+from strategies.strategy import Strategy
+from strategies.tensor.region import WHOLE
+from strategies.zero.states import DTYPES, Adam, Shard, Weights
+
+BUCKET_ELEMENTS_M = 12
+"""LowLevelZeroPlugin's own default: gradients of so many million parameters are reduced in one message."""
+
+
+def build_session(
+    module: nn.Module,
+    *,
+    strategy: Strategy,
+    precision: str,
+    weights: Weights,
+    optimizer: OptimizerSettings | None = None,
+    device: torch.device | str = "cpu",
+    deterministic: bool = False,
+    z_loss: float = 0.0,
+) -> HeldSession:
+    """As native.build_session. Raises ValueError, with the field's name, for what ColossalAI cannot do."""
+    _refuse(strategy, precision, deterministic)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # colossalai imports it, and it asks for GPU kernels
+    engine_module("colossalai", "colossalai")
+    build = Build(
+        module=module,
+        strategy=strategy,
+        precision=precision,
+        device=torch.device(device),
+        # ColossalAI keeps its own groups
+        mesh=Mesh(sizes=dict.fromkeys(NAMES, 1), ranks=torch.arange(strategy.num_gpus)),
+        region=WHOLE,
+        optimizer=optimizer or OptimizerSettings(),
+        requests={"runner": BoosterRunner, "groups": [], "shared_group": None},
+    )
+    if build.device.type == "cpu":
+        engine_module("strategies", "strategies.engines.colossalai_cpu").install()
+    engine_module("colossalai", "colossalai.logging").get_dist_logger()._logger.setLevel(logging.WARNING)
+    states = (LowLevelZero if strategy.zero_stage else TorchDdp)(build, weights)
+    return HeldSession(build, states, z_loss=z_loss, owns_group=False)
+
+
+def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
+    if limit := unbuilt(strategy):
+        value = getattr(strategy, limit.field)
+        raise ValueError(f"{limit.field} {value} cannot run: {limit.reason}; set it otherwise, or engine: native")
+    if precision == "fp64" and strategy.zero_stage:
+        raise ValueError(
+            f"precision fp64 at zero_stage {strategy.zero_stage}: ColossalAI's ZeRO steps in 32 bits; set fp32, or zero_stage 0"
+        )
+    states = "mixed" if precision in ("bf16", "fp16") else "full"
+    if strategy.states != states:
+        raise ValueError(f"states {strategy.states!r} in {precision}: ColossalAI keeps {states}; set that")
+    if deterministic:
+        raise ValueError(
+            "deterministic: ColossalAI's buckets are reduced in the order of arrival; set it to false, or engine: native"
+        )
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if not dist.is_initialized() or world_size != strategy.num_gpus:
+        raise ValueError(
+            f"data_parallel_degree {strategy.data_parallel_degree} wants a process group of {strategy.num_gpus}, this one has "
+            f"{world_size}; start as many workers as the strategy has GPUs"
+        )
+
+
+class BoosterRunner(PlainRunner):
+    """One replica's micro batches, whose backward passes ColossalAI drives."""
+
+    states: Boosted
+
+    def _backward(self, loss: Tensor) -> None:
+        self.states.booster.backward(loss, self.states.optimizer)
+
+
+class Boosted(Held):
+    """Under what the Booster made of the project's module and optimizer."""
+
+    booster: Any
+    optimizer: Any
+    """ColossalAI's wrapper."""
+    owned: Owned
+
+    def __init__(self, build: Build, weights: Weights) -> None:
+        super().__init__(build)
+        self.parameters = fill(build, weights, DTYPES[build.precision])
+        self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
+        self.names = {parameter: name for name, parameter in self.parameters.items()}
+        recompute.apply(build)
+        self.adam = Adam(build.optimizer, build.device, self.wide)
+        self.low = build.precision in ("bf16", "fp16")
+        self.waiting: contextlib.ExitStack | None = None
+        self.owned = Owned(list(self.parameters.values()), make=self._shard, adam=self.adam)
+        self.booster = engine_module("colossalai", "colossalai.booster").Booster(plugin=self._plugin())
+        self.module, self.optimizer, *_ = self.booster.boost(build.module, self.owned)
+        self.owned.own()
+        self.shards = self.owned.shards
+        if self.low:
+            self._widen(weights)
+        object.__setattr__(build, "module", self.module)
+
+    def _plugin(self) -> Any:
+        raise NotImplementedError
+
+    def _shard(self, stepped: Tensor) -> Shard:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _widen(self, weights: Weights) -> None:
+        """Master weights begin as the job's, not as those rounded to 16 bits."""
+        for shard in self.shards:
+            part = self.place(shard).read(weights(shard.name, self.shapes[shard.name]))
+            shard.master.view(-1)[: part.numel()].copy_(part)
+
+    def begin(self) -> None:
+        self.optimizer.zero_grad()
+
+    def micro_batch(self, *, last: bool) -> None:
+        if not self._once_a_step():
+            return
+        if not last and self.waiting is None:
+            self.waiting = contextlib.ExitStack()
+            self.waiting.enter_context(self.booster.no_sync(self.module, self.optimizer))
+        elif last and self.waiting is not None:
+            self.waiting.close()
+            self.waiting = None
+
+    def _once_a_step(self) -> bool:
+        return True
+
+    def reduce(self) -> None:
+        """ColossalAI divided the sum by the ranks."""
+        for gradient in self.gradients().values():
+            gradient.mul_(self.world_size)
+
+    def gradients(self) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def loaded(self, step: int) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update(self, *, scale: float, learning_rate: float) -> None:
+        """ColossalAI's own clipping is off: the session's norm is one over all parameters."""
+        if scale != 1.0:
+            for gradient in self.gradients().values():
+                gradient.mul_(scale)
+        for group in self.owned.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+
+
+class TorchDdp(Boosted):
+    """ZeRO 0: torch's DDP, whole states on each rank."""
+
+    def _plugin(self) -> Any:
+        self.tells = self.rank == 0
+        self.num_replicas = self.world_size
+        return engine_module("colossalai", "colossalai.booster.plugin").TorchDDPPlugin(broadcast_buffers=False)
+
+    def _shard(self, stepped: Tensor) -> Shard:
+        return self.adam.shard(self.names[stepped], stepped.shape, stepped.detach(), apart=self.low)  # type: ignore[index]
+
+    def place(self, shard: Shard) -> Place:
+        return Place()
+
+    def gradients(self) -> dict[str, Tensor]:
+        return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+    def loaded(self, step: int) -> None:
+        self.owned.loaded(step)
+
+
+class LowLevelZero(Boosted):
+    """ZeRO 1 and 2: each rank steps a flat piece of every parameter. In 32 bits the pieces are parts of the parameters, unless
+    the optimizer is on the host; else they are a master copy."""
+
+    def _plugin(self) -> Any:
+        host = self.build.strategy.offload.optimizer == "host"
+        return engine_module("colossalai", "colossalai.booster.plugin").LowLevelZeroPlugin(
+            stage=self.build.strategy.zero_stage,
+            precision=self.build.precision,
+            # The session scales the loss: ColossalAI's scaler stands at 1.
+            initial_scale=1.0,
+            min_scale=1.0,
+            max_scale=1.0,
+            max_norm=0.0,
+            reduce_bucket_size_in_m=BUCKET_ELEMENTS_M,
+            overlap_communication=self.device.type == "cuda",
+            master_weights=self.low or host,
+            cpu_offload=host,
+        )
+
+    def _shard(self, stepped: Tensor) -> Shard:
+        working = self.optimizer.master_to_working_param[id(stepped)]
+        return self.adam.shard(self.names[working], working.shape, stepped, apart=False)
+
+    def place(self, shard: Shard) -> Place:
+        size = -(-shard.shape.numel() // self.world_size)
+        return Place(start=self.rank * size, stop=(self.rank + 1) * size)
+
+    def _once_a_step(self) -> bool:
+        return self.build.strategy.zero_stage == 1
+
+    def gradients(self) -> dict[str, Tensor]:
+        held = ((name, self.optimizer.get_working_grad_by_param_id(id(p))) for name, p in self.parameters.items())
+        return {name: gradient for name, gradient in held if gradient is not None}
+
+    @torch.no_grad()
+    def loaded(self, step: int) -> None:
+        self.adam.num_steps.fill_(step)
+        self._publish()
+
+    def _publish(self) -> None:
+        """Working parameters from the pieces of all ranks, as LowLevelZeroOptimizer.step does at its end."""
+        for shard, master in zip(self.shards, self.owned.owned, strict=True):
+            whole = self.parameters[shard.name]
+            pieces = torch.empty(self.world_size * master.numel(), dtype=whole.dtype, device=self.device)
+            dist.all_gather_into_tensor(pieces, master.to(self.device, whole.dtype))
+            whole.copy_(pieces[: whole.numel()].view_as(whole))
+
+    def tensors(self) -> dict[str, list[Tensor]]:
+        """See engine.Session."""
+        held = super().tensors()
+        masters = [shard.master for shard in self.shards] if self.low or self.build.strategy.offload.any else []
+        waiting = list(self.gradients().values())
+        return {**held, "gradients": held["gradients"] + waiting, "master_weights": masters}

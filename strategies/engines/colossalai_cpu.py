@@ -1,0 +1,60 @@
+"""What ColossalAI 0.5.0 needs to run without a GPU: an accelerator that answers for CUDA's streams, and the gates that ask for
+its name. Installed only in a worker that runs ColossalAI on a CPU; no file of the package is changed."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from strategies.engines.installed import engine_module
+
+
+def install() -> None:
+    """Once a process."""
+    api = engine_module("colossalai", "colossalai.accelerator")
+    if not getattr(api.get_accelerator(), "stands_in", False):
+        api.set_accelerator(_accelerator(api.CpuAccelerator))
+
+
+class _Stream(torch.cpu.Stream):
+    def synchronize(self) -> None:
+        """All work is done in order on a CPU."""
+
+
+def _accelerator(base: Any) -> Any:
+    class Accelerator(base):  # type: ignore[misc]
+        """A CPU under the name that LowLevelZeroOptimizer and Gemini let pass."""
+
+        stands_in = True
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._name = "cuda"
+
+        def device_count(self) -> int:
+            return 1
+
+        def Stream(self, *_: Any, **__: Any) -> _Stream:
+            return _Stream()
+
+        def current_stream(self, device: Any = None) -> Any:
+            return torch.cpu.current_stream()
+
+        def stream(self, _: Any) -> Any:
+            return contextlib.nullcontext()
+
+        def synchronize(self, device: Any = None) -> None:
+            """As a stream's."""
+
+        def current_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def get_rng_state(self, device: Any = None) -> torch.Tensor:
+            return torch.get_rng_state()
+
+        def manual_seed(self, seed: int) -> None:
+            torch.manual_seed(seed)
+
+    return Accelerator()
