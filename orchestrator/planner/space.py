@@ -178,6 +178,7 @@ class Space:
             for schedule, stages in options
             if (pinned is None or schedule == pinned)
             and (virtual is None or stages == virtual)
+            and pipeline * stages <= layers
             and (stages == 1 or schedule not in INTERLEAVED or accumulation % pipeline == 0)
         ]
 

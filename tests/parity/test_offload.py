@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks.parity import Case, Trial, judge
+from benchmarks.cases import Case, Trial
+from benchmarks.parity import judge
 from benchmarks.pool import Pool
 from strategies.strategy import Offload
 

@@ -8,7 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.parity import Case, Trial, judge, matrix
+from benchmarks.cases import Case, Trial
+from benchmarks.drawn import ROOMS, coverage, drawn
+from benchmarks.matrix import matrix
+from benchmarks.parity import judge
 from benchmarks.pool import Pool
 
 
@@ -18,7 +21,7 @@ def pool() -> Iterator[Pool]:
         yield pool
 
 
-def drawn(kind: str, count: int) -> list[Trial]:
+def sample(kind: str, count: int) -> list[Trial]:
     return random.Random(0).sample([trial for trial in matrix() if trial.kind == kind and _small(trial)], count)
 
 
@@ -45,22 +48,28 @@ FOLDED = Case(world_size=4, zero_stage=2, pipeline=2, virtual=2, schedule="zbv",
     [
         *(Trial(case) for case in (SPLIT, STAGES, FOLDED, replace(ROUND, schedule="interleaved_zero_bubble"))),
         Trial(replace(ROUND, recompute="full", checkpointed=1)),
+        *map(Trial, drawn(3, seed=0, most_gpus=4)),
         Trial(BOTH, SPLIT),
         Trial(SPLIT, STAGES),
         *(
             Trial(case)
             for case in (HYBRID, SHARDED, ONCE_A_STEP, Case(world_size=1, zero_stage=3, recompute="selective"))
         ),
-        *drawn("parity", 6),
+        *sample("parity", 6),
         Trial(SHARDED, HYBRID),
         Trial(HYBRID, Case(world_size=1, zero_stage=0)),
-        *drawn("resume", 2),
+        *sample("resume", 2),
         Trial(MIXED, MIXED),
         Trial(SCALED, SCALED),
-        *drawn("bitwise", 2),
+        *sample("bitwise", 2),
     ],
     ids=str,
 )
 def test_a_strategy_follows_the_plain_run(pool: Pool, trial: Trial):
     verdict = judge(pool, trial)
     assert verdict.passed, f"loss off by {verdict.loss}, weights by {verdict.weights}"
+
+
+def test_the_planner_draws_every_room():
+    """One draw each: what `make parity` plays forty of."""
+    assert min(coverage(drawn(len(ROOMS))).values()) > 0

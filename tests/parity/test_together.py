@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.parity import ARCH, Case, micro_batches, session_of, steps, whole
+from benchmarks.cases import ARCH, Case
+from benchmarks.parity import micro_batches, session_of, steps, whole
 from benchmarks.pool import Pool
 from orchestrator.models.opt import OPT
 from orchestrator.planner.live import LiveBytes

@@ -189,6 +189,14 @@ REFUSED = {
 }
 
 
+def test_a_pinned_schedule_leaves_out_pipelines_of_more_stages_than_layers() -> None:
+    answer = planned(
+        model={"family": "opt", "num_layers": 3, "hidden_size": 64, "num_heads": 4},
+        strategy={"pipeline_schedule": "interleaved_1f1b", "num_virtual_stages": 2},
+    ).to_dict()
+    assert answer["strategy"]["pipeline_parallel_degree"] == 1
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_is_refused_with_a_fix(name: str) -> None:
     strategy, message = REFUSED[name]

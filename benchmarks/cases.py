@@ -1,0 +1,162 @@
+"""What a row of `make parity` trains, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.models.architecture import Architecture, make_architecture
+from orchestrator.planner.stages import cut
+from strategies.strategy import MESH_ORDER, Offload, Strategy
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and its one repeated batch."""
+
+    arch: Architecture
+    global_batch_size: int
+    sequence_length: int
+
+    def __str__(self) -> str:
+        """Only what differs from TASK."""
+        arch = self.arch
+        if self == TASK:
+            return ""
+        kin = " narrow" * (arch.word_embedding_size is not None) + " untied" * (not arch.tied_embeddings)
+        return f" of {arch.num_layers}x{arch.hidden_size}{kin} on {self.global_batch_size}x{self.sequence_length}"
+
+
+ARCH = make_architecture(
+    family="opt", num_layers=4, hidden_size=24, num_heads=4, ffn_size=44, vocab_size=61, max_position=16
+)
+TASK = Task(ARCH, global_batch_size=7, sequence_length=12)
+NOWHERE = Offload()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A strategy, done."""
+
+    strategy: Strategy
+    precision: str = "fp64"
+    task: Task = TASK
+
+    @property
+    def world_size(self) -> int:
+        return self.strategy.num_gpus
+
+    def __str__(self) -> str:
+        return f"{self.precision} world {self.world_size}{told(self.strategy)}{self.task}"
+
+
+def told(strategy: Strategy) -> str:
+    s, words = strategy, ""
+    if s.tensor_parallel_degree > 1:
+        words += f" tensor {s.tensor_parallel_degree}{' sequence' * s.sequence_parallel}"
+    if s.pipeline_parallel_degree > 1:
+        words += f" pipeline {s.pipeline_parallel_degree}x{s.num_virtual_stages} {s.pipeline_schedule}"
+    if s.mesh_order != MESH_ORDER:
+        words += f" {'-'.join(s.mesh_order)}"
+    group = f"/{s.zero_group_size}" if s.zero_stage and s.zero_group_size < s.data_parallel_degree else ""
+    words += f" ZeRO {s.zero_stage}{group} {s.activation_checkpointing}"
+    if s.activation_checkpointing != "none" and any(x.num_checkpointed_layers < x.num_layers for x in s.stages):
+        words += f" {max(x.num_checkpointed_layers for x in s.stages)}"
+    words += f" {s.gradient_accumulation_steps}x{s.micro_batch_size}"
+    words += "".join(f" {name} per_step" for name in ("gather", "reduce") if getattr(s, name) == "per_step")
+    words += f" {s.states}" * (s.states == "mixed_fp32_gradients")
+    kinds = {kind: getattr(s.offload, kind) for kind in ("optimizer", "parameters", "activations")}
+    words += "".join(f" {kind} on {place}" for kind, place in kinds.items() if place != "none")
+    return words + (f" x{s.offload.optimizer_fraction:g}" if s.offload.optimizer_fraction < 1 else "")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run in few words."""
+
+    world_size: int
+    zero_stage: int
+    recompute: str = "none"
+    precision: str = "fp64"
+    micro_batch_size: int = 2
+    group: int = 0
+    """0: all replicas."""
+    gather: str = "per_micro_batch"
+    reduce: str = "per_micro_batch"
+    states: str = ""
+    offload: Offload = NOWHERE
+    tensor: int = 1
+    pipeline: int = 1
+    virtual: int = 1
+    schedule: str = "1f1b"
+    sequence_parallel: bool = False
+    checkpointed: int | None = None
+    """Layers of each stage that are computed again; None: all."""
+    mesh_order: tuple[str, ...] = MESH_ORDER
+
+    @property
+    def data(self) -> int:
+        return self.world_size // (self.tensor * self.pipeline)
+
+    @property
+    def task(self) -> Task:
+        return TASK
+
+    @property
+    def strategy(self) -> Strategy:
+        mixed = "mixed" if self.zero_stage < 2 else "sharded_fp32"
+        return Strategy(
+            data_parallel_degree=self.data,
+            tensor_parallel_degree=self.tensor,
+            pipeline_parallel_degree=self.pipeline,
+            num_virtual_stages=self.virtual,
+            pipeline_schedule=self.schedule,  # type: ignore[arg-type]
+            sequence_parallel=self.sequence_parallel,
+            mesh_order=self.mesh_order,  # type: ignore[arg-type]
+            stages=cut(
+                ARCH.num_layers,
+                pipeline=self.pipeline,
+                virtual=self.virtual,
+                v_shaped=self.schedule == "zbv",
+                head_layers=0.0,
+                checkpointed=self.checkpointed if self.recompute != "none" else 0,
+            ),
+            zero_stage=self.zero_stage,
+            zero_group_size=self.group or (self.data if self.zero_stage else 1),
+            states=self.states or ("full" if self.precision in ("fp32", "fp64") else mixed),  # type: ignore[arg-type]
+            activation_checkpointing=self.recompute,  # type: ignore[arg-type]
+            micro_batch_size=self.micro_batch_size,
+            gradient_accumulation_steps=self._num_micro_batches,
+            gather=self.gather,  # type: ignore[arg-type]
+            reduce=self.reduce,  # type: ignore[arg-type]
+            offload=self.offload,
+        )
+
+    @property
+    def _num_micro_batches(self) -> int:
+        least = -(-TASK.global_batch_size // (self.data * self.micro_batch_size))
+        # Interleaving wants whole rounds of the pipeline: the last ones are filled up.
+        return -(-least // self.pipeline) * self.pipeline if self.virtual > 1 else least
+
+    def __str__(self) -> str:
+        return str(Run(self.strategy, self.precision))
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One row of the table. Without `then` the case runs through; with it the run is saved halfway and goes on there."""
+
+    case: Case | Run
+    then: Case | Run | None = None
+
+    @property
+    def kind(self) -> str:
+        if self.then is None:
+            return "parity" if isinstance(self.case, Case) else "drawn"
+        return "bitwise" if self.then == self.case else "resume"
+
+    @property
+    def world_size(self) -> int:
+        return max(case.world_size for case in (self.case, self.then) if case)
+
+    def __str__(self) -> str:
+        return f"{self.kind:7}  {self.case}" + (f"  ->  {self.then}" if self.kind == "resume" else "")

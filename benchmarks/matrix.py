@@ -1,0 +1,81 @@
+"""The rows of `make parity`: each room alone, compositions, ways to save and to load, and plans that the planner drew."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+from benchmarks.cases import ARCH, Case, Trial
+
+
+def compositions() -> list[Case]:
+    """Tensor {1, 2} x pipeline {1, 2, 4} x data {1, 2} x ZeRO 0..3 x recompute x schedule, on up to 8 processes in fp64;
+    some of them in fp32 and bf16, and with the axes of the mesh in another order."""
+    cases = []
+    schedules = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_zero_bubble", 2), ("zbv", 2)]
+    for tensor, pipeline, data, recompute in itertools.product(
+        (1, 2), (1, 2, 4), (1, 2), ("none", "selective", "full")
+    ):
+        world = tensor * pipeline * data
+        if tensor == pipeline == 1 or world > 8:
+            continue
+        for stage, (schedule, virtual) in itertools.product(range(4 if data > 1 else 1), schedules):
+            if (pipeline == 1 and schedule != "1f1b") or pipeline * virtual > ARCH.num_layers:
+                continue
+            cases.append(
+                Case(
+                    world_size=world,
+                    zero_stage=stage,
+                    recompute=recompute,
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    schedule=schedule,
+                    virtual=virtual,
+                    micro_batch_size=1,
+                    sequence_parallel=tensor > 1 and recompute != "selective",
+                    reduce="per_step" if pipeline > 1 and stage >= 2 else "per_micro_batch",
+                    gather="per_step" if schedule == "zbv" and stage == 3 else "per_micro_batch",
+                    checkpointed=1 if recompute == "full" and pipeline < 4 else None,
+                )
+            )
+    plain = Case(world_size=8, zero_stage=1, tensor=2, pipeline=2, micro_batch_size=1, sequence_parallel=True)
+    cases += [replace(plain, precision=precision) for precision in ("fp32", "bf16")]
+    cases.append(replace(plain, mesh_order=("tensor", "pipeline", "data", "context")))
+    return cases
+
+
+def matrix() -> list[Trial]:
+    """ZeRO 0..3 x recompute x world size in each precision; hybrid groups; gather and reduce once a step; accumulation;
+    every pair of fourteen ways to save and to load; bitwise resumption with 3 and 4 workers."""
+    cases = [
+        Case(world_size=world, zero_stage=stage, recompute=recompute, precision=precision)
+        for precision, world, stage, recompute in itertools.product(
+            ("fp64", "fp32", "bf16"), (1, 2, 4), (0, 1, 2, 3), ("none", "selective", "full")
+        )
+    ]
+    cases += [Case(world_size=3, zero_stage=stage) for stage in range(4)]
+    cases += [Case(world_size=2, zero_stage=stage, precision="fp16") for stage in range(4)]
+    cases += [Case(world_size=2, zero_stage=s, precision="bf16", states="mixed_fp32_gradients") for s in (0, 1)]
+    groups = [Case(world_size=4, zero_stage=s, group=2, micro_batch_size=1) for s in (1, 2, 3)]
+    often = itertools.product((2, 3), ("per_step", "per_micro_batch"), ("per_step", "per_micro_batch"))
+    frequencies = [Case(world_size=2, zero_stage=s, micro_batch_size=1, gather=g, reduce=r) for s, g, r in often]
+    cases += groups + frequencies + compositions()
+    cases += [replace(case, gather="per_step", reduce="per_step") for case in groups[1:]]
+    ends = [
+        Case(world_size=w, zero_stage=s) for s, w in ((0, 1), (2, 1), (0, 2), (0, 4), (1, 2), (1, 3), (2, 2), (3, 4))
+    ]
+    ends += groups
+    ends += [
+        Case(world_size=4, zero_stage=3, tensor=2, sequence_parallel=True),
+        Case(world_size=4, zero_stage=1, pipeline=2, virtual=2, schedule="interleaved_1f1b", micro_batch_size=1),
+        Case(world_size=8, zero_stage=1, tensor=2, pipeline=2, micro_batch_size=1),
+    ]
+    trials = [Trial(case) for case in cases]
+    trials += [Trial(a, b) for a, b in itertools.product(ends, ends) if a != b]
+    for world, stage, precision in itertools.product((3, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16", "fp64")):
+        case = Case(world_size=world, zero_stage=stage, precision=precision, micro_batch_size=1)
+        trials.append(Trial(case, case))
+    trials += [
+        Trial(replace(case, precision=p), replace(case, precision=p)) for case in groups for p in ("fp32", "bf16")
+    ]
+    return trials
