@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 from benchmarks import parity
-from benchmarks.parity import Case
+from benchmarks.cases import ARCH, TASK, Case
 from benchmarks.pool import Pool
 from strategies.engines.native import build_session as build_native
 from strategies.strategy import Offload, Strategy
 
 NUM_STEPS, LEARNING_RATE = 10, 3e-3
 HOST, ALL_HOST = Offload(optimizer="host"), Offload(optimizer="host", parameters="host")
-TOTAL = sum(p.numel() for p in parity.OPT(parity.ARCH).parameters())
+TOTAL = sum(p.numel() for p in parity.OPT(ARCH).parameters())
 SHARED = 0.7
 """Part of a whole that a rank of two or more may hold of what is split: a half, and what padding adds."""
 
@@ -109,7 +109,7 @@ def rows() -> list[Row]:
 def session_of(row: Row) -> Any:
     warnings.simplefilter("ignore")
     with torch.device("meta"):
-        module = parity.OPT(parity.ARCH)
+        module = parity.OPT(ARCH)
     if row.proof == "recomputed":
         module.blocks[0].mlp.register_forward_pre_hook(lambda *_: RUNS.append(1))
     native = row.engine == "native"
@@ -118,7 +118,7 @@ def session_of(row: Row) -> Any:
         module,
         strategy=row.strategy,
         precision=row.case.precision,
-        weights=parity.initial_weights(parity.ARCH, parity.SEED),
+        weights=parity.initial_weights(ARCH, parity.SEED),
         optimizer=parity.OPTIMIZER,
     )
 
@@ -137,7 +137,7 @@ def play(rank: int, row: Row) -> tuple[list[float], dict[str, float], float]:
 
 def steps(session: Any, case: Case, rank: int, count: int) -> list[float]:
     mine = parity.micro_batches(case, rank)
-    tokens = parity.GLOBAL_BATCH * parity.SEQUENCE
+    tokens = TASK.global_batch_size * TASK.sequence_length
     return [session.step(mine, num_target_tokens=tokens, learning_rate=LEARNING_RATE).loss for _ in range(count)]
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import parity
+from benchmarks import cases, parity
 from benchmarks.pool import Pool
 from strategies.catalog import unbuilt
 from strategies.engines.native import build_session as native
@@ -37,25 +37,25 @@ CASES = [
 BOUNDS = {"fp64": 1e-6, "fp32": 2e-5, "bf16": 5e-3}
 
 
-def session_of(engine: str, case: parity.Case, changes: dict[str, Any]) -> Any:
+def session_of(engine: str, case: cases.Case, changes: dict[str, Any]) -> Any:
     import warnings
 
     from strategies.engines.fairscale import build_session
 
     warnings.simplefilter("ignore")
     with torch.device("meta"):
-        module = parity.OPT(parity.ARCH)
+        module = parity.OPT(cases.ARCH)
     build: Any = build_session if engine == "fairscale" else native
     states = "mixed" if engine == "fairscale" and case.zero_stage == 2 and case.precision == "bf16" else None
     if engine == "fairscale" and case.zero_stage == 2:
         changes = changes | {"reduce": "per_step"}
     strategy = replace(case.strategy, **changes, **({"states": states} if states else {}), engine=engine)
-    weights = parity.initial_weights(parity.ARCH, parity.SEED)
+    weights = parity.initial_weights(cases.ARCH, parity.SEED)
     return build(module, strategy=strategy, precision=case.precision, weights=weights, optimizer=parity.OPTIMIZER)
 
 
 def losses(rank: int, precision: str, zero_stage: int, changes: dict[str, Any]) -> tuple[list[float], list[float], int]:
-    case = parity.Case(2, zero_stage, precision=precision)
+    case = cases.Case(2, zero_stage, precision=precision)
     plain = native_losses(case, rank)
     session = session_of("fairscale", case, changes)
     got = parity.steps(session, case, rank, 10)
@@ -64,7 +64,7 @@ def losses(rank: int, precision: str, zero_stage: int, changes: dict[str, Any]) 
     return plain, got, held
 
 
-def native_losses(case: parity.Case, rank: int) -> list[float]:
+def native_losses(case: cases.Case, rank: int) -> list[float]:
     session = session_of("native", case, {})
     result = parity.steps(session, case, rank, 10)
     session.close()
@@ -74,12 +74,12 @@ def native_losses(case: parity.Case, rank: int) -> list[float]:
 def halfway(rank: int, folder: str) -> tuple[list[float], list[float]]:
     """native -> fairscale 3 -> fairscale 1 -> native, 5 steps each, beside one undisturbed run."""
     cases = [("native", 1), ("fairscale", 3), ("fairscale", 1), ("native", 3)]
-    undisturbed = session_of("native", parity.Case(2, 1, precision="fp32"), {})
-    whole = parity.steps(undisturbed, parity.Case(2, 1, precision="fp32"), rank, 20)
+    undisturbed = session_of("native", cases.Case(2, 1, precision="fp32"), {})
+    whole = parity.steps(undisturbed, cases.Case(2, 1, precision="fp32"), rank, 20)
     undisturbed.close()
     changed: list[float] = []
     for index, (engine, zero_stage) in enumerate(cases):
-        case = parity.Case(2, zero_stage, precision="fp32")
+        case = cases.Case(2, zero_stage, precision="fp32")
         session = session_of(engine, case, {})
         if index:
             parity.load(session, f"{folder}/{index}")
@@ -92,7 +92,7 @@ def halfway(rank: int, folder: str) -> tuple[list[float], list[float]]:
 
 @installed
 def test_fairscale_follows_native_and_each_rank_holds_its_share() -> None:
-    total = 2 * sum(p.numel() for p in parity.OPT(parity.ARCH).parameters())
+    total = 2 * sum(p.numel() for p in parity.OPT(cases.ARCH).parameters())
     with Pool(2) as pool:
         for precision, zero_stage, changes in CASES:
             ranks = pool.run(losses, precision, zero_stage, changes, world_size=2)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import parity
+from benchmarks import cases, parity
 from clusters.inventory import scratch
 from orchestrator.models.opt import OPT, initial_weights
 from orchestrator.planner.live import LiveBytes
@@ -37,37 +37,37 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(adam, "PIECE_ELEMENTS", 512)
 
 
-def session(case: parity.Case, offload: Offload) -> NativeSession:
+def session(case: cases.Case, offload: Offload) -> NativeSession:
     with torch.device("meta"):
-        module = OPT(parity.ARCH)
+        module = OPT(cases.ARCH)
     return build_session(
         module,
         strategy=replace(case.strategy, offload=offload),
         precision=case.precision,
-        weights=initial_weights(parity.ARCH, parity.SEED),
+        weights=initial_weights(cases.ARCH, parity.SEED),
         optimizer=parity.OPTIMIZER,
         bucket_bytes=parity.BUCKET_BYTES,
     )
 
 
-def played(case: parity.Case, offload: Offload) -> tuple[list[float], dict[str, Any], LiveBytes, int]:
+def played(case: cases.Case, offload: Offload) -> tuple[list[float], dict[str, Any], LiveBytes, int]:
     """(losses, whole state, live bytes of the last step, bytes of the scratch file at most)."""
     one = session(case, offload)
     losses = parity.steps(one, case, 0, 3)
-    with LiveBytes(one.tensors(), vocab_size=parity.ARCH.vocab_size) as live:
+    with LiveBytes(one.tensors(), vocab_size=cases.ARCH.vocab_size) as live:
         losses += parity.steps(one, case, 0, 1)
     state = parity.whole(one.state_dict())
     one.close()
-    return losses, state, live, parity.ARCH.num_layers
+    return losses, state, live, cases.ARCH.num_layers
 
 
 @pytest.mark.parametrize("offload", EVERYTHING, ids=str)
 @pytest.mark.parametrize(
     "case",
     [
-        parity.Case(world_size=1, zero_stage=0, precision="fp32"),
-        parity.Case(world_size=1, zero_stage=1, precision="bf16", recompute="full"),
-        parity.Case(world_size=1, zero_stage=3, precision="bf16", recompute="selective"),
+        cases.Case(world_size=1, zero_stage=0, precision="fp32"),
+        cases.Case(world_size=1, zero_stage=1, precision="bf16", recompute="full"),
+        cases.Case(world_size=1, zero_stage=3, precision="bf16", recompute="selective"),
     ],
     ids=str,
 )
@@ -85,8 +85,8 @@ def test_an_offloaded_run_is_the_undisturbed_one_bit_for_bit_and_holds_less(case
 
 
 def test_states_are_declared_where_they_live():
-    case = parity.Case(world_size=1, zero_stage=0, precision="bf16")
-    elements = sum(p.numel() for p in OPT(parity.ARCH).parameters())
+    case = cases.Case(world_size=1, zero_stage=0, precision="bf16")
+    elements = sum(p.numel() for p in OPT(cases.ARCH).parameters())
     one = session(case, Offload(optimizer="host"))
     assert sum(t.nbytes for t in one.tensors()["host"]) == 12 * elements
     assert one.tensors()["master_weights"] == one.tensors()["optimizer_states"] == []
@@ -110,7 +110,7 @@ def test_a_fraction_takes_the_largest_that_fit():
 
 def test_no_file_is_left_behind_not_even_while_it_is_used(tmp_path, monkeypatch):
     monkeypatch.setenv(scratch.VARIABLE, str(tmp_path))
-    case = parity.Case(world_size=1, zero_stage=0)
+    case = cases.Case(world_size=1, zero_stage=0)
     one = session(case, Offload(optimizer="nvme"))
     parity.steps(one, case, 0, 1)
     assert list(tmp_path.iterdir()) == []
@@ -141,11 +141,11 @@ def test_a_full_disk_is_told_when_the_states_are_made(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match=r"finds no room for \d+ bytes more in .* \(No space left on device\); free some"
     ):
-        session(parity.Case(world_size=1, zero_stage=0), Offload(optimizer="nvme"))
+        session(cases.Case(world_size=1, zero_stage=0), Offload(optimizer="nvme"))
 
 
 def test_a_checkpoint_of_states_in_files_is_staged_in_files():
-    case = parity.Case(world_size=1, zero_stage=0, precision="bf16")
+    case = cases.Case(world_size=1, zero_stage=0, precision="bf16")
     one = session(case, Offload(optimizer="nvme"))
     parity.steps(one, case, 0, 1)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
