@@ -9,7 +9,7 @@ The bounds hold for any model in which
 - of one (degrees, ZeRO stage, offload) family, the smallest micro batch with everything recomputed, sequence parallel, the
   widest ZeRO group, and talk after every micro batch holds the fewest bytes; of the schedules 1F1B, or one that deals the
   layers out otherwise;
-- more checkpointed layers hold fewer bytes and take longer.
+- more checkpointed layers hold fewer bytes, and take longer where activations stay on the GPU.
 
 tests/unit/test_search.py holds the search against brute force, which needs none of this.
 """
@@ -17,22 +17,31 @@ tests/unit/test_search.py holds the search against brute force, which needs none
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from orchestrator.planner.memory import MemoryPrice
-from orchestrator.planner.problem import Choice, Problem
+from orchestrator.planner.problem import Choice
+from orchestrator.planner.roofline import ELEMENT, roofline
 from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, Space, point
-from strategies.pipeline.cost import bubble_fraction, in_flight
+from strategies.constants import MEMORY, TIME
+from strategies.offload.cost import HIDDEN, activations_s, exposed_s
+from strategies.pipeline.cost import Share, bubble_fraction, in_flight
+from strategies.recompute.cost import boundary_bytes, saved_bytes
 from strategies.strategy import Offload, Place, Schedule, Strategy
+
+if TYPE_CHECKING:
+    from orchestrator.planner.groups import Row
+    from orchestrator.planner.time import TimePrice
 
 INFINITE = float("inf")
 SLACK = 1 - 1e-9
 """Bounds are a hair below, so that rounding never puts one above what it bounds."""
 
 
-MANY = 1024
-"""Sequences of a micro batch whose activations outweigh any states."""
+FEW_LAYERS = 3
+"""Of a rank, that what is on its way may outweigh what stays: layers gathered ahead, a layer computed again."""
 
 
 class Pass(NamedTuple):
@@ -121,6 +130,7 @@ class Bounds:
         self.keeps: dict[tuple[int, bool], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
+        self.carries: dict[tuple[int, bool, int, tuple[str, ...]], tuple[float, float]] = {}
         self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
         self._least_of: dict[tuple[int, tuple[tuple[Schedule, int], ...], int], tuple[float, float]] = {}
         self._rank_layers: dict[int, tuple[int, int]] = {}
@@ -178,14 +188,17 @@ class Bounds:
         return self.passes[key]
 
     def kept(self, tensor: int, sequence_parallel: bool) -> Kept:
-        """Bytes grow with the tokens, so they are read off once, where activations are sure to make the peak."""
+        """Bytes grow with the tokens, so those of one sequence stand for all."""
         key = tensor, sequence_parallel
         if key not in self.keeps:
-            one = [
-                _layer_bytes(self.problem, _micro_choice(*key, MANY, kind)) / MANY
-                for kind in ("none", "selective", "full")
-            ]
-            self.keeps[key] = Kept(*(size * SLACK for size in one))
+            problem, tokens = self.problem, self.problem.sequence_length
+            strategy, element = problem.strategy(_micro_choice(*key, 1, "none")), ELEMENT[problem.precision]
+            ways = {"tokens": tokens, "sequence_length": tokens, "element": element}
+            none, selective = (
+                saved_bytes(problem.work, strategy, MEMORY, selective=kind, **ways) * SLACK for kind in (False, True)
+            )
+            full = boundary_bytes(problem.work, strategy, tokens=tokens, element=element) * SLACK
+            self.keeps[key] = Kept(none, min(none, selective), full)
         return self.keeps[key]
 
     def added_s(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> float:
@@ -259,24 +272,34 @@ class Bounds:
 
     def smallest(self, shape: Shape, zero: int, offload: Offload) -> list[Choice]:
         """The members of a family of which one holds the fewest bytes, the likeliest first."""
-        space = self.space
-        leanest = self.leanest(shape, zero, space.batches(shape)[0], any(space.sequence_parallels(shape.tensor)))
+        space, flag = self.space, any(self.space.sequence_parallels(shape.tensor))
+        batches = [batch for batch in space.batches(shape) if zero in batch.shardings]
+        once = next((batch for batch in batches if batch.accumulation == 1), batches[0])
+        leanest = self.leanest(shape, zero, batches[0], flag)
+        if zero >= 2 and once is not batches[0]:  # one micro batch: no gradients wait in forward
+            leanest = [*leanest, *self.leanest(shape, zero, once, flag)]
         choices = []
         for core, sharding in leanest:
             kinds, counts = space.recomputes(shape.pipeline, core.virtual)
-            kind, layers = ("full", counts[-1]) if counts else (kinds[-1], space.layers_of(kinds[-1]))
-            choices.append(point(core, sharding, offload, kind, layers))
+            # One layer computed again can need more than is left out of few.
+            few = self.rank_layers(shape.pipeline)[0] <= FEW_LAYERS or "num_checkpointed_layers_per_stage" in space.pins
+            for kind in [*["full"] * bool(counts), *(kinds if few or not counts else [])]:
+                layers = counts[-1] if kind == "full" else space.layers_of(kind)
+                choices.append(point(core, sharding, offload, kind, layers))
         return choices
 
     def leanest(self, shape: Shape, zero: int, batch: Batch, sequence_parallel: bool) -> list[Leanest]:
         """The schedules and the ZeRO group of which one holds the fewest bytes at a micro batch. Not every schedule here can run
         this many micro batches: as a bound it holds all the same."""
-        sharding = max(
-            batch.shardings[zero], key=lambda s: (s.group, s.gather == PER_MICRO_BATCH, s.reduce == PER_MICRO_BATCH)
-        )
+        widest = max(sharding.group for sharding in batch.shardings[zero])
+        shardings = [sharding for sharding in batch.shardings[zero] if sharding.group == widest]
+        if widest > 1 and self.rank_layers(shape.pipeline)[0] > FEW_LAYERS:
+            talks = lambda s: (s.gather == PER_MICRO_BATCH, s.reduce == PER_MICRO_BATCH)  # noqa: E731
+            shardings = [max(shardings, key=talks)]
         return [
             Leanest(Core(shape, sequence_parallel, batch.micro, schedule, virtual), sharding)
             for schedule, virtual in self.layouts(shape.pipeline)
+            for sharding in shardings
         ]
 
     def hungriest(self, shape: Shape, zero: int, activations: Place) -> Choice:
@@ -298,6 +321,60 @@ class Bounds:
             options.append(self.added_s(*key, "full") * min(least.layers, fewest) / num_layers)
         return self.problem.accumulation(shape.data, micro) * min(options)
 
+    def extra_s(self, row: Row) -> float:
+        """Seconds that recomputing, and carrying activations to the host and back, add to a step, at least."""
+        shape, micro = row.shape, row.micro
+        again_s = self.again_s(shape, row.sequence_parallel, micro, row.least)
+        if row.offload.activations == "none":
+            return again_s
+        kinds, counts = self.space.recomputes(shape.pipeline, 1)
+        a_layer, hidden = self.carried_s(shape.tensor, row.sequence_parallel, micro, (*kinds, *["full"] * bool(counts)))
+        carried = max(0.0, a_layer * self.rank_layers(shape.pipeline)[1] - hidden)
+        return max(again_s, self.problem.accumulation(shape.data, micro) * carried)
+
+    def hideable_s(self, time: TimePrice, zero: int) -> float:
+        """Of the waiting for replicas, what more compute can hide: ZeRO 2 and 3 talk in the middle of it."""
+        if zero < 2:
+            return 0.0
+        return max(0.0, time.data_parallel_exposed_s - time.data_parallel_s * (1 - TIME.hidden_sharded))
+
+    def carried_s(
+        self, tensor: int, sequence_parallel: bool, micro: int, kinds: tuple[str, ...]
+    ) -> tuple[float, float]:
+        """(what a layer adds to one micro batch whose activations go to the host, under the kindest recomputing; what the head
+        may hide of it). Of checkpointed and other layers any mix can be best, so the kinks of that line are tried."""
+        key = tensor, sequence_parallel, micro, kinds
+        if key not in self.carries:
+            problem = self.problem
+            tokens, length = micro * problem.sequence_length, problem.sequence_length
+            roof = roofline(problem.work, problem.cluster, problem.precision)
+            strategies = {
+                kind: problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
+                for kind in ("none", *kinds)
+            }
+            layer = roof.layer(strategies["none"], tokens, length)
+            ways = {"tokens": tokens, "sequence_length": length, "element": roof.element}
+            link = {
+                kind: activations_s(problem.work, each, problem.cluster, Share(1, kind != "none", False, False), **ways)
+                for kind, each in strategies.items()
+            }
+            options = []
+            for kind in kinds:
+                again = layer.again_full_s if kind == "full" else layer.again_selective_s if kind != "none" else 0.0
+                more = link["none"] - link[kind]
+                kinks = (
+                    [(link["none"] - 2 * HIDDEN * s) / more for s in (layer.forward_s, layer.backward_s)]
+                    if more
+                    else []
+                )
+                for mix in (1.0, *([0.0, *kinks] if kind == "full" else [])):
+                    if 0 <= mix <= 1:
+                        sent = link["none"] - mix * more
+                        left = exposed_s(sent, forward_s=layer.forward_s, backward_s=layer.backward_s)
+                        options.append(left + mix * again)
+            self.carries[key] = min(options), HIDDEN * roof.head(tokens, tensor)
+        return self.carries[key]
+
     def fixed(self, smallest: list[tuple[Choice, MemoryPrice]]) -> Fixed:
         """What every member of the family has, from its smallest members."""
         first = smallest[0][0]
@@ -305,10 +382,13 @@ class Bounds:
         choice = first._replace(micro=self.space.batches(shape)[-1].micro, schedule="1f1b", virtual=1)
         if choice.zero == 3:
             choice = choice._replace(gather=PER_STEP)
+        choice = choice._replace(offload=replace(choice.offload, activations="none"))
         time = self.problem.time(self.problem.strategy(choice))
         stages = [memory.stages[0] for _, memory in smallest]
+        stays = choice.zero < 3  # ZeRO 3 has less gathered in forward than in backward
         states = min(
-            s.parameters + s.master_weights + s.optimizer_states + s.gathered_parameters + s.reserve for s in stages
+            s.parameters + s.master_weights + s.optimizer_states + s.gathered_parameters * stays + s.reserve
+            for s in stages
         )
         gradients = min(stage.gradients for stage in stages)
         return Fixed(states, gradients, smallest[0][1].usable_bytes, time.optimizer_s + time.offload_s)
@@ -316,13 +396,3 @@ class Bounds:
 
 def _micro_choice(tensor: int, sequence_parallel: bool, micro: int, kind: str) -> Choice:
     return Choice(tensor=tensor, sequence_parallel=sequence_parallel, micro=micro, reduce=PER_STEP, recompute=kind)
-
-
-def _layer_bytes(problem: Problem, choice: Choice) -> float:
-    """Bytes that a layer leaves for backward, of one micro batch, read off the first of two pipeline ranks; 0 (a bound as
-    well) where the peak is at another moment or the model has one layer."""
-    if problem.arch.num_layers < 2:
-        return 0.0
-    strategy = problem.strategy(choice._replace(pipeline=2, schedule="1f1b"))
-    stage = problem.memory(strategy).stages[0]
-    return stage.activations / min(2, strategy.gradient_accumulation_steps) / strategy.stages[0].num_layers

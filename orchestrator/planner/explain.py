@@ -15,6 +15,8 @@ from strategies.strategy import Strategy, without_effect
 
 TOO_LARGE_PART = 4
 """One alternative in so many may be a family that does not fit; the others are strategies that could run."""
+AS_FAST = 0.005
+"""Slower by less is told as no slower: no model of a step is that good."""
 MOST_GPUS = 16384
 SHORTEST = 128
 """Tokens of the shortest sequence that is tried."""
@@ -167,7 +169,7 @@ def _because(solution: Solution, strategy: Strategy, price: Price) -> str:
     grown = {name: getattr(price.time, name) - getattr(best, name) for name in parts}
     name = max(grown, key=lambda part: grown[part])
     more, slower = price.time.compute_s - best.compute_s, step_s / best.step_s - 1
-    if max(more, grown[name]) <= 0 or slower <= 0:
+    if max(more, grown[name]) <= 0 or slower < AS_FAST:
         if strategy.num_gpus != solution.strategy.num_gpus:
             return f"{strategy.num_gpus} GPUs, {step_s:.3g} s a step"
         return "as fast, and less simple"

@@ -47,3 +47,14 @@ class Row(NamedTuple):
     @property
     def shardings(self) -> tuple[Sharding, ...]:
         return self.batch.shardings[self.zero]
+
+
+class Rest(NamedTuple):
+    """What the members of a row with one sharding take, without what differs between them."""
+
+    step_s: float
+    """The step without the bubble and the transfers, and without what is recomputed where that is open."""
+    hideable_s: float
+    """Of the waiting for replicas in there, what recomputing can hide."""
+    slowest_s: float
+    """Busy time of the slowest pipeline rank in there."""

@@ -14,11 +14,12 @@ from __future__ import annotations
 import gc
 import heapq
 import time
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
 from orchestrator.planner.bounds import SLACK, Bounds, Fixed, Leanest, Least, bubble, flights
-from orchestrator.planner.groups import Lot, Row
+from orchestrator.planner.groups import Lot, Rest, Row
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import Family, Found, Rejection, SearchResult, TooLarge, Wanted, excess, told_excess
@@ -201,7 +202,7 @@ class _Search:
         members = []
         for choice in self.bounds.smallest(shape, zero, offload):
             members.append((choice, self._memory(choice)))
-            if members[-1][1].fits and self.bounds.deals_evenly(shape.pipeline):
+            if zero < 2 and members[-1][1].fits and self.bounds.deals_evenly(shape.pipeline):
                 return members[-1:]
         return members
 
@@ -269,7 +270,8 @@ class _Search:
 
     def _row_s(self, row: Row) -> float:
         busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
-        return (busy_s + self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)) * (1 + row.idle)
+        again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)
+        return busy_s + self.bounds.extra_s(row) + (busy_s + again_s) * row.idle
 
     def _count_row(self, size: int, row: Row) -> None:
         """(micro batch, sequence parallel) -> the same, with what must be recomputed counted exactly under the leanest schedule
@@ -293,41 +295,45 @@ class _Search:
         core = Core(row.shape, row.sequence_parallel, row.micro, schedule, virtual)
         kinds, counts = self.space.recomputes(row.shape.pipeline, virtual)
         kind, layers = (kinds[0], self.space.layers_of(kinds[0])) if kinds else ("full", counts[0])
-        again_s = 0.0
-        if kind == "none":
-            again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)
-        busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
+        offload = replace(row.offload, activations="none")  # what it costs is in extra_s
+        each = size // len(row.shardings)
         for sharding in row.shardings:
-            time = self.problem.time(self.problem.strategy(point(core, sharding, row.offload, kind, layers)))
+            time = self.problem.time(self.problem.strategy(point(core, sharding, offload, kind, layers)))
             rest_s = time.step_s - time.pipeline_bubble_s - time.pipeline_transfer_s
-            if kind != "none":  # busy time and what is recomputed are in rest_s, and are counted there alone
-                rest_s -= self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)
-            floor_s = rest_s + again_s + (busy_s + again_s) * row.idle
-            each = size // len(row.shardings)
-            self._push(floor_s, row.shape, each, self._open_sharding, row, sharding, rest_s)
+            rest = Rest(
+                rest_s,
+                self.bounds.hideable_s(time, row.zero),
+                time.compute_s + time.recompute_s + time.tensor_parallel_s,
+            )
+            floor_s = self._floor_s(row, rest, row.least, row.idle)
+            self._push(floor_s, row.shape, each, self._open_sharding, row, sharding, rest)
 
-    def _open_sharding(self, size: int, row: Row, sharding: Sharding, rest_s: float) -> None:
-        """ZeRO group and frequencies -> schedules, each with its own bubble and micro batches in flight. `rest_s`: the step
-        without what is recomputed, the bubble and the transfers."""
+    def _floor_s(self, row: Row, rest: Rest, least: Least, idle: float) -> float:
+        """Bound of a row's members with such a bubble."""
+        again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, least)
+        is_open = "none" in self.space.recomputes(row.shape.pipeline, 1)[0]
+        extra_s = self.bounds.extra_s(row._replace(least=least)) if is_open else 0.0
+        busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
+        if row.shape.pipeline > 1:  # the bubble is the other ranks', which have so much less than the mean
+            busy_s -= max(0.0, rest.slowest_s - busy_s) / (row.shape.pipeline - 1)
+        return rest.step_s + extra_s - min(rest.hideable_s, extra_s) + (busy_s + again_s) * idle
+
+    def _open_sharding(self, size: int, row: Row, sharding: Sharding, rest: Rest) -> None:
+        """ZeRO group and frequencies -> schedules, each with its own bubble and micro batches in flight."""
         if self._is_done(row.shape, row.zero, row.offload, size):
             return
         shape, flag, batch = row.shape, row.sequence_parallel, row.batch
-        busy_s = self.bounds.share_s(shape, flag, batch.micro)
         for schedule, virtual in batch.schedules:
             number = self.space.num_recomputes(shape.pipeline, virtual)
             held = flights(shape.pipeline, schedule, virtual, batch.accumulation)
             least = self.bounds.least(shape, row.zero, flag, batch, row.offload, row.fixed, held)
+            least = least and row.least.with_floor(least)
             if least is None:
                 self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
                 continue
-            least = row.least.with_floor(least)
-            if least is None:
-                self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
-                continue
-            again_s = self.bounds.again_s(shape, flag, batch.micro, least)
             idle = bubble(shape.pipeline, schedule, virtual, batch.accumulation)
             core = Core(shape, flag, batch.micro, schedule, virtual)
-            floor_s = rest_s + again_s + (busy_s + again_s) * idle
+            floor_s = self._floor_s(row, rest, least, idle)
             self._push(floor_s, shape, number, self._open_core, core, sharding, row.offload, least)
 
     def _open_core(self, size: int, core: Core, sharding: Sharding, offload: Offload, least: Least) -> None:
@@ -336,23 +342,23 @@ class _Search:
         if self._is_done(shape, sharding.zero, offload, size):
             return
         kinds, counts = space.recomputes(shape.pipeline, core.virtual)
-        priced = 0
+        carried = offload.activations != "none"  # then what is recomputed need not be carried, and more can be faster
+        priced, done = 0, False
         for kind in kinds:
-            if kind not in least.kinds:
-                continue
-            priced += 1
-            choice = point(core, sharding, offload, kind, space.layers_of(kind))
-            if self._fits(choice):
-                self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
-                if kind == "none":
-                    break
-        else:
-            if least.layers is not None:
-                found, number = self._fewest(core, sharding, offload, counts, self._place(core, counts, least.layers))
-                priced += number
-                if found is not None:
-                    choice = point(core, sharding, offload, "full", counts[found])
+            if kind in least.kinds and not done:
+                priced += 1
+                choice = point(core, sharding, offload, kind, space.layers_of(kind))
+                if self._fits(choice):
                     self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
+                    done = kind == "none" and not carried
+        if least.layers is not None and not done:
+            found, number = self._fewest(core, sharding, offload, counts, self._place(core, counts, least.layers))
+            priced += number
+            if found is not None:
+                for layers in counts[found:] if carried else counts[found : found + 1]:
+                    choice = point(core, sharding, offload, "full", layers)
+                    self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
+                priced += len(counts) - found - number if carried else 0
         self.result.num_priced += priced
         self._reject(shape, "recompute", size - priced, "fits with less recomputed, or does not fit with more")
 

@@ -124,7 +124,8 @@ def step_time(roof: Roofline, strategy: Strategy, sequence_length: int, constant
         link = offload.activations_s(
             work, strategy, cluster, slowest, tokens=tokens, sequence_length=sequence_length, element=element
         )
-        offload_s += times * max(0.0, link - 0.9 * busy)
+        forward = slowest.layers * layer.forward_s + slowest.head * head / 3
+        offload_s += times * offload.exposed_s(link, forward_s=forward, backward_s=busy - forward)
     compute_s, recompute_s, tensor_s = times * busy, times * recompute, times * messages * message_s
     return TimePrice(
         step_s=compute_s + recompute_s + tensor_s + exposed_s + bubble + transfer + offload_s + optimizer_s,

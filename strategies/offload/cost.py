@@ -21,6 +21,8 @@ HOST_LINK = 0.75
 GPUS_PER_UPLINK = 2
 """GPUs behind one PCIe switch of an eight-GPU NVLink board, which share its x16 uplink to the host (DGX A100 and DGX H100
 system architecture: four switches for eight GPUs). All of them offload at the same time."""
+HIDDEN = 0.9
+"""Of a phase's compute, what copies to and from the host can hide behind."""
 NUM_SLOTS = 3
 PIECE_ELEMENTS = 2**21
 """Pieces of the optimizer's states with host buffers at once, and elements of one (adam.py)."""
@@ -125,3 +127,9 @@ def activations_s(
         )
     num_bytes = share.checkpointed * kept + (share.layers - share.checkpointed) * layer
     return 2 * num_bytes / host_bytes_per_s(cluster)
+
+
+def exposed_s(link_s: float, *, forward_s: float, backward_s: float) -> float:
+    """Of activations_s, what compute does not hide. The GPU holds two layers' activations and no more, so what forward sends
+    down waits for forward's compute, and what backward fetches for backward's."""
+    return max(0.0, link_s / 2 - HIDDEN * forward_s) + max(0.0, link_s / 2 - HIDDEN * backward_s)

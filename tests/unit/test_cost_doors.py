@@ -14,7 +14,7 @@ from orchestrator.planner.stages import cut
 from orchestrator.planner.time import price, price_time
 from strategies.constants import MEMORY, TIME
 from strategies.links import all_reduce_s, half_s, ring
-from strategies.offload.cost import offloaded
+from strategies.offload.cost import exposed_s, offloaded
 from strategies.pipeline.cost import bubble_fraction, bubble_s, in_flight, shares, transfer_bytes
 from strategies.strategy import Offload, Strategy
 from strategies.tensor.cost import logit_bytes, message_bytes_per_layer
@@ -112,6 +112,19 @@ def test_the_bubble_is_p_less_1_over_m_v_where_stages_are_equal():
     assert bubble_fraction(split) == 3 / 16
     assert bubble_s(split, once_s=4.0, slowest_s=1.0) == pytest.approx(3 / 16 * 16 * 1.0)
     assert bubble_s(strategy(), once_s=1.0, slowest_s=1.0) == 0
+
+
+def test_a_split_backward_fills_two_thirds_of_the_bubble_and_takes_longer_itself():
+    plain = strategy(pipeline=4, gradient_accumulation_steps=16)
+    split = replace(plain, pipeline_schedule="interleaved_zero_bubble")
+    assert bubble_fraction(split) == pytest.approx(bubble_fraction(plain) / 3 + 0.01)
+    assert bubble_s(split, once_s=4.0, slowest_s=1.0) == pytest.approx(1.0 + 0.01 * 16)
+
+
+def test_activations_hide_behind_the_phase_they_cross_in():
+    assert exposed_s(1.8, forward_s=1.0, backward_s=2.0) == 0
+    assert exposed_s(3.0, forward_s=1.0, backward_s=2.0) == pytest.approx(1.5 - 0.9)
+    assert exposed_s(4.0, forward_s=1.0, backward_s=2.0) == pytest.approx(2.0 - 0.9 + 2.0 - 1.8)
 
 
 def test_equal_shares_are_priced_once():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
+from random import Random
 from typing import Any
 
 import pytest
@@ -113,6 +115,55 @@ def test_the_search_finds_what_brute_force_finds(name: str) -> None:
         asked.objective, found.best.choice.num_gpus * 1e9 + got
     )
     assert key == pytest.approx(best, rel=1e-12)
+
+
+OPEN: dict[str, tuple[Any, ...]] = {
+    "offload": (NO_OFFLOAD, Offload(activations="host"), Offload(optimizer="host"), None),
+    "tensor_parallel_degree": (1, 2, None),
+    "pipeline_parallel_degree": (1, 2, 4, None),
+    "zero_stage": (1, 2, 3, None),
+    "sequence_parallel": (False, True),
+    "activation_checkpointing": ("none", "selective", "full", None, None, None),
+    "num_checkpointed_layers_per_stage": (1, None, None, None, None),
+}
+"""What a drawn problem may pin; None leaves it open."""
+
+
+def drawn(random: Random) -> Problem | None:
+    """A small model on hardware that nobody sells: links and host up to 300 times slower, some pins, little memory."""
+    where = cluster(random.choice(["a100-40gb-1x4", "a100-40gb-2x2", "a100-80gb"]), nvme=random.random() < 0.2)
+    links = {
+        name: replace(link, bytes_per_s=link.bytes_per_s * 10 ** random.uniform(-2.5, 0.5))
+        for name, link in (("intra_node", where.intra_node), ("inter_node", where.inter_node))
+    }
+    host = where.accelerator.host_link_bytes_per_s * 10 ** random.uniform(-1, 1.5)
+    where = replace(where, accelerator=replace(where.accelerator, host_link_bytes_per_s=host), **links)
+    pins = {name: value for name, values in OPEN.items() if (value := random.choice(values)) is not None}
+    if pins.get("activation_checkpointing") == "none":
+        pins.pop("num_checkpointed_layers_per_stage", None)
+    shape = {"layers": random.choice([2, 3, 4, 5, 8]), "hidden": random.choice([512, 1024, 2048])}
+    if pins.get("pipeline_parallel_degree", 1) > shape["layers"]:
+        return None
+    objective = random.choice(["fastest", "fastest", "fastest", "cheapest"])
+    asked = problem(where, batch=random.choice([4, 8, 12, 13]), pins=pins, objective=objective, **shape)
+    number = len(list(islice(Space(asked, every_size=objective != "fastest"), 3001)))
+    return tight(asked, random.choice([0.02, 0.1, 0.3, 0.6]), nvme=True) if 5 < number <= 3000 else None
+
+
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 60))])
+def test_the_search_finds_what_brute_force_finds_on_drawn_problems(seed: int) -> None:
+    random = Random(seed)
+    for _ in range(100):
+        asked = drawn(random)
+        if asked is None:
+            continue
+        best, number, _ = brute_force(asked, every_size=asked.objective != "fastest")
+        found = search(asked)
+        assert found.num_candidates == number
+        assert (found.best is None) == (best is None), asked.pins
+        if found.best is not None:
+            times = found.best.choice.num_gpus if asked.objective == "cheapest" else 1
+            assert found.best.step_s * times == pytest.approx(best, rel=1e-9), asked.pins
 
 
 @pytest.mark.parametrize("name", CASES)
