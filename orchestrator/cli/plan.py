@@ -15,8 +15,9 @@ from orchestrator.spec import load_job
 @click.option("--json", "as_json", is_flag=True, help="Print the plan as JSON (docs/reference/plan.md).")
 @click.option("--html", metavar="FILE", help="Write the plan as one self-contained page.")
 @click.option("--top", type=click.IntRange(min=0), help="Alternatives to list. [3 as text, 20 in JSON and HTML]")
+@click.option("--sensitivity", is_flag=True, help="Say what a 10 % slower link would pick. [always in JSON and HTML]")
 @click.option("--trace", is_flag=True, help="Play the step on fake devices too (seconds; needs torch, no GPU).")
-def command(job: str, as_json: bool, html: str | None, top: int | None, trace: bool) -> int:
+def command(job: str, as_json: bool, html: str | None, top: int | None, sensitivity: bool, trace: bool) -> int:
     """Plans JOB, a YAML file. Nothing is started, no GPU is needed. Exit code 3: does not fit, or misses a target."""
     made = plan(load_job(job), top=top if top is not None else 20 if as_json or html else 3)
     if trace:
@@ -34,7 +35,7 @@ def command(job: str, as_json: bool, html: str | None, top: int | None, trace: b
         return made.exit_code
     from orchestrator.planner.render import render
 
-    click.echo(render(made, width=shutil.get_terminal_size((88, 24)).columns))
+    click.echo(render(made, width=shutil.get_terminal_size((88, 24)).columns, sensitivity=sensitivity))
     if html:
         click.echo(f"\n  the page is {html}")
     return made.exit_code

@@ -39,6 +39,7 @@ def document(plan: Plan) -> dict[str, Any]:
             }
             for loser in plan.alternatives
         ],
+        "sensitivity": [row | {"strategy": strategy_dict(row["strategy"], stages=False)} for row in plan.sensitivity],
         "targets_met": plan.targets_met,
         "targets": plan.targets,
         "search": _search(plan),

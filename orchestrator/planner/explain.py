@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from orchestrator.planner.problem import Choice, PlanError, Problem
 from orchestrator.planner.render import offload_told
-from orchestrator.planner.result import Found, SearchResult, TooLarge, told_excess
+from orchestrator.planner.result import Found, SearchResult, TooLarge, Wanted, told_excess
 from orchestrator.planner.solve import Solution, solve
 from orchestrator.planner.time import Price
 from strategies.strategy import Strategy, without_effect
+
+if TYPE_CHECKING:
+    from clusters.cluster import Cluster
 
 TOO_LARGE_PART = 4
 """One alternative in so many may be a family that does not fit; the others are strategies that could run."""
@@ -172,7 +175,7 @@ def _because(solution: Solution, strategy: Strategy, price: Price) -> str:
     if max(more, grown[name]) <= 0 or slower < AS_FAST:
         if strategy.num_gpus != solution.strategy.num_gpus:
             return f"{strategy.num_gpus} GPUs, {step_s:.3g} s a step"
-        return "as fast, and less simple"
+        return "as fast, and less simple" if slower < 0.0005 else f"{slower:.1%} slower, and less simple"
     if more > grown[name]:
         return f"{_why_longer(solution.strategy, strategy)}: compute {more / best.compute_s:.1%} longer, step {slower:.1%} slower"
     what, how = parts[name]
@@ -268,25 +271,38 @@ def _larger_clusters(problem: Problem) -> Iterator[dict[str, Any]]:
 # Sensitivity ----------------------------------------------------------------------------------------------------------
 
 
-def sensitivity(solution: Solution, *, slower: float = 0.9) -> list[dict[str, Any]]:
-    """What would be picked if a link had 10 % less bandwidth than stated, and what the plan would then lose by not changing."""
+def sensitivity(solution: Solution, *, wanted: Wanted | None = None, slower: float = 0.9) -> list[dict[str, Any]]:
+    """What would be picked if a link had 10 % less bandwidth than stated, and what the plan would then lose by not changing.
+
+    A link that the chosen strategy does not use cannot change the choice: the others only become slower."""
     rows = []
-    for name in ("intra_node", "inter_node"):
-        cluster = solution.problem.cluster
-        link = getattr(cluster, name)
-        weaker = replace(cluster, **{name: replace(link, bytes_per_s=link.bytes_per_s * slower)})
-        problem = solution.problem.changed(cluster=weaker)
-        other = solve(problem)
-        kept = problem.price(solution.strategy).time.step_s
+    for where, link, weaker in _weaker(solution.problem.cluster, slower):
+        problem, chosen = solution.problem.changed(cluster=weaker), solution.strategy
+        kept = best = problem.price(chosen).time.step_s
+        pick = chosen
+        if kept > solution.price.time.step_s:
+            other = solve(problem, wanted=wanted)
+            pick, best = other.strategy, other.price.time.step_s
         rows.append(
             {
-                "link": link.name,
-                "where": name,
+                "link": link,
+                "where": where,
                 "bandwidth_factor": slower,
-                "same_choice": other.strategy == solution.strategy,
-                "strategy": other.strategy,
+                "same_choice": pick == chosen,
+                "strategy": pick,
                 "step_s": kept,
-                "best_step_s": other.price.time.step_s,
+                "best_step_s": best,
             }
         )
     return rows
+
+
+def _weaker(cluster: Cluster, factor: float) -> Iterator[tuple[str, str, Cluster]]:
+    """(where, name, the cluster with this one link slower) of each link that it has."""
+    for where in ["intra_node"] * (cluster.gpus_per_node > 1) + ["inter_node"] * (cluster.num_nodes > 1):
+        link = getattr(cluster, where)
+        yield where, link.name, replace(cluster, **{where: replace(link, bytes_per_s=link.bytes_per_s * factor)})
+    gpu = cluster.accelerator
+    if gpu.kind != "cpu":
+        slower = replace(gpu, host_link_bytes_per_s=gpu.host_link_bytes_per_s * factor)
+        yield "host_link", "host link", replace(cluster, accelerator=slower)

@@ -53,7 +53,7 @@ class Rest(NamedTuple):
     """What the members of a row with one sharding take, without what differs between them."""
 
     step_s: float
-    """The step without the bubble and the transfers, and without what is recomputed where that is open."""
+    """The step without the bubble, and without what is recomputed where that is open."""
     hideable_s: float
     """Of the waiting for replicas in there, what recomputing can hide."""
     slowest_s: float

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.planner import charts, explain
+from orchestrator.planner import charts
 from orchestrator.planner.formulas import headline_formulas, memory_formulas, time_formulas
 from orchestrator.planner.gantt import timeline
 from orchestrator.planner.render import (
@@ -15,8 +15,10 @@ from orchestrator.planner.render import (
     TIMES,
     bytes_told,
     offload_told,
+    rate_told,
     recompute_told,
     seconds_told,
+    sensitivity_told,
     strategy_told,
 )
 
@@ -144,7 +146,7 @@ def _summary(plan: Plan) -> str:
     rates, cost, formulas, s = plan.throughput, plan.cost, headline_formulas(plan), plan.strategy
     peak = plan.price.memory.peak_bytes
     numbers = [
-        _number(f"{rates['tokens_per_second_per_gpu']:,.0f}", "tokens/s/GPU", formulas["speed"]),
+        _number(rate_told(rates["tokens_per_second_per_gpu"]), "tokens/s/GPU", formulas["speed"]),
         _number(f"± {plan.confidence['throughput_error']:.0%}", "stated error", formulas["error"]),
         _number(f"{rates['mfu']:.1%}", "MFU", formulas["mfu"]),
         _number(bytes_told(peak), f"of {bytes_told(plan.price.memory.usable_bytes)} a GPU", formulas["peak"]),
@@ -257,12 +259,13 @@ def _frontier(plan: Plan) -> str:
             loser.tokens_per_second_per_gpu,
             "dot" if loser.fits else "dot large",
             f"{strategy_told(loser.strategy)}: {bytes_told(loser.peak_bytes)}, "
-            f"{loser.tokens_per_second_per_gpu:,.0f} tokens/s/GPU",
+            f"{rate_told(loser.tokens_per_second_per_gpu)} tokens/s/GPU",
         )
         for loser in losers
     ]
     mine = plan.price.memory.peak_bytes
-    chosen = f"chosen: {strategy_told(plan.strategy)}: {bytes_told(mine)}, {plan.tokens_per_second_per_gpu:,.0f} tokens/s/GPU"
+    speed = rate_told(plan.tokens_per_second_per_gpu)
+    chosen = f"chosen: {strategy_told(plan.strategy)}: {bytes_told(mine)}, {speed} tokens/s/GPU"
     points.append((mine / GIB, plan.tokens_per_second_per_gpu, "dot chosen", chosen))
     limit = plan.price.memory.usable_bytes / GIB
     chart = _both(
@@ -331,20 +334,8 @@ def _targets(plan: Plan) -> str:
 
 
 def _sensitivity(plan: Plan) -> str:
-    if plan.search is None or plan.search.best is None or plan.strategy.num_gpus == 1:
-        return ""
-    lines = []
-    for row in explain.sensitivity(plan.solution):
-        if row["same_choice"]:
-            lines.append(
-                f"With a 10 % slower {row['link']} the choice stays; a step takes {seconds_told(row['step_s'])}."
-            )
-        else:
-            lines.append(
-                f"With a 10 % slower {row['link']} the choice would be {strategy_told(row['strategy'])}, "
-                f"{seconds_told(row['best_step_s'])} a step; this one would take {seconds_told(row['step_s'])}."
-            )
-    return _section("How firm is the choice", "".join(f"<p>{escape(line)}</p>" for line in lines))
+    lines = sensitivity_told(plan)
+    return _section("How firm is the choice", "".join(f"<p>{escape(line)}</p>" for line in lines)) if lines else ""
 
 
 def _notes(plan: Plan) -> str:

@@ -46,8 +46,8 @@ def painted(text: str, code: str) -> str:
     return f"\033[{code}m{text}\033[0m"
 
 
-def render(plan: Plan, *, width: int = 88) -> str:
-    """The plan as text."""
+def render(plan: Plan, *, width: int = 88, sensitivity: bool = False) -> str:
+    """The plan as text; `sensitivity` takes a search for each link that it uses."""
     width = max(80, min(100, width))
     sections = [
         _headline(plan),
@@ -59,8 +59,9 @@ def render(plan: Plan, *, width: int = 88) -> str:
         _section("cost", _cost(plan)),
         _section("targets", _targets(plan)),
         _section("losers", _losers(plan.alternatives, width)),
+        _section("slower", _lines(sensitivity_told(plan) if sensitivity else [], width)),
         _section("would fit", _nearest(plan, width)),
-        _section("notes", (line for note in plan.notes for line in wrapped(note, width - MARGIN - 2))),
+        _section("notes", _lines(plan.notes, width)),
         _section("search", _search(plan)),
     ]
     return "\n".join(section for section in sections if section)
@@ -97,6 +98,11 @@ def seconds_told(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def rate_told(per_second: float) -> str:
+    """1,234; below ten with two digits: 0.31."""
+    return f"{per_second:,.0f}" if per_second >= 10 or per_second == 0 else f"{per_second:.2g}"
 
 
 def strategy_told(strategy: Strategy) -> str:
@@ -146,6 +152,27 @@ def wrapped(text: str, columns: int) -> list[str]:
         else:
             line = f"{line} {word}".strip()
     return [*lines, line]
+
+
+def _lines(texts: Iterable[str], width: int) -> Iterator[str]:
+    for text in texts:
+        yield from wrapped(text, width - MARGIN - 2)
+
+
+def sensitivity_told(plan: Plan) -> list[str]:
+    """How firm the choice is, a sentence a link."""
+    lines = []
+    for row in plan.sensitivity:
+        what = f"{row['link']} 10 % slower"
+        if row["same_choice"]:
+            more = row["step_s"] / plan.price.time.step_s - 1
+            lines.append(f"{what}: the choice stays, a step takes {more:.1%} longer")
+        else:
+            lines.append(
+                f"{what}: the choice would be {strategy_told(row['strategy'])}, {seconds_told(row['best_step_s'])} a step; "
+                f"this one would take {seconds_told(row['step_s'])}"
+            )
+    return lines
 
 
 def _headline(plan: Plan) -> str:
@@ -247,8 +274,8 @@ def _speed(plan: Plan) -> Iterator[str]:
     rates = plan.throughput
     error = plan.confidence["throughput_error"]
     yield (
-        painted(f"{rates['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU", BOLD)
-        + f" ± {error:.0%}, {rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
+        painted(f"{rate_told(rates['tokens_per_second_per_gpu'])} tokens/s/GPU", BOLD)
+        + f" ± {error:.0%}, {rate_told(rates['tokens_per_second'])} tokens/s, MFU {rates['mfu']:.1%}"
         + (f", HFU {rates['hfu']:.1%}" if rates["hfu"] > rates["mfu"] else "")
     )
 
@@ -285,7 +312,7 @@ def _target_value(name: str, value: float) -> str:
 
 def _losers(losers: Sequence[Loser], width: int) -> Iterator[str]:
     for loser in losers:
-        speed = f"{loser.tokens_per_second_per_gpu:>8,.0f} tokens/s/GPU"
+        speed = f"{rate_told(loser.tokens_per_second_per_gpu):>8} tokens/s/GPU"
         verdict = "" if loser.fits else painted(" too large", RED)
         yield f"{speed}, {bytes_told(loser.peak_bytes)}{verdict}"
         for line in wrapped(strategy_told(loser.strategy), width - MARGIN - 11):
@@ -298,7 +325,7 @@ def _nearest(plan: Plan, width: int) -> Iterator[str]:
     for row in plan.nearest:
         yield (
             f"{row['change']}: {bytes_told(row['peak_bytes'])} on {row['num_gpus']} GPUs, "
-            f"{row['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU"
+            f"{rate_told(row['tokens_per_second_per_gpu'])} tokens/s/GPU"
         )
     if not plan.fits and not plan.nearest:
         yield f"nothing tried does: not fewer tokens a sequence, not offload, not {16384:,} GPUs"

@@ -299,7 +299,9 @@ class _Search:
         each = size // len(row.shardings)
         for sharding in row.shardings:
             time = self.problem.time(self.problem.strategy(point(core, sharding, offload, kind, layers)))
-            rest_s = time.step_s - time.pipeline_bubble_s - time.pipeline_transfer_s
+            rest_s = (
+                time.step_s - time.pipeline_bubble_s
+            )  # the first schedule has the fewest stages a rank, and transfers
             rest = Rest(
                 rest_s,
                 self.bounds.hideable_s(time, row.zero),

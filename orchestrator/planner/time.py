@@ -170,7 +170,10 @@ def _transfer_s(
     degree = strategy.pipeline_parallel_degree
     if degree == 1:
         return 0.0
-    pairs = ring(cluster, constants, size=2, stride=strategy.num_gpus // degree, num_gpus=strategy.num_gpus)
+    stride = strategy.num_gpus // degree
+    if strategy.num_gpus > cluster.gpus_per_node:  # some neighbours are on two nodes, and the others wait for them
+        stride = max(stride, cluster.gpus_per_node)
+    pairs = ring(cluster, constants, size=2, stride=stride, num_gpus=strategy.num_gpus)
     hop_bytes = pipeline.transfer_bytes(work, strategy, tokens=tokens, element=element)
     one = 2 * strategy.num_virtual_stages * (hop_bytes / pairs.bytes_per_s + TRANSFER_S)
     fill = (degree - 1) / strategy.num_virtual_stages

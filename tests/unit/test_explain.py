@@ -62,7 +62,7 @@ def test_what_does_not_fit_says_by_how_much_and_where(made: Plan) -> None:
 
 def test_a_slower_link_is_answered_by_planning(made: Plan) -> None:
     rows = explain.sensitivity(made.solution)
-    assert [row["where"] for row in rows] == ["intra_node", "inter_node"]
+    assert [row["where"] for row in rows] == ["intra_node", "inter_node", "host_link"]
     for row in rows:
         assert row["best_step_s"] <= row["step_s"] * (1 + 1e-9)
         assert row["step_s"] >= made.price.time.step_s * (1 - 1e-9)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from orchestrator.cli import main
 from orchestrator.planner.plan import Plan, PlanError, plan
 from orchestrator.spec import parse_job
 from strategies.catalog import unbuilt
 
 NAMES = {
     "": "version fits job model cluster strategy memory time throughput cost placement confidence alternatives targets_met "
-    "targets search nearest",
+    "targets search nearest sensitivity",
     "strategy": "engine num_gpus data_parallel_degree tensor_parallel_degree pipeline_parallel_degree "
     "context_parallel_degree expert_parallel_degree mesh_order num_virtual_stages pipeline_schedule sequence_parallel "
     "zero_stage zero_group_size states gather reduce activation_checkpointing offload micro_batch_size "
@@ -329,3 +331,93 @@ def test_a_machine_that_cannot_be_measured_is_a_plan_error_with_its_cause(monkey
     monkeypatch.setattr("clusters.inventory.local.discover", fail)
     with pytest.raises(PlanError, match="torch is not installed\n  to fix: pip install torch"):
         plan(parse_job(job() | {"cluster": "auto"}))
+
+
+ASKED_WRONG: dict[str, tuple[dict[str, Any], int, str]] = {
+    "a node without a GPU": (
+        {"cluster": {"gpu": "a100-80gb", "nodes": 1, "gpus_per_node": 0}},
+        2,
+        "`cluster.gpus_per_node` is 0; it must be at least 1",
+    ),
+    "a cluster without a GPU": ({"cluster": {"nodes": 1}}, 2, "`cluster.gpu` is missing"),
+    "no bandwidth": (
+        {"cluster": {"gpu": "a100-80gb", "nodes": 2, "inter_node_gbps": 0}},
+        2,
+        "`cluster.inter_node_gbps` is 0; it must be above 0",
+    ),
+    "heads that no degree divides": (
+        {
+            "model": {"family": "opt", "num_layers": 12, "hidden_size": 754, "num_heads": 13},
+            "strategy": {"tensor_parallel_degree": 4},
+        },
+        2,
+        "does not divide the 13 heads",
+    ),
+    "a model that no cluster holds": (
+        {
+            "model": {"family": "opt", "num_layers": 2000, "hidden_size": 262144, "num_heads": 2048},
+            "cluster": "a100-80gb",
+        },
+        3,
+        "nothing tried does",
+    ),
+    "a target that nobody can meet": (
+        {"targets": {"tokens_per_second_per_gpu": 1e6}},
+        3,
+        "no size within a factor of 8 meets it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASKED_WRONG)
+def test_what_cannot_be_had_is_said_with_exit_code_2_or_3(name: str, tmp_path: Path, capsys: Any) -> None:
+    changes, code, words = ASKED_WRONG[name]
+    file = tmp_path / "job.yaml"
+    file.write_text(json.dumps(job(**changes)))
+    assert main(["plan", str(file), "--top", "0"]) == code
+    out, err = capsys.readouterr()
+    assert words in " ".join((out + err).split())
+    assert "Traceback" not in err
+    assert "to fix:" in err or code == 3
+    if code == 3:
+        assert main(["plan", str(file), "--json"]) == code
+        answer = json.loads(capsys.readouterr().out)
+        assert not (answer["fits"] and answer["targets_met"])
+
+
+def test_thirteen_heads_that_no_degree_divides_are_planned_without_tensor_parallelism() -> None:
+    got = planned(model={"family": "opt", "num_layers": 12, "hidden_size": 754, "num_heads": 13})
+    assert got.fits
+    assert got.strategy.tensor_parallel_degree == 1
+
+
+def test_the_slowest_link_slows_a_pipeline_that_crosses_it() -> None:
+    slow = {"gpu": "a100-80gb", "nodes": 2, "gpus_per_node": 8, "inter_node_measured_gbps": 1e-3}
+    pins = {"pipeline_parallel_degree": 4, "data_parallel_degree": 4, "tensor_parallel_degree": 1}
+    crossing = planned(cluster=slow, strategy=pins)
+    inside = planned(cluster=slow | {"nodes": 1}, strategy=pins | {"data_parallel_degree": 2})
+    assert crossing.price.time.pipeline_transfer_s > 100 * inside.price.time.pipeline_transfer_s
+
+
+def test_the_error_stated_for_a_gpu_that_no_published_run_was_held_against_is_an_assumption() -> None:
+    known, unknown = planned(), planned(cluster={"gpu": "rtx-4090", "nodes": 1, "gpus_per_node": 8}, model="opt-1.3b")
+    assert known.confidence["throughput_error"] < 0.2
+    assert unknown.confidence["throughput_error"] == 0.5
+    assert "error assumed" in unknown.confidence["source"]
+
+
+def test_a_link_that_the_choice_does_not_use_cannot_change_it() -> None:
+    got = planned(model="opt-125m", cluster="a100-80gb-1x8")
+    rows = {row["where"]: row for row in got.sensitivity}
+    assert rows.keys() == {"intra_node", "host_link"}
+    assert rows["host_link"]["same_choice"]
+    assert rows["host_link"]["step_s"] == got.price.time.step_s
+    assert planned(strategy=PINNED).sensitivity == []
+
+
+def test_the_choice_that_a_slower_link_would_change_is_planned() -> None:
+    got = planned(model="opt-30b", cluster={"gpu": "a100-80gb", "nodes": 2, "inter_node_gbps": 40})
+    (row,) = [row for row in got.sensitivity if row["where"] == "inter_node"]
+    weaker = planned(model="opt-30b", cluster={"gpu": "a100-80gb", "nodes": 2, "inter_node_gbps": 36})
+    assert row["strategy"] == weaker.strategy
+    assert row["best_step_s"] == pytest.approx(weaker.price.time.step_s)
