@@ -89,11 +89,6 @@ ENGINES: dict[str, Capability] = {
                 reason="at ZeRO 2 and 3 FSDP2 holds the shards of the parameters, on the GPU or on the host, not on NVMe",
             ),
             Limit(
-                field="offload",
-                applies=lambda s: s.offload.any and (s.tensor_parallel_degree > 1 or s.pipeline_parallel_degree > 1),
-                reason="offload under tensor or pipeline parallelism is priced, not built yet",
-            ),
-            Limit(
                 field="reduce",
                 applies=lambda s: (
                     s.pipeline_parallel_degree > 1

@@ -117,11 +117,9 @@ def _refuse_unbuilt(module: nn.Module, strategy: Strategy, precision: str) -> No
         raise ValueError(
             f"context_parallel_degree {strategy.context_parallel_degree} is not built on the native engine; set it to 1"
         )
-    composed = strategy.tensor_parallel_degree > 1 or strategy.pipeline_parallel_degree > 1
     for limit in ENGINES["native"].limits:
-        # The ZeRO room says what the states may be, by precision, and the offload room what may leave a plain replica.
-        said = limit.field == "states" or (limit.field == "offload" and not composed)
-        if not said and limit.applies(strategy):
+        # The ZeRO room says what the states may be, by precision, and the offload room what may leave.
+        if limit.field not in ("states", "offload") and limit.applies(strategy):
             raise ValueError(
                 f"{limit.field} {getattr(strategy, limit.field)!r} is not built on the native engine: {limit.reason}"
             )
@@ -182,8 +180,9 @@ class NativeSession:
         partial = [
             gradients[name] for name, layout in self.build.layout.items() if layout.partial and name in gradients
         ]
-        _all_reduce_together(partial, self.build.mesh.group("tensor"))
-        _all_reduce_together([gradients[name] for name in self.build.shared], self.build.requests["shared_group"])
+        _all_reduce_together(partial, self.build.mesh.group("tensor"), self.build.device)
+        shared = [gradients[name] for name in self.build.shared]
+        _all_reduce_together(shared, self.build.requests["shared_group"], self.build.device)
 
     @torch.no_grad()
     def _totals(self, loss: Tensor) -> tuple[float, float]:
@@ -270,11 +269,11 @@ class NativeSession:
                 dist.destroy_process_group(group)
 
 
-def _all_reduce_together(tensors: Sequence[Tensor], group: Any) -> None:
-    """One message, in place."""
+def _all_reduce_together(tensors: Sequence[Tensor], group: Any, device: torch.device) -> None:
+    """One message, in place; over the device, where offloaded gradients wait on the host."""
     if group is None or not tensors:
         return
-    flat = torch.cat([t.flatten() for t in tensors])
+    flat = torch.cat([t.flatten() for t in tensors]).to(device)
     dist.all_reduce(flat, group=group)
     for whole, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         whole.copy_(part.view_as(whole))

@@ -1,8 +1,8 @@
 """Activations of a block on the host between its forward and its backward pass.
 
 What autograd saves inside a block (with checkpointing its input alone) is copied to the host, storage by storage, and comes
-back as a whole while the block behind it goes backward: two blocks' are on the device at once. The CUDA path (a stream of
-its own) has been run on no GPU yet."""
+back as a whole while the block behind it goes backward: two blocks' are on the device at once. Under a pipeline several micro
+batches wait on the host, each block's of each apart. The CUDA path (a stream of its own) has been run on no GPU yet."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from strategies.engines.engine import Build
 from strategies.offload import host
+from strategies.offload.chains import chains
 
 
 class Moved:
@@ -59,8 +60,8 @@ class Away:
 
     def __init__(self, forward: Callable[..., Any], side: Any, before: Away | None) -> None:
         self.forward, self.side, self.before = forward, side, before
-        self.passes: list[list[weakref.ref[Moved]]] = []
-        """Of each forward pass whose backward pass is to come, what moved. Only autograd keeps it alive."""
+        self.latest: list[weakref.ref[Moved]] = []
+        """What moved in the latest forward pass. Only autograd keeps it alive."""
 
     def __call__(self, *args: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -80,17 +81,16 @@ class Away:
 
         with saved_tensors_hooks(pack, _unpack):
             output = self.forward(*args)
-        references = [weakref.ref(each) for each in moved]
-        self.passes.append(references)
-        output.register_hook(lambda _: self._back(references))
-        return output
+        mine = self.latest = [weakref.ref(each) for each in moved]
+        fed_by = self.before.latest if self.before else []  # of the same micro batch: passes do not mix
 
-    def _back(self, references: list[weakref.ref[Moved]]) -> None:
-        """The gradient of the output is here: this block's come, if they have not yet, and those of the block before."""
-        self.passes.remove(references)
-        _ahead(references)
-        if self.before is not None and self.before.passes:
-            _ahead(self.before.passes[-1])
+        def back(_: Tensor) -> None:
+            """The gradient of the output is here: this block's come, if they have not yet, and those of the block before."""
+            _ahead(mine)
+            _ahead(fed_by)
+
+        output.register_hook(back)
+        return output
 
 
 def _unpack(packed: Any) -> Tensor:
@@ -109,8 +109,8 @@ def _ahead(references: list[weakref.ref[Moved]]) -> None:
 
 def move(build: Build) -> None:
     """Every block's activations to the host."""
-    blocks: Any = build.module.blocks
     side = torch.cuda.Stream() if build.device.type == "cuda" else None
-    before: Away | None = None
-    for block in blocks:
-        block.forward = before = Away(block.forward, side, before)
+    for chain in chains(build):
+        before: Away | None = None
+        for block in chain:
+            block.forward = before = Away(block.forward, side, before)

@@ -57,9 +57,16 @@ def apply(build: Build) -> Build:
 
 def _adam(settings: Any, device: Any, dtype: Any, *, build: Build) -> Adam:
     sizes = {name: parameter.shape for name, parameter in build.module.named_parameters()}
-    away = chosen({n: s.numel() for n, s in sizes.items()}, build.strategy.offload.optimizer_fraction)
+    fraction = build.strategy.offload.optimizer_fraction
+    # Every rank that holds a parameter, or the same part of one, must step it in the same place: two processors round
+    # differently. So whole parameters are weighed, and of those that two stages share none leaves alone.
+    layouts = build.layout
+    weighed = {name: (layouts[name].shape if name in layouts else shape).numel() for name, shape in sizes.items()}
+    if fraction < 1:
+        weighed = {name: size for name, size in weighed.items() if name not in build.shared}
+    away = chosen(weighed, fraction)
     file = None
-    if build.strategy.offload.optimizer == "nvme":
+    if build.strategy.offload.optimizer == "nvme" and away:
         shards = build.requests["num_shards"]
         wide = max(4, DTYPES[build.precision].itemsize)
         rows = [-(-sizes[name][0] // shards) * (sizes[name].numel() // sizes[name][0]) for name in away]

@@ -153,6 +153,7 @@ class BucketStates:
     def micro_batch(self, *, last: bool) -> None:
         """Gradients add up locally; they are reduced once a step."""
         self.last = last
+        self.settle()
 
     @torch.no_grad()
     def _arrived(self, bucket: Bucket, index: int, parameter: Tensor) -> None:
@@ -189,6 +190,7 @@ class BucketStates:
 
     @torch.no_grad()
     def reduce(self) -> None:
+        self.settle()
         for bucket in self.buckets[self.next :]:
             bucket.fill()
         while self.next < len(self.buckets):
@@ -237,7 +239,9 @@ class BucketStates:
             bucket.unpack(bucket.gradients.view(part.dtype)[: bucket.size * self.num_shards])
 
     def settle(self) -> None:
-        """Parameters are whole all the time."""
+        """Parameters are whole all the time, unless they live elsewhere."""
+        if self.streams is not None:
+            self.streams.settle()
 
     def state_dict(self) -> dict[str, Any]:
         return {
