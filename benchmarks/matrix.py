@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 from benchmarks.cases import ARCH, Case, Trial
+from strategies.strategy import Offload
 
 
 def compositions() -> list[Case]:
@@ -44,8 +45,43 @@ def compositions() -> list[Case]:
     return cases
 
 
+HOST = Offload(optimizer="host", parameters="host", activations="host")
+NVME = Offload(optimizer="nvme", parameters="host", activations="host")
+FILES = Offload(optimizer="nvme", parameters="nvme", activations="host")
+PART = Offload(optimizer="nvme", optimizer_fraction=0.4)
+
+
+def offloaded() -> list[Case]:
+    """What offload moves under tensor {1, 2} x pipeline {1, 2} x data {1, 2} x ZeRO 0..3; at stages 2 and 3 no parameter lies
+    on NVMe."""
+    cases = []
+    schedules = itertools.cycle([("1f1b", 1), ("interleaved_1f1b", 2), ("zbv", 2), ("gpipe", 1)])
+    recomputes = itertools.cycle(["none", "full", "selective"])
+    for tensor, pipeline, data in itertools.product((1, 2), (1, 2), (1, 2)):
+        for stage, offload in itertools.product(range(4 if data > 1 else 1), (HOST, NVME, FILES, PART)):
+            if (tensor == pipeline == 1) or (offload == FILES and stage >= 2):
+                continue
+            schedule, virtual = next(schedules) if pipeline > 1 else ("1f1b", 1)
+            cases.append(
+                Case(
+                    world_size=tensor * pipeline * data,
+                    zero_stage=stage,
+                    recompute=next(recomputes),
+                    tensor=tensor,
+                    pipeline=pipeline,
+                    schedule=schedule,
+                    virtual=virtual,
+                    micro_batch_size=1,
+                    sequence_parallel=tensor > 1 and stage != 1,
+                    reduce="per_step" if pipeline > 1 and stage >= 2 else "per_micro_batch",
+                    offload=offload,
+                )
+            )
+    return cases
+
+
 def matrix() -> list[Trial]:
-    """ZeRO 0..3 x recompute x world size in each precision; hybrid groups; gather and reduce once a step; accumulation;
+    """ZeRO 0..3 x recompute x world size in each precision; hybrid groups; gather and reduce once a step; compositions;
     every pair of fourteen ways to save and to load; bitwise resumption with 3 and 4 workers."""
     cases = [
         Case(world_size=world, zero_stage=stage, recompute=recompute, precision=precision)
@@ -59,7 +95,7 @@ def matrix() -> list[Trial]:
     groups = [Case(world_size=4, zero_stage=s, group=2, micro_batch_size=1) for s in (1, 2, 3)]
     often = itertools.product((2, 3), ("per_step", "per_micro_batch"), ("per_step", "per_micro_batch"))
     frequencies = [Case(world_size=2, zero_stage=s, micro_batch_size=1, gather=g, reduce=r) for s, g, r in often]
-    cases += groups + frequencies + compositions()
+    cases += groups + frequencies + compositions() + offloaded()
     cases += [replace(case, gather="per_step", reduce="per_step") for case in groups[1:]]
     ends = [
         Case(world_size=w, zero_stage=s) for s, w in ((0, 1), (2, 1), (0, 2), (0, 4), (1, 2), (1, 3), (2, 2), (3, 4))
@@ -75,6 +111,10 @@ def matrix() -> list[Trial]:
     for world, stage, precision in itertools.product((3, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16", "fp64")):
         case = Case(world_size=world, zero_stage=stage, precision=precision, micro_batch_size=1)
         trials.append(Trial(case, case))
+    away = [
+        case for case in offloaded() if case.pipeline == 2 and case.world_size == 4 and case.offload in (NVME, PART)
+    ]
+    trials += [Trial(replace(case, precision="bf16"), replace(case, precision="bf16")) for case in away]
     trials += [
         Trial(replace(case, precision=p), replace(case, precision=p)) for case in groups for p in ("fp32", "bf16")
     ]

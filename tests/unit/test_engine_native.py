@@ -104,7 +104,6 @@ def _no_group_left():
     [
         ("fp32", {"tensor_parallel_degree": 2}, "tensor_parallel_degree 2 wants a process group of 2, this one has 1"),
         ("fp32", {"pipeline_parallel_degree": 4}, "pipeline_parallel_degree 4 wants a process group of 4, this one has 1"),
-        ("fp32", {"tensor_parallel_degree": 2, "offload": Offload(optimizer="host")}, "offload under tensor or pipeline"),
         ("fp32", {"tensor_parallel_degree": 2, "compile": True}, "torch.compile of blocks that talk to a tensor group"),
         ("fp32", {"pipeline_parallel_degree": 2, "zero_stage": 3, "gradient_accumulation_steps": 2}, "set reduce: per_step"),
         ("fp32", {"context_parallel_degree": 2}, "context_parallel_degree 2 is not built"),

@@ -150,9 +150,9 @@ def test_a_cluster_that_is_not_this_machine_is_refused(cluster, told, monkeypatc
         ),
         (
             "training: {steps: 3, precision: fp32}\ndata: {train: [job.yaml]}\n"
-            "strategy: {tensor_parallel_degree: 2, offload: {optimizer: host}}",
-            "tensor or pipeline parallelism",
-            "leave offload out",
+            "strategy: {tensor_parallel_degree: 2, compile: true}",
+            "torch.compile of blocks that talk to a tensor group",
+            "leave compile out",
         ),
     ],
 )
