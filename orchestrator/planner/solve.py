@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
 
 from orchestrator.planner.problem import PlanError, Problem, check, check_batch, check_rules
 from orchestrator.planner.result import SearchResult, Wanted
@@ -12,7 +10,7 @@ from orchestrator.planner.search import search
 from orchestrator.planner.space import Space, require_candidates
 from orchestrator.planner.time import Price
 from strategies.catalog import ENGINES, Limit, unbuilt
-from strategies.strategy import Offload, Strategy
+from strategies.strategy import Strategy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,29 +55,9 @@ def solve(problem: Problem, *, wanted: Wanted | None = None, num_families: int =
     assert choice is not None, "a space with candidates has a best or a closest one"
     strategy = problem.strategy(choice)
     if problem.built_only and found.best and (limit := unbuilt(strategy)) is not None:
-        # Built one by one, not together: the best of the spaces that leave one of them out.
-        fitting = [one for one in _narrower(problem, wanted, num_families) if one.fits]
-        if not fitting:
-            raise _not_built(limit, getattr(strategy, limit.field), strategy.engine)
-        return replace(max(fitting, key=lambda one: one.tokens_per_second), problem=problem)
+        # The space leaves out what is not built; what is pinned may be unbuilt with what is chosen.
+        raise _not_built(limit, getattr(strategy, limit.field), strategy.engine)
     return Solution(problem=problem, strategy=strategy, price=problem.price(strategy), search=found)
-
-
-def _narrower(problem: Problem, wanted: Wanted | None, num_families: int) -> Iterator[Solution]:
-    """Solutions without offload, without tensor and pipeline parallelism, and with one reduction a step, as far as the
-    pins leave them open. The pins grow with each call, so this ends."""
-    leavings: tuple[dict[str, Any], ...] = (
-        {"offload": Offload()},
-        {"tensor_parallel_degree": 1, "pipeline_parallel_degree": 1},
-        {"reduce": "per_step"},
-    )
-    for leaving in leavings:
-        open_to_it = {name: value for name, value in leaving.items() if problem.pins.get(name, value) == value}
-        if len(open_to_it) == len(leaving) and not leaving.keys() <= problem.pins.keys():
-            try:
-                yield solve(problem.changed(pins={**problem.pins, **leaving}), wanted=wanted, num_families=num_families)
-            except PlanError:
-                continue
 
 
 PINNED_ALONE = (

@@ -72,25 +72,40 @@ class Space:
         self.every_size = every_size
         self.engine = self.pins.get("engine", "native")
         self._batches: dict[Shape, tuple[Batch, ...]] = {}
+        self._offloads: dict[int, list[Offload]] = {}
         self._recomputes: dict[tuple[int, int], tuple[list[str], list[int | None]]] = {}
 
-    def _kept(self, values: list[Any], field: str) -> list[Any]:
-        """Under built_only, the values that the engine carries out; the pinned ones are judged by plan.py, by name."""
+    def _is_built(self, field: str, **choices: Any) -> bool:
+        """The engine carries these choices out together. Always, unless only what is built is wanted."""
         if not self.problem.built_only:
-            return values
-        return [
-            value for value in values if unbuilt(Strategy(engine=self.engine, **{field: value}), field=field) is None
-        ]
+            return True
+        return unbuilt(Strategy(engine=self.engine, **choices), field=field) is None
+
+    def _kept(self, values: list[Any], field: str) -> list[Any]:
+        """The values that the engine carries out; the pinned ones are judged by plan.py, by name."""
+        return [value for value in values if self._is_built(field, **{field: value})]
+
+    def _degrees(self, values: list[int], field: str) -> list[int]:
+        compiled = self.pins.get("compile", False)
+        kept = self._kept(values, field)
+        return [value for value in kept if self._is_built("compile", compile=compiled, **{field: value})]
 
     def offloads_of(self, zero: int, data: int) -> list[Offload]:
         """Parameters stream in block by block, as ZeRO 3 gathers them, or on a single replica."""
         if zero == 3 or data == 1 or "offload" in self.pins:
-            return self.offloads
-        return self._whole_offloads
+            return self._built_offloads(zero)
+        return [offload for offload in self._built_offloads(zero) if offload.parameters == "none"]
 
-    @cached_property
-    def _whole_offloads(self) -> list[Offload]:
-        return [offload for offload in self.offloads if offload.parameters == "none"]
+    def _built_offloads(self, zero: int) -> list[Offload]:
+        if zero not in self._offloads:
+            # What a recompute that is open still lets out is not left out here.
+            again = self.pins.get("activation_checkpointing", "full")
+            self._offloads[zero] = [
+                offload
+                for offload in self.offloads
+                if self._is_built("offload", offload=offload, zero_stage=zero, activation_checkpointing=again)
+            ]
+        return self._offloads[zero]
 
     @cached_property
     def offloads(self) -> list[Offload]:
@@ -110,14 +125,14 @@ class Space:
         if "tensor_parallel_degree" in self.pins:
             return [self.pins["tensor_parallel_degree"]]
         heads, most = self.problem.arch.num_heads, self.problem.num_gpus
-        return self._kept([n for n in range(1, min(heads, most) + 1) if heads % n == 0], "tensor_parallel_degree")
+        return self._degrees([n for n in range(1, min(heads, most) + 1) if heads % n == 0], "tensor_parallel_degree")
 
     def pipelines(self, tensor: int) -> list[int]:
         if "pipeline_parallel_degree" in self.pins:
             return [self.pins["pipeline_parallel_degree"]]
         layers, room = self.problem.arch.num_layers, self.problem.num_gpus // tensor
         values = [n for n in range(1, min(layers, room) + 1) if layers % n == 0 or room % n == 0]
-        return self._kept(values, "pipeline_parallel_degree")
+        return self._degrees(values, "pipeline_parallel_degree")
 
     def datas(self, tensor: int, pipeline: int) -> list[int]:
         room = self.problem.num_gpus // (tensor * pipeline)
@@ -182,20 +197,20 @@ class Space:
             and (stages == 1 or schedule not in INTERLEAVED or accumulation % pipeline == 0)
         ]
 
-    def shardings(self, tensor: int, data: int, accumulation: int) -> list[Sharding]:
+    def shardings(self, shape: Shape, accumulation: int) -> list[Sharding]:
         pins = self.pins
-        stages = [pins["zero_stage"]] if "zero_stage" in pins else [0, 1, 2, 3] if data > 1 else [0]
-        stages = [zero for zero in stages if not self.problem.built_only or self._built(zero)]
+        stages = [pins["zero_stage"]] if "zero_stage" in pins else [0, 1, 2, 3] if shape.data > 1 else [0]
+        stages = [zero for zero in stages if self._is_built_stage(zero)]
         return [
             Sharding(zero, group, gather, reduce)
             for zero in stages
-            for group in self._groups(zero, tensor, data)
-            for gather, reduce in self._frequencies(zero, accumulation)
+            for group in self._groups(zero, shape.tensor, shape.data)
+            for gather, reduce in self._frequencies(zero, accumulation, shape.pipeline)
         ]
 
-    def _built(self, zero: int) -> bool:
-        strategy = Strategy(engine=self.engine, zero_stage=zero, states=self.problem.states(zero))
-        return unbuilt(strategy, field="zero_stage") is None and unbuilt(strategy, field="states") is None
+    def _is_built_stage(self, zero: int) -> bool:
+        choices: dict[str, Any] = {"zero_stage": zero, "states": self.problem.states(zero)}
+        return self._is_built("zero_stage", **choices) and self._is_built("states", **choices)
 
     def _groups(self, zero: int, tensor: int, data: int) -> list[int]:
         """Ranks that share one copy: all replicas, or those of one node."""
@@ -206,31 +221,19 @@ class Space:
         near = max(1, self.problem.cluster.gpus_per_node // tensor)
         inside = next(n for n in range(min(near, data), 0, -1) if data % n == 0)
         groups = [data, inside] if 1 < inside < data else [data]
-        if not self.problem.built_only:
-            return groups
-        whole = {"engine": self.engine, "data_parallel_degree": data}
-        return [n for n in groups if unbuilt(Strategy(zero_group_size=n, **whole), field="zero_group_size") is None]
+        return [n for n in groups if self._is_built("zero_group_size", data_parallel_degree=data, zero_group_size=n)]
 
-    def _frequencies(self, zero: int, accumulation: int) -> list[tuple[str, str]]:
+    def _frequencies(self, zero: int, accumulation: int, pipeline: int) -> list[tuple[str, str]]:
         often = zero >= 2
         gathers, reduces = [PER_MICRO_BATCH], [PER_MICRO_BATCH if often else PER_STEP]
         if accumulation > 1:
             gathers = [PER_MICRO_BATCH, PER_STEP] if zero == 3 else gathers
             reduces = [PER_MICRO_BATCH, PER_STEP] if often else reduces
         gathers = [self.pins["gather"]] if "gather" in self.pins else gathers
-        reduces = [self.pins["reduce"]] if "reduce" in self.pins else self._reduces(reduces, zero, accumulation)
-        return list(product(gathers, reduces))
-
-    def _reduces(self, values: list[str], zero: int, accumulation: int) -> list[str]:
-        """Under built_only, those that the engine carries out at this stage."""
-        if not self.problem.built_only:
-            return values
-        at: dict[str, Any] = {
-            "engine": self.engine,
-            "zero_stage": zero,
-            "gradient_accumulation_steps": accumulation,
-        }
-        return [value for value in values if unbuilt(Strategy(reduce=value, **at), field="reduce") is None]  # type: ignore[arg-type]
+        if "reduce" in self.pins:
+            return list(product(gathers, [self.pins["reduce"]]))
+        at = {"zero_stage": zero, "gradient_accumulation_steps": accumulation, "pipeline_parallel_degree": pipeline}
+        return list(product(gathers, [value for value in reduces if self._is_built("reduce", reduce=value, **at)]))
 
     def recomputes(self, pipeline: int, virtual: int) -> tuple[list[str], list[int | None]]:
         """(none and selective as far as open, numbers of layers for full: None is all of them)."""
@@ -264,7 +267,7 @@ class Space:
             accumulation = self.problem.accumulation(shape.data, micro)
             schedules = tuple(self.schedules(shape.pipeline, accumulation))
             by_stage: dict[int, tuple[Sharding, ...]] = {}
-            for sharding in self.shardings(shape.tensor, shape.data, accumulation):
+            for sharding in self.shardings(shape, accumulation):
                 by_stage[sharding.zero] = (*by_stage.get(sharding.zero, ()), sharding)
             if schedules and by_stage:
                 recomputes = sum(self.num_recomputes(shape.pipeline, virtual) for _, virtual in schedules)
@@ -320,7 +323,7 @@ class Space:
             schedules = [(pins["pipeline_schedule"], pins["num_virtual_stages"])]
         if len(groups) != 1 or len(schedules) != 1:
             return None
-        gather, reduce = self._frequencies(stages[0], self.problem.accumulation(data, micros[0]))[0]
+        gather, reduce = self._frequencies(stages[0], self.problem.accumulation(data, micros[0]), pipeline)[0]
         return Choice(
             tensor=tensor,
             pipeline=pipeline,

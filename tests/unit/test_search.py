@@ -16,6 +16,7 @@ from orchestrator.planner.problem import Problem
 from orchestrator.planner.result import Wanted
 from orchestrator.planner.search import search
 from orchestrator.planner.space import Space
+from strategies.catalog import unbuilt
 from strategies.strategy import Offload
 
 NO_OFFLOAD = Offload()
@@ -212,3 +213,20 @@ def test_a_target_is_a_constraint_and_a_hopeless_one_is_passed_over() -> None:
     hopeless = search(asked, wanted=Wanted(step_s=free.best.step_s * 0.5))
     assert hopeless.best is not None
     assert hopeless.best.step_s == pytest.approx(free.best.step_s)
+
+
+@pytest.mark.parametrize(
+    "pins",
+    [
+        {},
+        {"compile": True},
+        {"offload": Offload(optimizer="nvme", parameters="nvme")},
+        {"zero_stage": 3, "gradient_accumulation_steps": 2},
+    ],
+    ids=str,
+)
+def test_the_space_of_what_is_built_is_the_built_part_of_the_whole(pins):
+    whole = problem(cluster(nvme=True), layers=2, batch=4, pins=pins)
+    built = [choice for choice in Space(whole) if unbuilt(whole.strategy(choice)) is None]
+    assert list(Space(whole.changed(built_only=True))) == built
+    assert 0 < len(built) < sum(1 for _ in Space(whole))
