@@ -46,7 +46,7 @@ def stacked_bars(
     left, right, each = 74.0, 70.0, 26.0
     most = max([limit, *(sum(part[1] for part in parts) for _, parts in rows)]) or 1.0
     scale = (width - left - right) / most
-    body = []
+    body, totals = [], []
     for i, (name, parts) in enumerate(rows):
         y, x = 22 + i * each, left
         body.append(text(left - 8, y + 13, name, "axis", "end"))
@@ -54,13 +54,13 @@ def stacked_bars(
             if value > 0:
                 body.append(rect(x, y, max(0.5, value * scale - 1), each - 8, css, title))
                 x += value * scale
-        body.append(text(x + 6, y + 13, total_label[i], "axis strong"))
+        totals.append(text(x + 6, y + 13, total_label[i], "axis strong"))
     height = 22 + len(rows) * each + 8
     if limit_label:
         at = left + limit * scale
         body.append(f'<line x1="{at:.1f}" x2="{at:.1f}" y1="16" y2="{height - 6:.0f}" class="limit"/>')
         body.append(text(at, 11, limit_label, "axis", "end" if at > width * 0.6 else "middle"))
-    return svg(height, "".join(body), label, width)
+    return svg(height, "".join(body + totals), label, width)
 
 
 def one_bar(parts: Sequence[tuple[str, float, str, str]], *, label: str, width: float = WIDE) -> str:
@@ -140,7 +140,7 @@ def heat_map(cells: Sequence[Cell], *, width: float = WIDE) -> str:
     wide = (width - left) / len(sizes)
     most = max((cell.mfu or 0.0 for cell in cells), default=0.0) or 1.0
     body = [
-        text(left + (i + 0.5) * wide, 16, f"{size:,}" + (" GPUs" if i == 0 else ""), "axis", "middle")
+        text(left + (i + 0.5) * wide, 16, f"{size:,}" + (" GPU" + "s" * (size > 1) if i == 0 else ""), "axis", "middle")
         for i, size in enumerate(sizes)
     ]
     for cell in cells:
@@ -160,9 +160,16 @@ def heat_map(cells: Sequence[Cell], *, width: float = WIDE) -> str:
         )
         body.append(rect(x + 1, y + 1, wide - 2, each - 2, css, tip))
         body.append(text(x + wide / 2, y + 20, f"{cell.tokens_per_second_per_gpu:,.0f}", f"on{level}", "middle"))
-        days = f"{cell.wall_s / 86400:,.0f} d" if cell.wall_s else f"{cell.mfu:.0%}"
-        body.append(text(x + wide / 2, y + 36, days, f"tiny on{level}", "middle"))
+        body.append(text(x + wide / 2, y + 36, _long(cell.wall_s) or f"{cell.mfu:.0%}", f"tiny on{level}", "middle"))
     for i, model in enumerate(models):
         body.append(text(left - 8, top + (i + 0.5) * each + 4, model, "axis strong", "end"))
     height = top + len(models) * each + 4
     return svg(height, "".join(body), "tokens per second and GPU, by model and number of GPUs", width)
+
+
+def _long(seconds: float | None) -> str:
+    """Days, or years of two and more."""
+    if not seconds:
+        return ""
+    days = seconds / 86400
+    return f"{days:,.0f} d" if days < 730 else f"{days / 365:.1f} y" if days < 36500 else f"{days / 365:,.0f} y"

@@ -282,9 +282,10 @@ def _frontier(plan: Plan) -> str:
 
 def _losers(plan: Plan) -> str:
     rows = [
-        f'<tr><td class="num">{loser.tokens_per_second_per_gpu:,.0f}</td><td class="num">{loser.peak_bytes / GIB:,.1f}</td>'
-        f"<td>{escape(strategy_told(loser.strategy))}</td>"
-        f"<td{'' if loser.fits else ' class=bad'}>{escape(loser.because)}</td></tr>"
+        f'<tr><td class="num" data-unit="tokens/s/GPU,">{rate_told(loser.tokens_per_second_per_gpu)}</td>'
+        f'<td class="num" data-unit="GiB">{loser.peak_bytes / GIB:,.1f}</td>'
+        f'<td class="line">{escape(strategy_told(loser.strategy))}</td>'
+        f'<td class="line {"why" if loser.fits else "bad"}">{escape(loser.because)}</td></tr>'
         for loser in plan.alternatives
     ]
     if not rows:
@@ -305,7 +306,8 @@ def _losers(plan: Plan) -> str:
 def _nearest(plan: Plan) -> str:
     rows = [
         f'<tr><td>{escape(row["change"])}</td><td class="num">{row["num_gpus"]}</td>'
-        f'<td class="num">{row["peak_bytes"] / GIB:,.1f}</td><td class="num">{row["tokens_per_second_per_gpu"]:,.0f}</td></tr>'
+        f'<td class="num">{row["peak_bytes"] / GIB:,.1f}</td>'
+        f'<td class="num">{rate_told(row["tokens_per_second_per_gpu"])}</td></tr>'
         for row in plan.nearest
     ]
     if plan.fits:
@@ -355,16 +357,18 @@ def capacity_page(table: Capacity) -> str:
     for cell in table.cells:
         if cell.best is None:
             rows.append(
-                f'<tr><td>{escape(cell.model)}</td><td class="num">{cell.num_gpus}</td>'
+                f'<tr><td>{escape(cell.model)}</td><td class="num" data-unit="GPUs">{cell.num_gpus}</td>'
                 '<td colspan="5" class="bad">does not fit</td></tr>'
             )
             continue
         days = f"{cell.wall_s / 86400:,.1f}" if cell.wall_s is not None else "–"
         usd = f"{cell.usd:,.0f}" if cell.usd is not None else "–"
         rows.append(
-            f'<tr><td>{escape(cell.model)}</td><td class="num">{cell.num_gpus}</td>'
-            f'<td class="num">{cell.tokens_per_second_per_gpu:,.0f}</td><td class="num">{cell.mfu:.1%}</td>'
-            f'<td class="num">{days}</td><td class="num">{usd}</td><td>{escape(strategy_told(cell.best.strategy))}</td></tr>'
+            f'<tr><td>{escape(cell.model)}</td><td class="num" data-unit="GPUs">{cell.num_gpus}</td>'
+            f'<td class="num" data-unit="tokens/s/GPU">{rate_told(cell.tokens_per_second_per_gpu or 0.0)}</td>'
+            f'<td class="num" data-unit="MFU">{cell.mfu:.1%}</td><td class="num" data-unit="days">{days}</td>'
+            f'<td class="num" data-unit="dollars">{usd}</td>'
+            f'<td class="line">{escape(strategy_told(cell.best.strategy))}</td></tr>'
         )
     head = "".join(
         f'<th class="{css}">{name}</th>'
@@ -384,5 +388,5 @@ def capacity_page(table: Capacity) -> str:
         "Darker: a larger part of the GPU's peak. Dashed: only with offload. Green frame: meets the target.",
     )
     body += _section("Smallest clusters", "".join(smallest))
-    body += _section("Every cell", f'<div class="scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>')
+    body += _section("Every cell", f'<table class="stack"><tr>{head}</tr>{"".join(rows)}</table>')
     return _document("capacity", "What fits on how many GPUs", body)
