@@ -17,11 +17,12 @@ tests/unit/test_search.py holds the search against brute force, which needs none
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from orchestrator.planner.memory import MemoryPrice
+from orchestrator.planner.memory import MemoryPrice, reserve_bytes
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.roofline import ELEMENT, roofline
 from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, Space, point
@@ -40,6 +41,7 @@ SLACK = 1 - 1e-9
 """Bounds are a hair below, so that rounding never puts one above what it bounds."""
 
 
+LARGE = 2**50
 FEW_LAYERS = 3
 """Of a rank, that what is on its way may outweigh what stays: layers gathered ahead, a layer computed again."""
 
@@ -63,10 +65,11 @@ class Fixed(NamedTuple):
     """What a family adds to any of its members."""
 
     first_rank_bytes: float
-    """States, gathered parameters and reserve of the first pipeline rank."""
+    """States and gathered parameters of the first pipeline rank."""
     gradient_bytes: float
     """Gradients of the first rank, held in forward where there is more than one micro batch or they are not sharded."""
     usable_bytes: float
+    """What is left for tensors: the reserve grows with them."""
     step_s: float
     """Optimizer and offload at the fewest micro batches."""
 
@@ -129,6 +132,7 @@ class Bounds:
         self.passes: dict[tuple[int, bool, int], Pass] = {}
         self.keeps: dict[tuple[int, bool], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
+        self.fixed_seconds: dict[tuple[Shape, int, Place, Place], float] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
         self.carries: dict[tuple[int, bool, int, tuple[str, ...]], tuple[float, float]] = {}
         self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
@@ -151,10 +155,6 @@ class Bounds:
                     kept[key] = schedule, virtual
             self._layouts[pipeline] = tuple(kept.values()) or (("1f1b", 1),)
         return self._layouts[pipeline]
-
-    def deals_evenly(self, pipeline: int) -> bool:
-        """Every layout gives each rank the same layers, so that 1F1B stands for all but zbv."""
-        return len(self.layouts(pipeline)) <= 2 and self.problem.arch.num_layers % pipeline == 0
 
     def least_of(self, pipeline: int, batch: Batch) -> tuple[float, float]:
         """(the smallest bubble, the fewest micro batches in flight) of a batch's schedules."""
@@ -375,23 +375,43 @@ class Bounds:
             self.carries[key] = min(options), HIDDEN * roof.head(tokens, tensor)
         return self.carries[key]
 
-    def fixed(self, smallest: list[tuple[Choice, MemoryPrice]]) -> Fixed:
-        """What every member of the family has, from its smallest members."""
-        first = smallest[0][0]
-        shape = Shape(first.tensor, first.pipeline, first.data)
-        choice = first._replace(micro=self.space.batches(shape)[-1].micro, schedule="1f1b", virtual=1)
-        if choice.zero == 3:
-            choice = choice._replace(gather=PER_STEP)
-        choice = choice._replace(offload=replace(choice.offload, activations="none"))
-        time = self.problem.time(self.problem.strategy(choice))
-        stages = [memory.stages[0] for _, memory in smallest]
-        stays = choice.zero < 3  # ZeRO 3 has less gathered in forward than in backward
+    def fixed_s(self, shape: Shape, zero: int, offload: Offload) -> float:
+        """Seconds of a step that every member of the family has: the optimizer, and offload without activations, at the fewest
+        micro batches."""
+        key = shape, zero, offload.optimizer, offload.parameters
+        if key not in self.fixed_seconds:
+            last = [batch for batch in self.space.batches(shape) if zero in batch.shardings][-1]
+            core, sharding = self.leanest(shape, zero, last, False)[0]
+            if zero == 3:
+                sharding = sharding._replace(gather=PER_STEP)
+            core = core._replace(schedule="1f1b", virtual=1)
+            away = replace(offload, activations="none")
+            time = self.problem.time(self.problem.strategy(point(core, sharding, away, "none", None)))
+            self.fixed_seconds[key] = time.optimizer_s + time.offload_s
+        return self.fixed_seconds[key]
+
+    def fixed(self, shape: Shape, zero: int, offload: Offload, memory: Callable[[Choice], MemoryPrice]) -> Fixed:
+        """What every member of the family has: of each layout one is looked at, since micro batch, frequencies and recomputing
+        change no states."""
+        batch = next(batch for batch in self.space.batches(shape) if zero in batch.shardings)
+        seen: dict[tuple[Schedule, int], MemoryPrice] = {}
+        for core, sharding in self.leanest(shape, zero, batch, any(self.space.sequence_parallels(shape.tensor))):
+            layout = core.schedule, core.virtual
+            if layout not in seen:
+                kinds, counts = self.space.recomputes(shape.pipeline, core.virtual)
+                kind, layers = ("full", counts[-1]) if counts else (kinds[-1], self.space.layers_of(kinds[-1]))
+                seen[layout] = memory(point(core, sharding, offload, kind, layers))
+        stages = [price.stages[0] for price in seen.values()]
+        stays = zero < 3  # ZeRO 3 has less gathered in forward than in backward
         states = min(
-            s.parameters + s.master_weights + s.optimizer_states + s.gathered_parameters * stays + s.reserve
-            for s in stages
+            s.parameters + s.master_weights + s.optimizer_states + s.gathered_parameters * stays for s in stages
         )
         gradients = min(stage.gradients for stage in stages)
-        return Fixed(states, gradients, smallest[0][1].usable_bytes, time.optimizer_s + time.offload_s)
+        kind = self.problem.cluster.accelerator.kind
+        context = reserve_bytes(0, kind)
+        grows = (reserve_bytes(LARGE, kind) - context) / LARGE
+        usable = (next(iter(seen.values())).usable_bytes - context) / (1 + grows)
+        return Fixed(states, gradients, usable / SLACK, self.fixed_s(shape, zero, offload))
 
 
 def _micro_choice(tensor: int, sequence_parallel: bool, micro: int, kind: str) -> Choice:

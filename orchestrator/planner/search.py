@@ -163,7 +163,8 @@ class _Search:
                 if self._host_holds(shape, zero, offload):
                     self._reject(shape, "nvme", each, "host memory holds what would go to NVMe, which is slower")
                 else:
-                    self._push(floor, shape, each, self._open_family, shape, zero, offload)
+                    floor_s = floor + self.bounds.fixed_s(shape, zero, offload)
+                    self._push(floor_s, shape, each, self._open_family, shape, zero, offload)
 
     def _host_holds(self, shape: Shape, zero: int, offload: Offload) -> bool:
         """What would go to NVMe fits in host memory as well, whatever else is chosen."""
@@ -198,11 +199,11 @@ class _Search:
         return self.memories.setdefault(key, self.problem.memory(strategy)).fits
 
     def _smallest(self, shape: Shape, zero: int, offload: Offload) -> list[tuple[Choice, MemoryPrice]]:
-        """The smallest members of a family that fit, or else all that might have been."""
+        """The first of the smallest members of a family that fits, or else all that might have been."""
         members = []
         for choice in self.bounds.smallest(shape, zero, offload):
             members.append((choice, self._memory(choice)))
-            if zero < 2 and members[-1][1].fits and self.bounds.deals_evenly(shape.pipeline):
+            if members[-1][1].fits:
                 return members[-1:]
         return members
 
@@ -221,7 +222,8 @@ class _Search:
         if not any(memory.fits for _, memory in members):
             self._too_large(shape, zero, members, size)
             return
-        self._push_lot(self.bounds.fixed(members), self._lots(shape, zero), shape, zero, offload)
+        fixed = self.bounds.fixed(shape, zero, offload, self._memory)
+        self._push_lot(fixed, self._lots(shape, zero), shape, zero, offload)
 
     def _lots(self, shape: Shape, zero: int) -> list[Lot]:
         """Micro batches and sequence parallel of some degrees, the largest bound first."""
