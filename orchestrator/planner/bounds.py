@@ -6,9 +6,9 @@ The bounds hold for any model in which
   recomputing only add to it;
 - the first pipeline rank holds its share of the states beside the activations of min(m, p) micro batches, or of one where
   the others' are offloaded;
-- of one (degrees, ZeRO stage, offload) family, the smallest micro batch with everything recomputed, sequence parallel, the
-  widest ZeRO group, and talk after every micro batch holds the fewest bytes; of the schedules 1F1B, or one that deals the
-  layers out otherwise;
+- of one (degrees, ZeRO stage, offload) family, the smallest micro batch, or at ZeRO 2 and 3 the smallest that takes one a step,
+  with everything recomputed (or nothing, of few layers), sequence parallel, the widest ZeRO group, and talk after every micro
+  batch (or not, of few layers) holds the fewest bytes; of the schedules 1F1B, or one that deals the layers out otherwise;
 - more checkpointed layers hold fewer bytes, and take longer where activations stay on the GPU.
 
 tests/unit/test_search.py holds the search against brute force, which needs none of this.
