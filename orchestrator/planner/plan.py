@@ -170,8 +170,32 @@ class Plan:
 
     @cached_property
     def notes(self) -> list[str]:
-        """What a reader should know: idle GPUs, padding, settings without effect."""
-        return explain.notes(self.solution)
+        """What a reader should know: idle GPUs, padding, settings without effect, what measured ground would cost."""
+        return [*explain.notes(self.solution), *self._plainer()]
+
+    def _plainer(self) -> list[str]:
+        """The best without offload, where this plan's wider error covers the difference."""
+        if self.search is None or not self.fits or not self.strategy.offload.any:
+            return []
+        problem = self.solution.problem
+        if "offload" in problem.pins:
+            return []
+        wanted = wanted_of(self.job, self.cluster.usd_per_gpu_hour)
+        try:
+            plain = Plan(
+                job=self.job,
+                solution=solve(problem.changed(pins={**problem.pins, "offload": Offload()}), wanted=wanted),
+            )
+        except PlanError:
+            return []
+        slower = 1 - plain.tokens_per_second_per_gpu / self.tokens_per_second_per_gpu
+        if not plain.fits or slower > self.confidence["throughput_error"]:
+            return []
+        speed, error = plain.tokens_per_second_per_gpu, plain.confidence["throughput_error"]
+        return [
+            f"without offload, which no published run anchors: {speed:,.0f} tokens/s/GPU ± {error:.0%}, {slower:.1%} slower; "
+            "`offload: none` asks for it"
+        ]
 
     @cached_property
     def alternatives(self) -> list[explain.Loser]:

@@ -422,3 +422,17 @@ def test_the_choice_that_a_slower_link_would_change_is_planned() -> None:
     weaker = planned(model="opt-30b", cluster={"gpu": "a100-80gb", "nodes": 2, "inter_node_gbps": 36})
     assert row["strategy"] == weaker.strategy
     assert row["best_step_s"] == pytest.approx(weaker.price.time.step_s)
+
+
+def test_a_plan_with_offload_says_what_measured_ground_would_cost() -> None:
+    asked = {
+        "model": "opt-66b",
+        "cluster": "a100-80gb-8x8",
+        "batch": {"global_batch_size": 1024, "sequence_length": 2048},
+    }
+    got = planned(**asked)
+    assert got.strategy.offload.any
+    (note,) = [note for note in got.notes if note.startswith("without offload")]
+    plain = planned(**asked, strategy={"offload": "none"})
+    assert f"{plain.tokens_per_second_per_gpu:,.0f} tokens/s/GPU ± 13%" in note
+    assert not any(note.startswith("without offload") for note in plain.notes)
