@@ -20,20 +20,20 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
+from orchestrator.planner.carried import least_carried_s
+from orchestrator.planner.groups import Fixed, Kept, Leanest, Least, Pass, Row
 from orchestrator.planner.memory import MemoryPrice, reserve_bytes
 from orchestrator.planner.problem import Choice
-from orchestrator.planner.roofline import ELEMENT, roofline
-from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, Space, point
+from orchestrator.planner.roofline import ELEMENT
+from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Space, point
 from strategies.constants import MEMORY, TIME
-from strategies.offload.cost import HIDDEN, activations_s, exposed_s
-from strategies.pipeline.cost import Share, bubble_fraction, in_flight
+from strategies.pipeline.cost import bubble_fraction, in_flight
 from strategies.recompute.cost import boundary_bytes, saved_bytes
 from strategies.strategy import Offload, Place, Schedule, Strategy
 
 if TYPE_CHECKING:
-    from orchestrator.planner.groups import Row
     from orchestrator.planner.time import TimePrice
 
 INFINITE = float("inf")
@@ -44,55 +44,6 @@ SLACK = 1 - 1e-9
 LARGE = 2**50
 FEW_LAYERS = 3
 """Of a rank, that what is on its way may outweigh what stays: layers gathered ahead, a layer computed again."""
-
-
-class Pass(NamedTuple):
-    """One micro batch through the whole model on one tensor group, nothing recomputed: seconds."""
-
-    compute_s: float
-    messages_s: float
-
-
-class Kept(NamedTuple):
-    """Bytes that a layer of one sequence leaves for backward, by what is recomputed."""
-
-    none_bytes: float
-    selective_bytes: float
-    full_bytes: float
-
-
-class Fixed(NamedTuple):
-    """What a family adds to any of its members."""
-
-    first_rank_bytes: float
-    """States and gathered parameters of the first pipeline rank."""
-    gradient_bytes: float
-    """Gradients of the first rank, held in forward where there is more than one micro batch or they are not sharded."""
-    usable_bytes: float
-    """What is left for tensors: the reserve grows with them."""
-    step_s: float
-    """Optimizer and offload at the fewest micro batches."""
-
-
-class Leanest(NamedTuple):
-    """The schedule and ZeRO group that hold the fewest bytes at a micro batch."""
-
-    core: Core
-    sharding: Sharding
-
-
-class Least(NamedTuple):
-    """What must be recomputed under the leanest: the kinds that fit, and how many layers of a rank fully (None: does not fit
-    or is not open). `none` among the kinds: nothing must."""
-
-    kinds: tuple[str, ...]
-    layers: int | None
-
-    def with_floor(self, other: Least) -> Least | None:
-        """What both allow."""
-        kinds = tuple(kind for kind in self.kinds if kind in other.kinds)
-        layers = None if self.layers is None or other.layers is None else max(self.layers, other.layers)
-        return Least(kinds, layers) if kinds or layers is not None else None
 
 
 @lru_cache(maxsize=65536)
@@ -341,38 +292,14 @@ class Bounds:
     def carried_s(
         self, tensor: int, sequence_parallel: bool, micro: int, kinds: tuple[str, ...]
     ) -> tuple[float, float]:
-        """(what a layer adds to one micro batch whose activations go to the host, under the kindest recomputing; what the head
-        may hide of it). Of checkpointed and other layers any mix can be best, so the kinks of that line are tried."""
+        """least_carried_s of one micro batch on one tensor group."""
         key = tensor, sequence_parallel, micro, kinds
         if key not in self.carries:
-            problem = self.problem
-            tokens, length = micro * problem.sequence_length, problem.sequence_length
-            roof = roofline(problem.work, problem.cluster, problem.precision)
             strategies = {
-                kind: problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
+                kind: self.problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
                 for kind in ("none", *kinds)
             }
-            layer = roof.layer(strategies["none"], tokens, length)
-            ways = {"tokens": tokens, "sequence_length": length, "element": roof.element}
-            link = {
-                kind: activations_s(problem.work, each, problem.cluster, Share(1, kind != "none", False, False), **ways)
-                for kind, each in strategies.items()
-            }
-            options = []
-            for kind in kinds:
-                again = layer.again_full_s if kind == "full" else layer.again_selective_s if kind != "none" else 0.0
-                more = link["none"] - link[kind]
-                kinks = (
-                    [(link["none"] - 2 * HIDDEN * s) / more for s in (layer.forward_s, layer.backward_s)]
-                    if more
-                    else []
-                )
-                for mix in (1.0, *([0.0, *kinks] if kind == "full" else [])):
-                    if 0 <= mix <= 1:
-                        sent = link["none"] - mix * more
-                        left = exposed_s(sent, forward_s=layer.forward_s, backward_s=layer.backward_s)
-                        options.append(left + mix * again)
-            self.carries[key] = min(options), HIDDEN * roof.head(tokens, tensor)
+            self.carries[key] = least_carried_s(self.problem, strategies)
         return self.carries[key]
 
     def fixed_s(self, shape: Shape, zero: int, offload: Offload) -> float:

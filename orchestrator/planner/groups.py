@@ -1,12 +1,60 @@
-"""Groups of candidates that the search keeps together. Values only. Pure."""
+"""Groups of candidates that the search keeps together, and what bounds them. Values only. Pure."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from orchestrator.planner.bounds import Fixed, Least
-from orchestrator.planner.space import Batch, Shape, Sharding
+from orchestrator.planner.space import Batch, Core, Shape, Sharding
 from strategies.strategy import Offload
+
+
+class Pass(NamedTuple):
+    """One micro batch through the whole model on one tensor group, nothing recomputed: seconds."""
+
+    compute_s: float
+    messages_s: float
+
+
+class Kept(NamedTuple):
+    """Bytes that a layer of one sequence leaves for backward, by what is recomputed."""
+
+    none_bytes: float
+    selective_bytes: float
+    full_bytes: float
+
+
+class Fixed(NamedTuple):
+    """What a family adds to any of its members."""
+
+    first_rank_bytes: float
+    """States and gathered parameters of the first pipeline rank."""
+    gradient_bytes: float
+    """Gradients of the first rank, held in forward where there is more than one micro batch or they are not sharded."""
+    usable_bytes: float
+    """What is left for tensors: the reserve grows with them."""
+    step_s: float
+    """Optimizer and offload at the fewest micro batches."""
+
+
+class Leanest(NamedTuple):
+    """The schedule and ZeRO group that hold the fewest bytes at a micro batch."""
+
+    core: Core
+    sharding: Sharding
+
+
+class Least(NamedTuple):
+    """What must be recomputed under the leanest: the kinds that fit, and how many layers of a rank fully (None: does not fit
+    or is not open). `none` among the kinds: nothing must."""
+
+    kinds: tuple[str, ...]
+    layers: int | None
+
+    def with_floor(self, other: Least) -> Least | None:
+        """What both allow."""
+        kinds = tuple(kind for kind in self.kinds if kind in other.kinds)
+        layers = None if self.layers is None or other.layers is None else max(self.layers, other.layers)
+        return Least(kinds, layers) if kinds or layers is not None else None
 
 
 class Lot(NamedTuple):

@@ -18,8 +18,8 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from orchestrator.planner.bounds import SLACK, Bounds, Fixed, Leanest, Least, bubble, flights
-from orchestrator.planner.groups import Lot, Rest, Row
+from orchestrator.planner.bounds import SLACK, Bounds, bubble, flights
+from orchestrator.planner.groups import Fixed, Leanest, Least, Lot, Rest, Row
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import Family, Found, Rejection, SearchResult, TooLarge, Wanted, excess, told_excess
