@@ -94,6 +94,16 @@ def rows() -> list[Row]:
             Row("colossalai", f"LowLevelZero {stage}, optimizer on host", case, "masters apart", {"offload": HOST}),
             Row("colossalai", f"LowLevelZero {stage}, full recompute", replace(case, recompute="full"), "recomputed"),
         ]
+    case = Case(2, 3, precision="bf16", micro_batch_size=4)
+    result += [
+        Row("colossalai", "Gemini static", case, "chunks"),
+        Row("colossalai", "Gemini static, 2 micro batches", replace(case, micro_batch_size=2), "chunks"),
+        Row("colossalai", "Gemini, optimizer on host", case, "chunks on host", {"offload": HOST}),
+        Row("colossalai", "Gemini, all on host", case, "chunks on host", {"offload": ALL_HOST}),
+        Row("colossalai", "Gemini static, 3 ranks", replace(case, world_size=3, micro_batch_size=3), "chunks"),
+        Row("colossalai", "Gemini static", replace(case, precision="fp16"), "chunks"),
+        Row("colossalai", "Gemini, full recompute", replace(case, recompute="full"), "recomputed"),
+    ]
     for precision in ("fp32", "bf16"):
         for stage, name in ((1, "OSS under DDP"), (2, "OSS, ShardedDataParallel"), (3, "FullyShardedDataParallel")):
             proof = "parameters" if stage == 3 else "states"
@@ -155,6 +165,9 @@ def _peculiar(session: Any, row: Row) -> dict[str, float]:
         shared = {p.untyped_storage().data_ptr() for p in parameters}
         apart = [s.master for s in states.shards if s.master.untyped_storage().data_ptr() not in shared]
         found["apart"] = float(sum(t.numel() for t in apart))
+    if row.proof == "chunks on host":
+        found["host_bytes"] = float(states.optimizer.chunk_manager.total_mem["cpu"])
+        found["device_bytes"] = float(states.optimizer.chunk_manager.total_mem["cuda"])
     if row.proof == "gradients on host":
         found["on_host"] = float(sum(p._cpu_grad.numel() for p in states.parameters.values()))
     return found
@@ -178,6 +191,15 @@ def prove(row: Row, held: Sequence[dict[str, float]]) -> tuple[bool, str]:
         return shown, f"a rank holds {part['parameters']:.0%} of the parameters"
     if row.proof == "masters apart":
         return 0.3 < part["apart"] < SHARED, f"{part['apart']:.0%} of the parameters has fp32 masters in memory apart"
+    if row.proof == "chunks":
+        shown = part["parameters"] < SHARED
+        return shown, f"a rank holds {part['parameters']:.0%} of the 16-bit chunks, {moments:.0%} of the moments"
+    if row.proof == "chunks on host":
+        # A rank's fp32 masters, 4 bytes an element, and its 16-bit pieces, 2.
+        rest = 0 if row.strategy.offload.parameters == "host" else 2
+        shown = most["host_bytes"] >= (6 - rest) * TOTAL / 2 and most["device_bytes"] <= SHARED * rest * TOTAL
+        told = f"Gemini counts {most['host_bytes']:,.0f} B on the host, {most['device_bytes']:,.0f} B on the device"
+        return shown, told
     if row.proof == "recomputed":
         return most["runs"] == 2, f"a block runs {most['runs']:g} times forward in a micro batch"
     if row.proof == "gradients on host":

@@ -117,7 +117,12 @@ ENGINES: dict[str, Capability] = {
         whole_until=2,
         gathers_ahead=False,
         assumed_error=0.25,
-        fixed={"tensor_parallel_degree": 1, "pipeline_parallel_degree": 1, "offload": Offload()},
+        fixed={
+            "tensor_parallel_degree": 1,
+            "pipeline_parallel_degree": 1,
+            "gather": "per_micro_batch",
+            "offload": Offload(),
+        },
         package="colossalai",
         limits=(
             *(
@@ -129,11 +134,6 @@ ENGINES: dict[str, Capability] = {
                 for field in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree")
             ),
             Limit(
-                field="zero_stage",
-                applies=lambda s: s.zero_stage == 3,
-                reason="the colossalai engine does ZeRO 0 (TorchDDP), 1 and 2 (LowLevelZero)",
-            ),
-            Limit(
                 field="zero_group_size",
                 applies=lambda s: s.zero_stage > 0 and s.zero_group_size != s.data_parallel_degree,
                 reason="ColossalAI shards over all data-parallel ranks",
@@ -142,24 +142,31 @@ ENGINES: dict[str, Capability] = {
                 field="reduce",
                 applies=lambda s: (
                     s.gradient_accumulation_steps > 1
-                    and s.reduce != ("per_micro_batch" if s.zero_stage == 2 else "per_step")
+                    and s.reduce != ("per_micro_batch" if s.zero_stage >= 2 else "per_step")
                 ),
-                reason="ColossalAI reduces gradients for every micro batch at ZeRO 2 and once a step at 0 and 1",
+                reason="ColossalAI reduces gradients for every micro batch at ZeRO 2 and 3 and once a step at 0 and 1",
+            ),
+            Limit(
+                field="gather",
+                applies=lambda s: s.gather != "per_micro_batch",
+                reason="ColossalAI's Gemini gathers for every micro batch",
             ),
             Limit(
                 field="states",
-                applies=lambda s: s.states not in ("mixed", "full"),
-                reason="ColossalAI keeps `mixed` in 16-bit precisions, `full` in fp32 and fp64",
+                applies=lambda s: s.states not in (("mixed",) if s.zero_stage == 3 else ("mixed", "full")),
+                reason="ColossalAI keeps `mixed` in 16-bit precisions, `full` in fp32 and fp64; ZeRO 3 (Gemini) is 16-bit alone",
             ),
             Limit(
                 field="offload",
                 applies=lambda s: (
-                    (s.offload.parameters, s.offload.activations) != ("none", "none")
-                    or s.offload.optimizer == "nvme"
+                    "nvme" in (s.offload.optimizer, s.offload.parameters)
+                    or s.offload.activations == "host"
                     or s.offload.optimizer_fraction < 1
                     or (s.offload.optimizer == "host" and s.zero_stage == 0)
+                    or (s.offload.parameters == "host" and (s.zero_stage < 3 or s.offload.optimizer == "none"))
                 ),
-                reason="ColossalAI's LowLevelZero (ZeRO 1 and 2) moves all optimizer states to the host, and nothing else",
+                reason="ColossalAI moves all optimizer states to the host at ZeRO 1, 2 and 3, at 3 (Gemini) parameters with them, "
+                "and nothing else",
             ),
             Limit(field="compile", applies=lambda s: s.compile, reason="ColossalAI's hooks do not compile"),
         ),

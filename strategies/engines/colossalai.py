@@ -1,4 +1,4 @@
-"""The ColossalAI engine: its Booster with TorchDDPPlugin (ZeRO 0) and LowLevelZeroPlugin (ZeRO 1 and 2).
+"""The ColossalAI engine: its Booster with TorchDDPPlugin (ZeRO 0), LowLevelZeroPlugin (1 and 2) and GeminiPlugin (3).
 
 The step (loss, norm, clip, loss scale) is the native session's and the AdamW the project's; who holds, reduces and gathers what
 is ColossalAI's. docs/reference/engines.md says what is left out, and why.
@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from strategies.catalog import unbuilt
-from strategies.engines.engine import Build, OptimizerSettings
+from strategies.engines.engine import Build, MicroBatch, OptimizerSettings
 from strategies.engines.held import Held, HeldSession, Owned, Place, fill
 from strategies.engines.installed import engine_module
 from strategies.engines.mesh import NAMES, Mesh
-from strategies.pipeline.runner import PlainRunner
+from strategies.pipeline.runner import PlainRunner, counted_loss
 from strategies.recompute import apply as recompute
 from strategies.strategy import Strategy
 from strategies.tensor.region import WHOLE
@@ -58,14 +58,25 @@ def build_session(
     if build.device.type == "cpu":
         engine_module("strategies", "strategies.engines.colossalai_cpu").install()
     engine_module("colossalai", "colossalai.logging").get_dist_logger()._logger.setLevel(logging.WARNING)
-    states = (LowLevelZero if strategy.zero_stage else TorchDdp)(build, weights)
-    return HeldSession(build, states, z_loss=z_loss, owns_group=False)
+    return HeldSession(build, _kind(strategy)(build, weights), z_loss=z_loss, owns_group=False)
+
+
+def _kind(strategy: Strategy) -> type[Boosted]:
+    if strategy.zero_stage == 3:
+        from strategies.engines.colossalai_gemini import Gemini
+
+        return Gemini
+    return LowLevelZero if strategy.zero_stage else TorchDdp
 
 
 def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
     if limit := unbuilt(strategy):
         value = getattr(strategy, limit.field)
         raise ValueError(f"{limit.field} {value} cannot run: {limit.reason}; set it otherwise, or engine: native")
+    if precision not in ("bf16", "fp16") and strategy.zero_stage == 3:
+        raise ValueError(
+            f"precision {precision} at zero_stage 3: ColossalAI's Gemini computes in 16 bits; set bf16, or zero_stage 2"
+        )
     if precision == "fp64" and strategy.zero_stage:
         raise ValueError(
             f"precision fp64 at zero_stage {strategy.zero_stage}: ColossalAI's ZeRO steps in 32 bits; set fp32, or zero_stage 0"
@@ -90,8 +101,24 @@ class BoosterRunner(PlainRunner):
 
     states: Boosted
 
+    def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        logits_BSV = self.build.module(batch.input_ids_BS.to(self.build.device))
+        with torch._C.DisableTorchFunctionSubclass():
+            # Gemini's tensors turn mul_ into mul, which the loss's backward would take for done.
+            plain_BSV = logits_BSV.as_subclass(Tensor)
+        return counted_loss(self.build, plain_BSV, batch, self.z_loss)
+
     def _backward(self, loss: Tensor) -> None:
         self.states.booster.backward(loss, self.states.optimizer)
+
+
+class Stepped(Owned):
+    """Takes the factor of its gradients (clipping, loss scale) from the session, whatever its wrapper hands on."""
+
+    factor = 1.0
+
+    def step(self, closure: Any = None, **_: Any) -> None:  # type: ignore[override]
+        super().step(scale=self.factor)
 
 
 class Boosted(Held):
@@ -100,7 +127,7 @@ class Boosted(Held):
     booster: Any
     optimizer: Any
     """ColossalAI's wrapper."""
-    owned: Owned
+    owned: Stepped
 
     def __init__(self, build: Build, weights: Weights) -> None:
         super().__init__(build)
@@ -108,10 +135,11 @@ class Boosted(Held):
         self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
         self.names = {parameter: name for name, parameter in self.parameters.items()}
         recompute.apply(build)
-        self.adam = Adam(build.optimizer, build.device, self.wide)
+        host = torch.device("cpu")
+        self.adam = Adam(build.optimizer, host if build.strategy.offload.any else build.device, self.wide)
         self.low = build.precision in ("bf16", "fp16")
         self.waiting: contextlib.ExitStack | None = None
-        self.owned = Owned(list(self.parameters.values()), make=self._shard, adam=self.adam)
+        self.owned = Stepped(list(self.parameters.values()), make=self._shard, adam=self.adam)
         self.booster = engine_module("colossalai", "colossalai.booster").Booster(plugin=self._plugin())
         self.module, self.optimizer, *_ = self.booster.boost(build.module, self.owned)
         self.owned.own()
@@ -163,9 +191,7 @@ class Boosted(Held):
     @torch.no_grad()
     def update(self, *, scale: float, learning_rate: float) -> None:
         """ColossalAI's own clipping is off: the session's norm is one over all parameters."""
-        if scale != 1.0:
-            for gradient in self.gradients().values():
-                gradient.mul_(scale)
+        self.owned.factor = scale
         for group in self.owned.param_groups:
             group["lr"] = learning_rate
         self.optimizer.step()

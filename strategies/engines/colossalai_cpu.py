@@ -16,6 +16,7 @@ def install() -> None:
     api = engine_module("colossalai", "colossalai.accelerator")
     if not getattr(api.get_accelerator(), "stands_in", False):
         api.set_accelerator(_accelerator(api.CpuAccelerator))
+        _two_tiers(api.get_accelerator())
 
 
 class _Stream(torch.cpu.Stream):
@@ -58,3 +59,38 @@ def _accelerator(base: Any) -> Any:
             torch.manual_seed(seed)
 
     return Accelerator()
+
+
+class _Device:
+    """What Gemini takes for a GPU: it tells its two tiers of memory apart by the device's type."""
+
+    type, index = "cuda", 0
+
+    def __eq__(self, _: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def _two_tiers(accelerator: Any) -> None:
+    """cpu:0 is Gemini's device, cpu its host: chunks move between them as between a GPU and its host, and their bytes are
+    counted apart. Tensors do not keep the index."""
+    accelerator.get_current_device = lambda: torch.device("cpu", 0)
+    chunk: Any = engine_module("colossalai", "colossalai.zero.gemini.chunk.chunk").Chunk
+    manager: Any = engine_module("colossalai", "colossalai.zero.gemini.chunk.manager").ChunkManager
+    made, shard_move, move_chunk = chunk.__init__, chunk.shard_move, manager.move_chunk
+
+    def tier(device: Any) -> Any:
+        return _Device() if device.index == 0 else device
+
+    def make(self: Any, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
+        self.shard_device = tier(self.shard_device)
+
+    def move(self: Any, one: Any, device: Any, *args: Any, **options: Any) -> None:
+        move_chunk(self, one, tier(device), *args, **options)
+
+    chunk.__init__ = make
+    chunk.shard_move = lambda self, device, *args, **options: shard_move(self, tier(device), *args, **options)
+    manager.move_chunk = move

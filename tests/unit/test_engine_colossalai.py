@@ -14,7 +14,8 @@ from strategies.strategy import Offload, Strategy
 @pytest.mark.parametrize(
     ("field", "changes"),
     [
-        ("zero_stage", {"zero_stage": 3}),
+        ("gather", {"zero_stage": 3, "gather": "per_step"}),
+        ("states", {"zero_stage": 3, "states": "full"}),
         ("tensor_parallel_degree", {"tensor_parallel_degree": 2}),
         ("zero_group_size", {"data_parallel_degree": 4}),
         ("states", {"states": "sharded_fp32"}),
@@ -22,6 +23,8 @@ from strategies.strategy import Offload, Strategy
         ("reduce", {"gradient_accumulation_steps": 2, "zero_stage": 2, "reduce": "per_step"}),
         ("offload", {"offload": Offload(optimizer="nvme")}),
         ("offload", {"offload": Offload(optimizer="host", parameters="host")}),
+        ("offload", {"zero_stage": 3, "offload": Offload(parameters="host")}),
+        ("offload", {"zero_stage": 3, "offload": Offload(optimizer="host", optimizer_fraction=0.5)}),
         ("compile", {"compile": True}),
     ],
 )
