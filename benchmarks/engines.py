@@ -28,6 +28,7 @@ from strategies.strategy import Offload, Strategy
 
 NUM_STEPS, LEARNING_RATE = 10, 3e-3
 HOST, ALL_HOST = Offload(optimizer="host"), Offload(optimizer="host", parameters="host")
+MATH = {"attention": "math"}
 TOTAL = sum(p.numel() for p in parity.OPT(ARCH).parameters())
 SHARED = 0.7
 """Part of a whole that a rank of two or more may hold of what is split: a half, and what padding adds."""
@@ -103,6 +104,25 @@ def rows() -> list[Row]:
         Row("colossalai", "Gemini static, 3 ranks", replace(case, world_size=3, micro_batch_size=3), "chunks"),
         Row("colossalai", "Gemini static", replace(case, precision="fp16"), "chunks"),
         Row("colossalai", "Gemini, full recompute", replace(case, recompute="full"), "recomputed"),
+    ]
+    for precision in ("fp32", "bf16"):
+        case = Case(2, 0, precision=precision, micro_batch_size=1)
+        result += [
+            Row("colossalai", "Hybrid, tensor 2", replace(case, tensor=2), "tensor", MATH),
+            Row("colossalai", "Hybrid, pipeline 2", replace(case, pipeline=2), "stages", MATH),
+            Row(
+                "colossalai",
+                "Hybrid, tensor 2 x pipeline 2",
+                replace(case, world_size=4, tensor=2, pipeline=2),
+                "both",
+                MATH,
+            ),
+            Row("colossalai", "Hybrid, tensor 2 x data 2", replace(case, world_size=4, tensor=2), "tensor", MATH),
+        ]
+    case = Case(4, 1, precision="bf16", micro_batch_size=1)
+    result += [
+        Row("colossalai", "Hybrid, tensor 2 x ZeRO 1", replace(case, tensor=2), "tensor", MATH),
+        Row("colossalai", "Hybrid, pipeline 2 x ZeRO 1", replace(case, pipeline=2), "stages", MATH),
     ]
     for precision in ("fp32", "bf16"):
         for stage, name in ((1, "OSS under DDP"), (2, "OSS, ShardedDataParallel"), (3, "FullyShardedDataParallel")):
@@ -200,6 +220,11 @@ def prove(row: Row, held: Sequence[dict[str, float]]) -> tuple[bool, str]:
         shown = most["host_bytes"] >= (6 - rest) * TOTAL / 2 and most["device_bytes"] <= SHARED * rest * TOTAL
         told = f"Gemini counts {most['host_bytes']:,.0f} B on the host, {most['device_bytes']:,.0f} B on the device"
         return shown, told
+    if row.proof in ("tensor", "stages", "both"):
+        # Norms, positions and some biases are whole under tensor parallelism; the tied table is on both end stages.
+        bound = SHARED * (0.75 if row.proof == "both" else 1)
+        shown = part["parameters"] < bound and moments < bound / (2 if row.case.zero_stage else 1)
+        return shown, f"a rank holds {part['parameters']:.0%} of the parameters, {moments:.0%} of the moments"
     if row.proof == "recomputed":
         return most["runs"] == 2, f"a block runs {most['runs']:g} times forward in a micro batch"
     if row.proof == "gradients on host":

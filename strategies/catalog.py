@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from strategies.strategy import Offload, States, Strategy
+from strategies.strategy import MESH_ORDER, Offload, States, Strategy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +69,11 @@ class Capability:
 NATIVE_STATES = (("mixed", "mixed_fp32_gradients", "full"), ("sharded_fp32", "full"))
 """What the native engine keeps at ZeRO 0 and 1, and at 2 and 3."""
 
+
+def _hybrid(strategy: Strategy) -> bool:
+    return strategy.tensor_parallel_degree > 1 or strategy.pipeline_parallel_degree > 1
+
+
 ENGINES: dict[str, Capability] = {
     "native": Capability(
         semantics="native",
@@ -120,18 +125,55 @@ ENGINES: dict[str, Capability] = {
         fixed={
             "tensor_parallel_degree": 1,
             "pipeline_parallel_degree": 1,
+            "pipeline_schedule": "1f1b",
+            "num_virtual_stages": 1,
+            "sequence_parallel": False,
             "gather": "per_micro_batch",
             "offload": Offload(),
         },
         package="colossalai",
         limits=(
-            *(
-                Limit(
-                    field=field,
-                    applies=lambda s, field=field: getattr(s, field) > 1,  # type: ignore[misc]
-                    reason="the colossalai engine splits the data alone",
-                )
-                for field in ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree")
+            Limit(
+                field="context_parallel_degree",
+                applies=lambda s: s.context_parallel_degree > 1,
+                reason="the colossalai engine splits no sequences",
+            ),
+            Limit(
+                field="sequence_parallel",
+                applies=lambda s: s.sequence_parallel and s.tensor_parallel_degree > 1,
+                reason="ColossalAI's Shardformer has none for OPT",
+            ),
+            Limit(
+                field="pipeline_schedule",
+                applies=lambda s: s.pipeline_parallel_degree > 1 and s.pipeline_schedule != "1f1b",
+                reason="ColossalAI's OPT runs 1f1b alone: interleaved fails for it (0.5.0), zbv is untried",
+            ),
+            Limit(
+                field="gradient_accumulation_steps",
+                applies=lambda s: (
+                    s.pipeline_parallel_degree > 1 and s.gradient_accumulation_steps < s.pipeline_parallel_degree
+                ),
+                reason="ColossalAI's 1f1b wants a micro batch for each stage at least; set a smaller micro_batch_size",
+            ),
+            Limit(
+                field="zero_stage",
+                applies=lambda s: _hybrid(s) and s.zero_stage > 1,
+                reason="with tensor or pipeline parallelism ColossalAI's HybridParallel is built with ZeRO 0 and 1",
+            ),
+            Limit(
+                field="attention",
+                applies=lambda s: _hybrid(s) and s.attention == "flash",
+                reason="Shardformer's OPT writes attention scores out on a CPU; set attention: math",
+            ),
+            Limit(
+                field="activation_checkpointing",
+                applies=lambda s: _hybrid(s) and s.activation_checkpointing != "none",
+                reason="recompute is not built for the Hugging Face modules that tensor and pipeline parallelism run",
+            ),
+            Limit(
+                field="mesh_order",
+                applies=lambda s: _hybrid(s) and s.mesh_order != MESH_ORDER,
+                reason="ColossalAI's mesh is pipeline, data, tensor, from the slowest axis to the fastest",
             ),
             Limit(
                 field="zero_group_size",
@@ -162,11 +204,11 @@ ENGINES: dict[str, Capability] = {
                     "nvme" in (s.offload.optimizer, s.offload.parameters)
                     or s.offload.activations == "host"
                     or s.offload.optimizer_fraction < 1
-                    or (s.offload.optimizer == "host" and s.zero_stage == 0)
+                    or (s.offload.optimizer == "host" and (s.zero_stage == 0 or _hybrid(s)))
                     or (s.offload.parameters == "host" and (s.zero_stage < 3 or s.offload.optimizer == "none"))
                 ),
-                reason="ColossalAI moves all optimizer states to the host at ZeRO 1, 2 and 3, at 3 (Gemini) parameters with them, "
-                "and nothing else",
+                reason="ColossalAI moves all optimizer states to the host at ZeRO 1, 2 and 3, at 3 (Gemini) parameters too, and "
+                "nothing else; with tensor or pipeline parallelism offload is not built",
             ),
             Limit(field="compile", applies=lambda s: s.compile, reason="ColossalAI's hooks do not compile"),
         ),

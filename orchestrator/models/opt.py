@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -161,11 +162,17 @@ class OPT(nn.Module):
         self.embed = Embed(arch)
         self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(arch.num_layers))
         self.head = Head(arch, self.embed)
-        self.hidden_size = arch.hidden_size
+        self.hidden_size, self.arch = arch.hidden_size, arch
         self.divides = {"num_heads": arch.num_heads}
         """What tensor_parallel_degree must divide: a head is never split."""
         self.shared = ("embed.tokens.weight",) if arch.tied_embeddings else ()
         """Parameters of the embedding that the head uses too."""
+
+    def hugging_face(self) -> tuple[dict[str, Any], Callable[[str], str]]:
+        """(configuration, name of a parameter) of the same model there, for engines that split Hugging Face's modules."""
+        from orchestrator.models.weights import config_of_architecture, hugging_face_name
+
+        return config_of_architecture(self.arch), hugging_face_name
 
     def forward(self, input_ids_BS: Tensor) -> Tensor:
         x_BSH = self.embed(input_ids_BS)

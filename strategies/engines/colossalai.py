@@ -1,4 +1,5 @@
-"""The ColossalAI engine: its Booster with TorchDDPPlugin (ZeRO 0), LowLevelZeroPlugin (1 and 2) and GeminiPlugin (3).
+"""The ColossalAI engine: its Booster with TorchDDPPlugin (ZeRO 0), LowLevelZeroPlugin (1 and 2) and GeminiPlugin
+(3), and HybridParallelPlugin for tensor and pipeline parallelism.
 
 The step (loss, norm, clip, loss scale) is the native session's and the AdamW the project's; who holds, reduces and gathers what
 is ColossalAI's. docs/reference/engines.md says what is left out, and why.
@@ -15,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from strategies.catalog import unbuilt
+from strategies.engines.collectives import all_gather
 from strategies.engines.engine import Build, MicroBatch, OptimizerSettings
 from strategies.engines.held import Held, HeldSession, Owned, Place, fill
 from strategies.engines.installed import engine_module
-from strategies.engines.mesh import NAMES, Mesh
+from strategies.engines.mesh import NAMES, Mesh, lay
 from strategies.pipeline.runner import PlainRunner, counted_loss
 from strategies.recompute import apply as recompute
 from strategies.strategy import Strategy
@@ -44,29 +46,36 @@ def build_session(
     _refuse(strategy, precision, deterministic)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # colossalai imports it, and it asks for GPU kernels
     engine_module("colossalai", "colossalai")
+    split = strategy.tensor_parallel_degree > 1 or strategy.pipeline_parallel_degree > 1
+    kind, runner = _kind(strategy, split=split)
+    # ColossalAI keeps its own groups.
+    alone = Mesh(sizes=dict.fromkeys(NAMES, 1), ranks=torch.arange(strategy.num_gpus))
     build = Build(
         module=module,
         strategy=strategy,
         precision=precision,
         device=torch.device(device),
-        # ColossalAI keeps its own groups
-        mesh=Mesh(sizes=dict.fromkeys(NAMES, 1), ranks=torch.arange(strategy.num_gpus)),
+        mesh=lay(strategy, torch.device(device).type) if split else alone,
         region=WHOLE,
         optimizer=optimizer or OptimizerSettings(),
-        requests={"runner": BoosterRunner, "groups": [], "shared_group": None},
+        requests={"runner": runner, "groups": [], "shared_group": None},
     )
     if build.device.type == "cpu":
         engine_module("strategies", "strategies.engines.colossalai_cpu").install()
     engine_module("colossalai", "colossalai.logging").get_dist_logger()._logger.setLevel(logging.WARNING)
-    return HeldSession(build, _kind(strategy)(build, weights), z_loss=z_loss, owns_group=False)
+    return HeldSession(build, kind(build, weights), z_loss=z_loss, owns_group=False)
 
 
-def _kind(strategy: Strategy) -> type[Boosted]:
+def _kind(strategy: Strategy, *, split: bool) -> tuple[type[Boosted], type[BoosterRunner]]:
+    if split:
+        from strategies.engines.colossalai_hybrid import Hybrid, HybridRunner
+
+        return Hybrid, HybridRunner
     if strategy.zero_stage == 3:
         from strategies.engines.colossalai_gemini import Gemini
 
-        return Gemini
-    return LowLevelZero if strategy.zero_stage else TorchDdp
+        return Gemini, BoosterRunner
+    return LowLevelZero if strategy.zero_stage else TorchDdp, BoosterRunner
 
 
 def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
@@ -76,6 +85,17 @@ def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
     if precision not in ("bf16", "fp16") and strategy.zero_stage == 3:
         raise ValueError(
             f"precision {precision} at zero_stage 3: ColossalAI's Gemini computes in 16 bits; set bf16, or zero_stage 2"
+        )
+    split = strategy.tensor_parallel_degree > 1 or strategy.pipeline_parallel_degree > 1
+    if split and precision not in ("bf16", "fp32"):
+        raise ValueError(
+            f"precision {precision} with tensor or pipeline parallelism: ColossalAI's HybridParallel is tried in bf16 and fp32; "
+            "set one of them"
+        )
+    if split and precision == "fp32" and strategy.zero_stage:
+        raise ValueError(
+            f"precision fp32 at zero_stage {strategy.zero_stage} with tensor or pipeline parallelism: ColossalAI's "
+            "HybridParallel shards states in 16-bit precision alone; set bf16, or zero_stage 0"
         )
     if precision == "fp64" and strategy.zero_stage:
         raise ValueError(
@@ -91,7 +111,7 @@ def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     if not dist.is_initialized() or world_size != strategy.num_gpus:
         raise ValueError(
-            f"data_parallel_degree {strategy.data_parallel_degree} wants a process group of {strategy.num_gpus}, this one has "
+            f"{strategy.num_gpus} GPUs of the strategy want a process group of {strategy.num_gpus}, this one has "
             f"{world_size}; start as many workers as the strategy has GPUs"
         )
 
@@ -102,11 +122,15 @@ class BoosterRunner(PlainRunner):
     states: Boosted
 
     def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        logits_BSV = self.build.module(batch.input_ids_BS.to(self.build.device))
+        logits_BSV = self._logits(batch)
         with torch._C.DisableTorchFunctionSubclass():
             # Gemini's tensors turn mul_ into mul, which the loss's backward would take for done.
             plain_BSV = logits_BSV.as_subclass(Tensor)
         return counted_loss(self.build, plain_BSV, batch, self.z_loss)
+
+    def _logits(self, batch: MicroBatch) -> Tensor:
+        logits_BSV: Tensor = self.build.module(batch.input_ids_BS.to(self.build.device))
+        return logits_BSV
 
     def _backward(self, loss: Tensor) -> None:
         self.states.booster.backward(loss, self.states.optimizer)
@@ -131,22 +155,32 @@ class Boosted(Held):
 
     def __init__(self, build: Build, weights: Weights) -> None:
         super().__init__(build)
-        self.parameters = fill(build, weights, DTYPES[build.precision])
-        self.shapes = {name: parameter.shape for name, parameter in self.parameters.items()}
-        self.names = {parameter: name for name, parameter in self.parameters.items()}
-        recompute.apply(build)
+        module = self._module(weights)
         host = torch.device("cpu")
         self.adam = Adam(build.optimizer, host if build.strategy.offload.any else build.device, self.wide)
         self.low = build.precision in ("bf16", "fp16")
         self.waiting: contextlib.ExitStack | None = None
-        self.owned = Stepped(list(self.parameters.values()), make=self._shard, adam=self.adam)
+        self.owned = Stepped(list(module.parameters()), make=self._shard, adam=self.adam)
         self.booster = engine_module("colossalai", "colossalai.booster").Booster(plugin=self._plugin())
-        self.module, self.optimizer, *_ = self.booster.boost(build.module, self.owned)
+        self.module, self.optimizer, *_ = self.booster.boost(module, self.owned)
+        self.parameters = self._named()
+        self.names = {parameter: name for name, parameter in self.parameters.items()}
         self.owned.own()
         self.shards = self.owned.shards
         if self.low:
             self._widen(weights)
         object.__setattr__(build, "module", self.module)
+
+    def _module(self, weights: Weights) -> nn.Module:
+        """The filled module that is boosted; sets the shapes of all whole parameters."""
+        self.filled = fill(self.build, weights, DTYPES[self.build.precision])
+        self.shapes = {name: parameter.shape for name, parameter in self.filled.items()}
+        recompute.apply(self.build)
+        return self.build.module
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """Those of this rank, boosted."""
+        return self.filled
 
     def _plugin(self) -> Any:
         raise NotImplementedError
@@ -201,7 +235,6 @@ class TorchDdp(Boosted):
     """ZeRO 0: torch's DDP, whole states on each rank."""
 
     def _plugin(self) -> Any:
-        self.tells = self.rank == 0
         self.num_replicas = self.world_size
         return engine_module("colossalai", "colossalai.booster.plugin").TorchDDPPlugin(broadcast_buffers=False)
 
@@ -210,6 +243,9 @@ class TorchDdp(Boosted):
 
     def place(self, shard: Shard) -> Place:
         return Place()
+
+    def tells(self, shard: Shard) -> bool:
+        return self.rank == 0
 
     def gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -262,9 +298,14 @@ class LowLevelZero(Boosted):
         """Working parameters from the pieces of all ranks, as LowLevelZeroOptimizer.step does at its end."""
         for shard, master in zip(self.shards, self.owned.owned, strict=True):
             whole = self.parameters[shard.name]
-            pieces = torch.empty(self.world_size * master.numel(), dtype=whole.dtype, device=self.device)
-            dist.all_gather_into_tensor(pieces, master.to(self.device, whole.dtype))
+            group = self._publish_group()
+            size = dist.get_world_size(group) * master.numel()
+            pieces = torch.empty(size, dtype=whole.dtype, device=self.device)
+            all_gather(pieces, master.to(self.device, whole.dtype), group=group)
             whole.copy_(pieces[: whole.numel()].view_as(whole))
+
+    def _publish_group(self) -> Any:
+        return None
 
     def tensors(self) -> dict[str, list[Tensor]]:
         """See engine.Session."""

@@ -4,6 +4,7 @@ its name. Installed only in a worker that runs ColossalAI on a CPU; no file of t
 from __future__ import annotations
 
 import contextlib
+import types
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ def install() -> None:
     if not getattr(api.get_accelerator(), "stands_in", False):
         api.set_accelerator(_accelerator(api.CpuAccelerator))
         _two_tiers(api.get_accelerator())
+        _pipeline()
 
 
 class _Stream(torch.cpu.Stream):
@@ -94,3 +96,15 @@ def _two_tiers(accelerator: Any) -> None:
     chunk.__init__ = make
     chunk.shard_move = lambda self, device, *args, **options: shard_move(self, tier(device), *args, **options)
     manager.move_chunk = move
+
+
+def _pipeline() -> None:
+    """OPT's pipeline sets CUDA's device, and a torch without NCCL does not know the name that messages ask for."""
+    modeling: Any = engine_module("colossalai", "colossalai.shardformer.modeling.opt")
+    stand_in = types.ModuleType("torch")
+    stand_in.__dict__.update(torch.__dict__)
+    stand_in.cuda = types.SimpleNamespace(set_device=lambda _: None)  # type: ignore[attr-defined]
+    modeling.torch = stand_in
+    distributed: Any = torch.distributed
+    if not hasattr(distributed, "is_hccl_available"):
+        distributed.is_hccl_available = lambda: False

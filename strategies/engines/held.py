@@ -64,8 +64,6 @@ class Held:
     shapes: dict[str, torch.Size]
     """Of every whole parameter, on every rank the same."""
     num_replicas = 1
-    tells = True
-    """This rank's shards go into checkpoints; False where another rank tells the same."""
 
     def __init__(self, build: Build) -> None:
         self.build, self.device = build, build.device
@@ -77,6 +75,10 @@ class Held:
         """Where the shard stands in its parameter."""
         raise NotImplementedError
 
+    def tells(self, shard: Shard) -> bool:
+        """It goes into checkpoints from this rank; False where another rank tells the same."""
+        return True
+
     def settle(self) -> None:
         """The libraries let go of what evaluation gathered by themselves."""
 
@@ -86,7 +88,7 @@ class Held:
     def _entry(self, local: Tensor | None, shard: Shard | None, name: str) -> DTensor:
         """One parameter's tensor by rows; collective, one whole tensor at a time."""
         whole = torch.zeros(self.shapes[name], dtype=self.wide, device=self.device)
-        if local is not None and shard is not None and self.tells:
+        if local is not None and shard is not None and self.tells(shard):
             self.place(shard).write(local, whole)
         dist.all_reduce(whole)
         mine = rows(whole, self.world_size, self.rank).clone()

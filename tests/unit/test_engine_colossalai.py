@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from strategies.catalog import unbuilt
 from strategies.strategy import Offload, Strategy
@@ -16,7 +17,7 @@ from strategies.strategy import Offload, Strategy
     [
         ("gather", {"zero_stage": 3, "gather": "per_step"}),
         ("states", {"zero_stage": 3, "states": "full"}),
-        ("tensor_parallel_degree", {"tensor_parallel_degree": 2}),
+        ("context_parallel_degree", {"context_parallel_degree": 2}),
         ("zero_group_size", {"data_parallel_degree": 4}),
         ("states", {"states": "sharded_fp32"}),
         ("reduce", {"gradient_accumulation_steps": 2, "zero_stage": 1, "reduce": "per_micro_batch"}),
@@ -34,3 +35,45 @@ def test_what_colossalai_cannot_do_is_refused_by_field(field: str, changes: dict
     limit = unbuilt(replace(strategy, **changes))
     assert limit is not None
     assert limit.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("sequence_parallel", {"sequence_parallel": True}),
+        ("pipeline_schedule", {"pipeline_parallel_degree": 2, "pipeline_schedule": "gpipe"}),
+        ("gradient_accumulation_steps", {"pipeline_parallel_degree": 4, "gradient_accumulation_steps": 3}),
+        ("zero_stage", {"zero_stage": 2}),
+        ("attention", {"attention": "flash"}),
+        ("activation_checkpointing", {"activation_checkpointing": "full"}),
+        ("mesh_order", {"mesh_order": ("tensor", "pipeline", "data", "context")}),
+        ("offload", {"offload": Offload(optimizer="host"), "zero_stage": 1}),
+    ],
+)
+def test_what_its_hybrid_cannot_do_is_refused_by_field(field: str, changes: dict[str, Any]) -> None:
+    strategy = Strategy(engine="colossalai", tensor_parallel_degree=2, attention="math", reduce="per_step")
+    assert unbuilt(strategy) is None
+    limit = unbuilt(replace(strategy, **changes))
+    assert limit is not None
+    assert limit.field == field
+
+
+@pytest.mark.parametrize(
+    ("precision", "changes", "told"),
+    [
+        ("fp32", {"zero_stage": 3, "zero_group_size": 2, "data_parallel_degree": 2}, "Gemini computes in 16 bits"),
+        ("fp64", {"zero_stage": 1, "zero_group_size": 2, "data_parallel_degree": 2}, "steps in 32 bits"),
+        ("fp32", {"zero_stage": 1, "tensor_parallel_degree": 2, "attention": "math"}, "set bf16, or zero_stage 0"),
+        ("fp16", {"tensor_parallel_degree": 2, "attention": "math"}, "tried in bf16 and fp32"),
+        ("bf16", {"states": "full"}, "ColossalAI keeps mixed"),
+        ("bf16", {"data_parallel_degree": 2}, "want a process group of 2"),
+    ],
+)
+def test_a_session_that_cannot_be_is_refused_before_the_package_is_asked_for(
+    precision: str, changes: dict[str, Any], told: str
+) -> None:
+    from strategies.engines.colossalai import build_session
+
+    strategy = Strategy(engine="colossalai", reduce="per_step", **changes)
+    with pytest.raises(ValueError, match=told):
+        build_session(torch.nn.Linear(1, 1), strategy=strategy, precision=precision, weights=lambda *_: torch.zeros(1))
