@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test check fix parity chaos bench gpu oracle trace engine-fairscale engine-colossalai engines clean
+.PHONY: install quickstart test check fix parity chaos bench gpu oracle trace engine-fairscale engine-colossalai engines switch clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml
@@ -68,6 +68,9 @@ engine-colossalai: $(INSTALLED)  ## ColossalAI in a folder of its own, which onl
 
 engines: $(INSTALLED)  ## ColossalAI and fairscale against the native engine, as a table
 	$(BIN)/python -m benchmarks.engines
+
+switch: $(INSTALLED)  ## checkpoints between engines and strategies, as a table
+	$(BIN)/python -m benchmarks.switch
 
 clean:
 	rm -rf $(VENV) runs examples/corpus

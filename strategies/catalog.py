@@ -34,6 +34,9 @@ ROOMS: tuple[Room, ...] = tuple(
 )
 
 
+PRECISIONS = ("bf16", "fp16", "fp32", "fp64")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limit:
     """One thing that an engine does not do."""
@@ -63,6 +66,8 @@ class Capability:
     """Fields of the Strategy that a job leaves open and the planner does not vary."""
     package: str = ""
     """What must be installed beside torch."""
+    precisions: Callable[[Strategy], tuple[str, ...]] = lambda _: PRECISIONS
+    """What it computes in."""
     limits: tuple[Limit, ...] = ()
 
 
@@ -72,6 +77,13 @@ NATIVE_STATES = (("mixed", "mixed_fp32_gradients", "full"), ("sharded_fp32", "fu
 
 def _hybrid(strategy: Strategy) -> bool:
     return strategy.tensor_parallel_degree > 1 or strategy.pipeline_parallel_degree > 1
+
+
+def _colossalai_precisions(strategy: Strategy) -> tuple[str, ...]:
+    """LowLevelZero steps in 32 bits, Gemini computes in 16; HybridParallel is tried in two, and shards states in 16 alone."""
+    if _hybrid(strategy):
+        return ("bf16",) if strategy.zero_stage else ("bf16", "fp32")
+    return (PRECISIONS, PRECISIONS[:3], PRECISIONS[:3], PRECISIONS[:2])[strategy.zero_stage]
 
 
 ENGINES: dict[str, Capability] = {
@@ -132,6 +144,7 @@ ENGINES: dict[str, Capability] = {
             "offload": Offload(),
         },
         package="colossalai",
+        precisions=_colossalai_precisions,
         limits=(
             Limit(
                 field="context_parallel_degree",
@@ -226,6 +239,7 @@ ENGINES: dict[str, Capability] = {
             "offload": Offload(),
         },
         package="fairscale",
+        precisions=lambda s: PRECISIONS[:3] if s.zero_stage == 3 else PRECISIONS,
         limits=(
             *(
                 Limit(
@@ -290,3 +304,15 @@ def unbuilt(strategy: Strategy, *, field: str | None = None) -> Limit | None:
     capability = ENGINES[strategy.engine]
     limits = (limit for limit in capability.limits if field in (None, limit.field))
     return next((limit for limit in limits if limit.applies(strategy)), None)
+
+
+def wrong_precision(strategy: Strategy, precision: str) -> str | None:
+    """What to say where the engine does not compute in a precision; None where it does."""
+    known = ENGINES[strategy.engine].precisions(strategy)
+    if precision in known:
+        return None
+    split = " with tensor or pipeline parallelism" if _hybrid(strategy) else ""
+    return (
+        f"training.precision {precision}: the {strategy.engine} engine at zero_stage {strategy.zero_stage}{split} computes in "
+        f"{', '.join(known)}; set one of them, or another zero_stage, or engine: native"
+    )

@@ -9,7 +9,7 @@ from orchestrator.planner.result import SearchResult, Wanted
 from orchestrator.planner.search import search
 from orchestrator.planner.space import Space, require_candidates
 from orchestrator.planner.time import Price
-from strategies.catalog import ENGINES, Limit, unbuilt
+from strategies.catalog import ENGINES, Limit, unbuilt, wrong_precision
 from strategies.strategy import Strategy
 
 
@@ -46,6 +46,7 @@ def solve(problem: Problem, *, wanted: Wanted | None = None, num_families: int =
         check_rules(strategy)
         if problem.built_only and (limit := unbuilt(strategy)) is not None:
             raise _not_built(limit, getattr(strategy, limit.field), strategy.engine)
+        _check_precision(strategy, problem)
         return Solution(problem=problem, strategy=strategy, price=problem.price(strategy))
     if problem.built_only:
         _check_built(problem)
@@ -57,6 +58,7 @@ def solve(problem: Problem, *, wanted: Wanted | None = None, num_families: int =
     if problem.built_only and found.best and (limit := unbuilt(strategy)) is not None:
         # The space leaves out what is not built; what is pinned may be unbuilt with what is chosen.
         raise _not_built(limit, getattr(strategy, limit.field), strategy.engine)
+    _check_precision(strategy, problem)
     return Solution(problem=problem, strategy=strategy, price=problem.price(strategy), search=found)
 
 
@@ -75,10 +77,18 @@ def _check_built(problem: Problem) -> None:
             limit = unbuilt(Strategy(**pinned), field=name)
             if limit is not None:
                 raise _not_built(limit, pinned[name], pinned.get("engine", "native"))
+    if "zero_stage" in pinned:
+        _check_precision(Strategy(**pinned), problem)
     if "states" in problem.pins:
         limits = [unbuilt(Strategy(**(pinned | {"zero_stage": zero})), field="states") for zero in range(4)]
         if all(limit is not None for limit in limits) and limits[0] is not None:
             raise _not_built(limits[0], problem.pins["states"], pinned.get("engine", "native"))
+
+
+def _check_precision(strategy: Strategy, problem: Problem) -> None:
+    if wrong := wrong_precision(strategy, problem.precision):
+        told, fix = wrong.split("; ")
+        raise PlanError(f"{told}\n  to fix: {fix}")
 
 
 def _not_built(limit: Limit, value: object, engine: str) -> PlanError:

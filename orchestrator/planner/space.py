@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any, NamedTuple
 
 from orchestrator.planner.problem import Choice, PlanError, Problem
-from strategies.catalog import unbuilt
+from strategies.catalog import unbuilt, wrong_precision
 from strategies.strategy import INTERLEAVED, Offload, Schedule, Strategy
 
 
@@ -200,7 +200,7 @@ class Space:
     def shardings(self, shape: Shape, accumulation: int) -> list[Sharding]:
         pins = self.pins
         stages = [pins["zero_stage"]] if "zero_stage" in pins else [0, 1, 2, 3] if shape.data > 1 else [0]
-        stages = [zero for zero in stages if self._is_built_stage(zero)]
+        stages = [zero for zero in stages if self._is_built_stage(zero, shape)]
         return [
             Sharding(zero, group, gather, reduce)
             for zero in stages
@@ -208,9 +208,15 @@ class Space:
             for gather, reduce in self._frequencies(zero, accumulation, shape.pipeline)
         ]
 
-    def _is_built_stage(self, zero: int) -> bool:
-        choices: dict[str, Any] = {"zero_stage": zero, "states": self.problem.states(zero)}
-        return self._is_built("zero_stage", **choices) and self._is_built("states", **choices)
+    def _is_built_stage(self, zero: int, shape: Shape) -> bool:
+        choices: dict[str, Any] = {
+            "zero_stage": zero,
+            "states": self.problem.states(zero),
+            "tensor_parallel_degree": shape.tensor,
+            "pipeline_parallel_degree": shape.pipeline,
+        }
+        computes = wrong_precision(Strategy(engine=self.engine, **choices), self.problem.precision) is None
+        return computes and all(self._is_built(field, **choices) for field in ("zero_stage", "states"))
 
     def _groups(self, zero: int, tensor: int, data: int) -> list[int]:
         """Ranks that share one copy: all replicas, or those of one node."""
@@ -265,6 +271,9 @@ class Space:
     def _open_batches(self, shape: Shape) -> Iterator[Batch]:
         for micro in self.micros(shape.data):
             accumulation = self.problem.accumulation(shape.data, micro)
+            fed = {"pipeline_parallel_degree": shape.pipeline, "gradient_accumulation_steps": accumulation}
+            if not self._is_built("gradient_accumulation_steps", **fed):
+                continue
             schedules = tuple(self.schedules(shape.pipeline, accumulation))
             by_stage: dict[int, tuple[Sharding, ...]] = {}
             for sharding in self.shardings(shape, accumulation):

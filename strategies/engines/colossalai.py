@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.catalog import unbuilt
+from strategies.catalog import unbuilt, wrong_precision
 from strategies.engines.collectives import all_gather
 from strategies.engines.engine import Build, MicroBatch, OptimizerSettings
 from strategies.engines.held import Held, HeldSession, Owned, Place, fill
@@ -82,25 +82,8 @@ def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
     if limit := unbuilt(strategy):
         value = getattr(strategy, limit.field)
         raise ValueError(f"{limit.field} {value} cannot run: {limit.reason}; set it otherwise, or engine: native")
-    if precision not in ("bf16", "fp16") and strategy.zero_stage == 3:
-        raise ValueError(
-            f"precision {precision} at zero_stage 3: ColossalAI's Gemini computes in 16 bits; set bf16, or zero_stage 2"
-        )
-    split = strategy.tensor_parallel_degree > 1 or strategy.pipeline_parallel_degree > 1
-    if split and precision not in ("bf16", "fp32"):
-        raise ValueError(
-            f"precision {precision} with tensor or pipeline parallelism: ColossalAI's HybridParallel is tried in bf16 and fp32; "
-            "set one of them"
-        )
-    if split and precision == "fp32" and strategy.zero_stage:
-        raise ValueError(
-            f"precision fp32 at zero_stage {strategy.zero_stage} with tensor or pipeline parallelism: ColossalAI's "
-            "HybridParallel shards states in 16-bit precision alone; set bf16, or zero_stage 0"
-        )
-    if precision == "fp64" and strategy.zero_stage:
-        raise ValueError(
-            f"precision fp64 at zero_stage {strategy.zero_stage}: ColossalAI's ZeRO steps in 32 bits; set fp32, or zero_stage 0"
-        )
+    if wrong := wrong_precision(strategy, precision):
+        raise ValueError(wrong)
     states = "mixed" if precision in ("bf16", "fp16") else "full"
     if strategy.states != states:
         raise ValueError(f"states {strategy.states!r} in {precision}: ColossalAI keeps {states}; set that")

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.catalog import unbuilt
+from strategies.catalog import unbuilt, wrong_precision
 from strategies.engines.engine import Build, OptimizerSettings
 from strategies.engines.held import Held, HeldSession, Owned, Place, fill
 from strategies.engines.installed import engine_module
@@ -60,10 +60,8 @@ def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
     if limit := unbuilt(strategy):
         value = getattr(strategy, limit.field)
         raise ValueError(f"{limit.field} {value} cannot run: {limit.reason}; set it otherwise, or engine: native")
-    if precision == "fp64" and strategy.zero_stage == 3:
-        raise ValueError(
-            "precision fp64 at zero_stage 3: fairscale's FSDP computes in 16 or 32 bits; set fp32, or zero_stage 1 or 2"
-        )
+    if wrong := wrong_precision(strategy, precision):
+        raise ValueError(wrong)
     low = precision in ("bf16", "fp16")
     states = ("sharded_fp32" if strategy.zero_stage == 3 else "mixed") if low else "full"
     if strategy.states != states:

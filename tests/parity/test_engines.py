@@ -1,16 +1,30 @@
-"""A seeded slice of `make engines`: each engine follows native, and something shows that it split or moved what it says."""
+"""A seeded slice of `make engines`: each engine follows native, and something shows that it split or moved what it says. And of
+`make switch`: a run goes through all engines."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 
 import pytest
 
 from benchmarks.engines import Judge, Row, rows
 from benchmarks.pool import Pool
+from benchmarks.switch import CHAINS, ENDS, pools_of, switch
 from strategies.engines.installed import is_installed
 
-ALWAYS = {"colossalai": ("LowLevelZero 2",), "fairscale": ()}
+ALWAYS = {"colossalai": ("Gemini, all on host", "Hybrid, tensor 2", "Hybrid, pipeline 2"), "fairscale": ()}
+NARROW = [chain for chain in CHAINS if all(ENDS[name].case.world_size == 2 for name in chain)]
+
+
+@pytest.fixture(scope="module")
+def pools() -> Iterator[Mapping[str, Pool]]:
+    for engine in ("colossalai", "fairscale"):
+        if not is_installed(engine, engine):
+            pytest.skip(f"make engine-{engine}")
+    with ExitStack() as stack:
+        yield pools_of(NARROW, stack)
 
 
 def drawn(engine: str, count: int) -> list[Row]:
@@ -19,12 +33,15 @@ def drawn(engine: str, count: int) -> list[Row]:
     return kept + random.Random(0).sample([row for row in mine if row not in kept], count)
 
 
-@pytest.mark.parametrize(("engine", "count"), [("colossalai", 4), ("fairscale", 2)])
-def test_an_engine_follows_native_and_shows_what_it_split(engine: str, count: int) -> None:
-    if not is_installed(engine, engine):
-        pytest.skip(f"make engine-{engine}")
-    with Pool(2) as native, Pool(2) as pool:
-        judge = Judge(native, pool)
-        verdicts = [judge(row) for row in drawn(engine, count)]
-    for verdict in verdicts:
+@pytest.mark.parametrize(("engine", "count"), [("colossalai", 3), ("fairscale", 1)])
+def test_an_engine_follows_native_and_shows_what_it_split(pools: Mapping[str, Pool], engine: str, count: int) -> None:
+    judge = Judge(pools["native"], pools[engine])
+    for row in drawn(engine, count):
+        verdict = judge(row)
         assert verdict.passed, str(verdict)
+
+
+@pytest.mark.parametrize("chain", [NARROW[0], *random.Random(0).sample(NARROW[1:], 3)], ids=str)
+def test_a_run_changes_engine_and_goes_on(pools: Mapping[str, Pool], chain: tuple[str, ...]) -> None:
+    switched = switch(pools, chain)
+    assert switched.passed, str(switched)

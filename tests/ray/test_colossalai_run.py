@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from orchestrator.control.processes import end_marked
 from orchestrator.planner.plan import plan
+from orchestrator.planner.problem import PlanError
 from orchestrator.spec import load_job
 from orchestrator.telemetry.records import Event, read, steps
 from strategies.engines.installed import is_installed
@@ -47,3 +49,38 @@ def test_colossalai_is_planned_where_it_is_pinned(tmp_path, zero_stage, reduce):
     strategy = plan(job).strategy
     assert (strategy.engine, strategy.states, strategy.reduce) == ("colossalai", "full", reduce)
     assert strategy.gradient_accumulation_steps > 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "strategy", "told"),
+    [
+        (
+            "fp32",
+            {"zero_stage": 3},
+            "training.precision fp32: the colossalai engine at zero_stage 3 computes in bf16, fp16",
+        ),
+        ("fp64", {"zero_stage": 1}, "training.precision fp64"),
+        ("bf16", {"tensor_parallel_degree": 2, "data_parallel_degree": 1}, "attention: math"),
+        (
+            "fp32",
+            {"pipeline_parallel_degree": 2, "data_parallel_degree": 1, "pipeline_schedule": "gpipe"},
+            "1f1b alone",
+        ),
+        ("bf16", {"zero_stage": 1, "compile": True}, "do not compile"),
+    ],
+)
+def test_what_colossalai_cannot_do_is_no_plan(tmp_path, precision, strategy, told):
+    file = job_of(tmp_path, 3, engine="colossalai", **strategy)
+    mapping = yaml.safe_load(file.read_text())
+    mapping["training"]["precision"] = precision
+    mapping["cluster"] = "a100-80gb-1x2" if precision == "bf16" else mapping.get("cluster", "auto")
+    file.write_text(yaml.safe_dump(mapping))
+    with pytest.raises(PlanError, match=told):
+        plan(load_job(str(file)))
+
+
+def test_a_pipeline_of_colossalai_is_planned_with_a_micro_batch_for_each_stage(tmp_path):
+    pins = {"tensor_parallel_degree": 1, "pipeline_parallel_degree": 2, "data_parallel_degree": 1, "attention": "math"}
+    strategy = plan(load_job(str(job_of(tmp_path, 3, engine="colossalai", **pins)))).strategy
+    assert strategy.pipeline_schedule == "1f1b"
+    assert strategy.gradient_accumulation_steps >= 2

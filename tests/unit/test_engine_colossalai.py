@@ -61,10 +61,10 @@ def test_what_its_hybrid_cannot_do_is_refused_by_field(field: str, changes: dict
 @pytest.mark.parametrize(
     ("precision", "changes", "told"),
     [
-        ("fp32", {"zero_stage": 3, "zero_group_size": 2, "data_parallel_degree": 2}, "Gemini computes in 16 bits"),
-        ("fp64", {"zero_stage": 1, "zero_group_size": 2, "data_parallel_degree": 2}, "steps in 32 bits"),
-        ("fp32", {"zero_stage": 1, "tensor_parallel_degree": 2, "attention": "math"}, "set bf16, or zero_stage 0"),
-        ("fp16", {"tensor_parallel_degree": 2, "attention": "math"}, "tried in bf16 and fp32"),
+        ("fp32", {"zero_stage": 3, "zero_group_size": 2, "data_parallel_degree": 2}, "computes in bf16, fp16; set"),
+        ("fp64", {"zero_stage": 1, "zero_group_size": 2, "data_parallel_degree": 2}, "computes in bf16, fp16, fp32"),
+        ("fp32", {"zero_stage": 1, "tensor_parallel_degree": 2, "attention": "math"}, "computes in bf16; set"),
+        ("fp16", {"tensor_parallel_degree": 2, "attention": "math"}, "computes in bf16, fp32; set"),
         ("bf16", {"states": "full"}, "ColossalAI keeps mixed"),
         ("bf16", {"data_parallel_degree": 2}, "want a process group of 2"),
     ],
