@@ -64,7 +64,7 @@ engine-fairscale: $(INSTALLED)  ## fairscale in a folder of its own, which only 
 engine-colossalai: $(INSTALLED)  ## ColossalAI in a folder of its own, which only its workers see
 	$(BIN)/pip install --quiet --no-deps --upgrade --target $(VENV)/engines/colossalai colossalai==0.5.0 transformers==4.51.3 \
 	  'tokenizers==0.21.*' 'huggingface_hub<1' peft==0.13.2 'accelerate<2' 'einops==0.8.*' galore-torch==1.0 bitsandbytes \
-	  filelock regex tqdm requests packaging psutil
+	  filelock regex tqdm requests packaging
 
 engines: $(INSTALLED)  ## ColossalAI and fairscale against the native engine, as a table
 	$(BIN)/python -m benchmarks.engines
