@@ -209,6 +209,8 @@ class Space:
         ]
 
     def _is_built_stage(self, zero: int, shape: Shape) -> bool:
+        if not self.problem.built_only:
+            return True
         choices: dict[str, Any] = {
             "zero_stage": zero,
             "states": self.problem.states(zero),
