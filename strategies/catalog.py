@@ -106,16 +106,6 @@ ENGINES: dict[str, Capability] = {
                 reason="at ZeRO 2 and 3 FSDP2 holds the shards of the parameters, on the GPU or on the host, not on NVMe",
             ),
             Limit(
-                field="reduce",
-                applies=lambda s: (
-                    s.pipeline_parallel_degree > 1
-                    and s.zero_stage >= 2
-                    and s.reduce == "per_micro_batch"
-                    and s.gradient_accumulation_steps > 1
-                ),
-                reason="under a pipeline FSDP2's gradients are scattered once a step; set reduce: per_step",
-            ),
-            Limit(
                 field="states",
                 applies=lambda s: s.states not in NATIVE_STATES[s.zero_stage >= 2],
                 reason="the native engine keeps `mixed` or `mixed_fp32_gradients` at ZeRO 0 and 1, `sharded_fp32` at 2 and 3, "

@@ -21,7 +21,7 @@ from strategies.engines.loss import IGNORED
 from strategies.pipeline.schedules import Action, orders
 from strategies.strategy import SPLIT_BACKWARD, Stage
 from strategies.tensor.region import Pending, weight_gradient
-from strategies.zero.states import DTYPES, States
+from strategies.zero.states import DTYPES, PipelineStates, States
 
 
 class Runner(Protocol):
@@ -85,7 +85,7 @@ class _Flight(NamedTuple):
 class PipelineRunner:
     """The stages of one pipeline rank."""
 
-    def __init__(self, build: Build, states: States, z_loss: float) -> None:
+    def __init__(self, build: Build, states: PipelineStates, z_loss: float) -> None:
         self.build, self.states, self.z_loss = build, states, z_loss
         strategy, mesh = build.strategy, build.mesh
         self.strategy, self.rank = strategy, mesh.rank("pipeline")
@@ -133,10 +133,14 @@ class PipelineRunner:
                 if loss is not None:
                     total += loss
             elif action.kind == "weights":
-                _weights(weights.pop(key))
+                self._weights(weights.pop(key), done=action.micro_batch == len(micro_batches) - 1)
             else:
                 # A split backward brings the last gradients after its last pass over the inputs.
-                self.states.micro_batch(last=index == len(actions) - 1 and not self.splits)
+                self.states.backward(
+                    self.stages[action.stage],
+                    last=index == len(actions) - 1 and not self.splits,
+                    done=action.micro_batch == len(micro_batches) - 1,
+                )
                 self._backward(action, flights.pop(key))
                 if self.splits:
                     weights[key] = self._pending()
@@ -172,6 +176,13 @@ class PipelineRunner:
         taken = list(pending)
         pending.clear()
         return taken
+
+    def _weights(self, pending: Pending, *, done: bool) -> None:
+        """The gradients of weights that a backward pass over the inputs left; autograd's hooks run as in a whole one."""
+        following = [weight for weight, _, _ in pending[1:]]
+        for (weight, gradient, x), after in zip(pending, [*following, None], strict=True):
+            torch.autograd.backward([weight], [weight_gradient(gradient, x)])
+            self.states.deferred(weight, after, done=done)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor | None:
@@ -243,9 +254,3 @@ def _column(build: Build) -> list[int]:
     mesh = build.mesh
     place = (mesh.rank("replicate"), mesh.rank("tensor"), mesh.rank("shard"))
     return [int(mesh.ranks[(rank, *place)]) for rank in range(mesh.sizes["pipeline"])]
-
-
-def _weights(pending: Pending) -> None:
-    """The gradients of weights that a backward pass over the inputs left; autograd's hooks run as in a whole one."""
-    for weight, gradient, x in pending:
-        torch.autograd.backward([weight], [weight_gradient(gradient, x)])

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from strategies.engines.collectives import all_gather, reduce_scatter
 from strategies.engines.engine import Build
+from strategies.strategy import Stage
 from strategies.zero.states import DTYPES, Adam, Shard, Weights, as_global, rows
 
 IN_FLIGHT = 2
@@ -153,7 +154,14 @@ class BucketStates:
     def micro_batch(self, *, last: bool) -> None:
         """Gradients add up locally; they are reduced once a step."""
         self.last = last
+
+    def backward(self, stage: Stage, *, last: bool, done: bool) -> None:
+        """The same; what an earlier pass left on the device goes."""
+        self.last = last
         self.settle()
+
+    def deferred(self, weight: nn.Parameter, following: nn.Parameter | None, *, done: bool) -> None:
+        """Nothing waits for a block's."""
 
     @torch.no_grad()
     def _arrived(self, bucket: Bucket, index: int, parameter: Tensor) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from strategies.engines.engine import Build
+from strategies.strategy import SPLIT_BACKWARD, Stage
 from strategies.zero.states import DTYPES, Adam, Weights, as_global, rows
 
 
@@ -23,6 +24,9 @@ class FsdpStates:
         strategy = build.strategy
         self.build, self.device = build, build.device
         self.pipelined = strategy.pipeline_parallel_degree > 1
+        self.splits = strategy.pipeline_schedule in SPLIT_BACKWARD
+        self.num_held = len(build.requests["held"])
+        self.by_weight: dict[nn.Parameter, Any] = {}
         self.num_replicas = build.requests["num_replicas"]
         num_shards, rank = build.requests["num_shards"], build.requests["shard_rank"]
         self.gather_per_step, self.reduce_per_step = strategy.gather == "per_step", strategy.reduce == "per_step"
@@ -54,26 +58,56 @@ class FsdpStates:
 
     def micro_batch(self, *, last: bool) -> None:
         """Each micro batch scatters into the group's shards; replicas of a shard add theirs once a step."""
-        if self.pipelined:  # several stages and micro batches are under way: only `reduce` knows the last
-            last = False
         self.root.set_requires_gradient_sync(last or not self.reduce_per_step)
         self.root.set_requires_all_reduce(last)
         self.root.set_reshard_after_backward(last or not self.gather_per_step)
         self.root.set_is_last_backward(last)
 
+    def backward(self, stage: Stage, *, last: bool, done: bool) -> None:
+        """The stage's units scatter as they go. Of a split backward the blocks' weights come later, see `deferred`."""
+        self.root.set_requires_gradient_sync(False)
+        self.root.set_reshard_after_backward(not self.gather_per_step)
+        self.root.set_is_last_backward(False)
+        if self.reduce_per_step:
+            return
+        blocks = self.root.blocks._modules
+        units = [blocks[str(stage.first_layer + i)] for i in range(stage.num_layers)] if not self.splits else []
+        # What replicas add up at the end must be the same parameters each time: not the embedding here, the head there.
+        if (stage.embedding or stage.head) and (self.num_replicas == 1 or self.num_held == 1):
+            units.append(self.root)
+        for unit in units:
+            unit.set_requires_gradient_sync(True, recurse=False)
+            unit.set_requires_all_reduce(done, recurse=False)
+
+    def deferred(self, weight: nn.Parameter, following: nn.Parameter | None, *, done: bool) -> None:
+        """A block's weights are through when the next one's come."""
+        if self.reduce_per_step:
+            return
+        unit = self._unit_of(weight)
+        if following is None or self._unit_of(following) is not unit:
+            unit.set_requires_gradient_sync(True, recurse=False)
+            unit.set_requires_all_reduce(done, recurse=False)
+            _scatter(unit, whole=self.num_replicas > 1)
+
+    def _unit_of(self, weight: nn.Parameter) -> Any:
+        """Of a gathered parameter, which FSDP2 keeps as an object from its first gather on."""
+        if not self.by_weight:
+            for unit in self.units:
+                self.by_weight |= {each.unsharded_param: unit for group in _groups(unit) for each in group.fsdp_params}
+        return self.by_weight[weight]
+
     def reduce(self) -> None:
-        """FSDP2 reduced while backward ran, but under a pipeline it is told here, as torch's own pipeline stages do."""
+        """FSDP2 reduced while backward ran, but under a pipeline it is told here what is left, as torch's own pipeline stages
+        tell it."""
         if not self.pipelined:
             return
         self.root.set_requires_gradient_sync(True)
         self.root.set_requires_all_reduce(True)
         self.root.set_reshard_after_backward(True)
         self.root.set_is_last_backward(True)
-        state = self.root._get_fsdp_state()
-        for each in state._state_ctx.all_states:
-            for group in each._fsdp_param_groups:
-                group.post_backward()
-        state._root_post_backward_final_callback()
+        for unit in self.units:
+            _scatter(unit)
+        self.root._get_fsdp_state()._root_post_backward_final_callback()
 
     def gradients(self) -> dict[str, Tensor]:
         result = {}
@@ -122,6 +156,26 @@ class FsdpStates:
 
     def close(self) -> None:
         self.adam.close()
+
+
+def _groups(unit: Any) -> list[Any]:
+    return list(unit._get_fsdp_state()._fsdp_param_groups)
+
+
+def _scatter(unit: Any, *, whole: bool = False) -> None:
+    """A unit's unsharded gradients into its shards. Of a split backward some have been widened to the reduction's dtype and
+    others just come: FSDP2 wants them alike. whole: zeros where none came, so that what waits for the replicas' sum is the
+    same parameters each time."""
+    for group in _groups(unit):
+        for each in group.fsdp_params:
+            if not hasattr(each, "_unsharded_param"):
+                continue
+            each.accumulate_unsharded_grad_if_needed()
+            each.to_accumulated_grad_if_needed()
+            parameter = each.unsharded_param
+            if whole and each.unsharded_accumulated_grad is None and parameter.grad is None:
+                each.unsharded_accumulated_grad = torch.zeros_like(parameter, dtype=each.reduce_dtype)
+        group.post_backward()
 
 
 def _shard(build: Build, *, keeps: bool) -> None:

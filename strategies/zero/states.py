@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as Split
 
 from strategies.engines.engine import Build, OptimizerSettings
+from strategies.strategy import Stage
 
 Weights = Callable[[str, torch.Size], Tensor]
 """(parameter name, global shape) -> its first value, whole, in any precision."""
@@ -29,8 +30,7 @@ class States(Protocol):
         """Before the first micro batch: no gradients."""
 
     def micro_batch(self, *, last: bool) -> None:
-        """Before each micro batch; under a pipeline before each backward pass. last: the step's gradients are complete
-        after it, on this rank; False throughout leaves all reductions to `reduce`."""
+        """Before each micro batch, where there is no pipeline. last: the step's gradients are complete after it."""
 
     def reduce(self) -> None:
         """After the last backward pass: gradients become sums over the replicas."""
@@ -55,6 +55,18 @@ class States(Protocol):
 
     def close(self) -> None:
         """Files of what is offloaded."""
+
+
+class PipelineStates(States, Protocol):
+    """States of which a pipeline rank uses one stage at a time."""
+
+    def backward(self, stage: Stage, *, last: bool, done: bool) -> None:
+        """Before each backward pass. last: this rank's gradients of the step are complete after it; False throughout leaves
+        all reductions to `reduce`. done: it is the stage's last."""
+
+    def deferred(self, weight: nn.Parameter, following: nn.Parameter | None, *, done: bool) -> None:
+        """Of a split backward: the gradient of a weight was added, `following` is the one whose comes next in this pass over
+        the weights. done: the pass is the stage's last."""
 
 
 @dataclass(frozen=True, slots=True)
