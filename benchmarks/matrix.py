@@ -41,7 +41,31 @@ def compositions() -> list[Case]:
             )
     plain = Case(world_size=8, zero_stage=1, tensor=2, pipeline=2, micro_batch_size=1, sequence_parallel=True)
     cases += [replace(plain, precision=precision) for precision in ("fp32", "bf16")]
+    cases += [
+        Case(world_size=2, zero_stage=0, precision="fp16", micro_batch_size=1, **split)
+        for split in (
+            {"tensor": 2, "sequence_parallel": True},
+            {"pipeline": 2},
+            {"pipeline": 2, "schedule": "zbv", "virtual": 2},
+        )
+    ]
+    cases += [
+        replace(plain, precision="fp16", zero_stage=stage, reduce="per_step" if stage == 2 else "per_micro_batch")
+        for stage in (1, 2, 3)
+    ]
     cases.append(replace(plain, mesh_order=("tensor", "pipeline", "data", "context")))
+    return cases
+
+
+def reductions() -> list[Case]:
+    """ZeRO 2 and 3 under a pipeline, reduced with every micro batch; in 16 bit, and with replicas of a group, too."""
+    schedules = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2), ("interleaved_zero_bubble", 1), ("zbv", 2)]
+    cases = []
+    for stage, (schedule, virtual) in itertools.product((2, 3), schedules):
+        plain = Case(world_size=4, zero_stage=stage, pipeline=2, schedule=schedule, virtual=virtual, micro_batch_size=1)
+        cases += [plain, replace(plain, world_size=8, group=2), replace(plain, precision="bf16")]
+        # One micro batch: what a split backward brings late is all there is.
+        cases += [replace(plain, precision="bf16", micro_batch_size=4, reduce="per_step")] if virtual == 1 else []
     return cases
 
 
@@ -95,7 +119,7 @@ def matrix() -> list[Trial]:
     groups = [Case(world_size=4, zero_stage=s, group=2, micro_batch_size=1) for s in (1, 2, 3)]
     often = itertools.product((2, 3), ("per_step", "per_micro_batch"), ("per_step", "per_micro_batch"))
     frequencies = [Case(world_size=2, zero_stage=s, micro_batch_size=1, gather=g, reduce=r) for s, g, r in often]
-    cases += groups + frequencies + compositions() + offloaded()
+    cases += groups + frequencies + compositions() + reductions() + offloaded()
     cases += [replace(case, gather="per_step", reduce="per_step") for case in groups[1:]]
     ends = [
         Case(world_size=w, zero_stage=s) for s, w in ((0, 1), (2, 1), (0, 2), (0, 4), (1, 2), (1, 3), (2, 2), (3, 4))

@@ -41,6 +41,9 @@ STAGES = Case(world_size=4, zero_stage=1, pipeline=2, micro_batch_size=1)
 ROUND = Case(world_size=2, zero_stage=0, pipeline=2, virtual=2, schedule="interleaved_1f1b", micro_batch_size=1)
 BOTH = Case(world_size=4, zero_stage=0, tensor=2, pipeline=2, sequence_parallel=True, micro_batch_size=2)
 FOLDED = Case(world_size=4, zero_stage=2, pipeline=2, virtual=2, schedule="zbv", micro_batch_size=1, reduce="per_step")
+ONE = Case(
+    world_size=4, zero_stage=2, pipeline=2, schedule="interleaved_zero_bubble", precision="bf16", micro_batch_size=4
+)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +51,10 @@ FOLDED = Case(world_size=4, zero_stage=2, pipeline=2, virtual=2, schedule="zbv",
     [
         *(Trial(case) for case in (SPLIT, STAGES, FOLDED, replace(ROUND, schedule="interleaved_zero_bubble"))),
         Trial(replace(ROUND, recompute="full", checkpointed=1)),
+        Trial(replace(FOLDED, zero_stage=3, reduce="per_micro_batch")),
+        Trial(replace(STAGES, zero_stage=3)),
+        Trial(replace(ONE, reduce="per_step")),
+        Trial(replace(FOLDED, world_size=2, zero_stage=0, precision="fp16")),
         *map(Trial, drawn(3, seed=0, most_gpus=4)),
         Trial(BOTH, SPLIT),
         Trial(SPLIT, STAGES),

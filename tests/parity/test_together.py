@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -74,10 +75,68 @@ def overflowing(rank: int, case: Case) -> tuple[Any, float]:
     return result, scale
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
-def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: Pool, zero_stage: int):
-    results = pool.run(overflowing, Case(world_size=2, zero_stage=zero_stage, precision="fp16"), world_size=2)
+HALF = Case(world_size=2, zero_stage=0, precision="fp16", micro_batch_size=1)
+SPLITS = [
+    replace(HALF, tensor=2),
+    replace(HALF, pipeline=2),
+    replace(HALF, pipeline=2, virtual=2, schedule="interleaved_zero_bubble"),
+]
+
+
+@pytest.mark.parametrize("case", [HALF, replace(HALF, zero_stage=2), *SPLITS], ids=str)
+def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: Pool, case: Case):
+    results = pool.run(overflowing, case, world_size=2)
     assert [result.skipped for result, _ in results] == [True, True]
+
+
+def scaled_down(rank: int, case: Case) -> list[tuple[bool, float]]:
+    """(skipped, scale) of each step from a scale that is far too large."""
+    session = session_of(case)
+    session.scale = 2.0**24
+    told = []
+    for _ in range(12):
+        result = session.step(micro_batches(case, rank), num_target_tokens=84, learning_rate=1e-2)
+        told.append((result.skipped, session.scale))
+    session.close()
+    return told
+
+
+@pytest.mark.parametrize("case", SPLITS[:2], ids=str)
+def test_the_loss_scale_falls_alike_on_all_ranks_until_the_steps_count(pool: Pool, case: Case):
+    first, second = pool.run(scaled_down, case, world_size=2)
+    assert first == second
+    num_skipped = sum(skipped for skipped, _ in first)
+    assert 0 < num_skipped < len(first)
+    assert first[0][0]
+    assert not first[-1][0]
+    assert first[-1][1] == 2.0 ** (24 - num_skipped)
+
+
+def reductions(rank: int, case: Case) -> tuple[int, int]:
+    """Reduce-scatters of gradients, and all-reduces, in one step."""
+    session = session_of(case)
+    steps(session, case, rank, 1)
+    with (
+        mock.patch.object(dist, "reduce_scatter_single", wraps=dist.reduce_scatter_single) as scatters,
+        mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums,
+    ):
+        steps(session, case, rank, 1)
+    session.close()
+    return scatters.call_count, sums.call_count
+
+
+@pytest.mark.parametrize(("schedule", "virtual"), [("1f1b", 1), ("zbv", 2)])
+def test_gradients_are_reduced_with_each_micro_batch_under_a_pipeline(schedule: str, virtual: int):
+    case = Case(world_size=4, zero_stage=3, pipeline=2, schedule=schedule, virtual=virtual, micro_batch_size=1)
+    with Pool(4) as pool:
+        often = pool.run(reductions, case, world_size=4)
+        once = pool.run(reductions, replace(case, reduce="per_step"), world_size=4)
+    blocks, ends = 2, [2, 0] if schedule == "zbv" else [1, 1]
+    for rank in range(4):
+        outside = ends[rank // 2]
+        assert often[rank][0] == 4 * (blocks + outside)
+        assert once[rank][0] == blocks + min(outside, 1)
+        assert often[rank][1] == once[rank][1], "what is beside them: the shared table, loss and norm"
 
 
 def layouts(rank: int, cases: list[Case]) -> set[tuple[Any, ...]]:
