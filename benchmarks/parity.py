@@ -21,9 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from benchmarks.cases import Case, Run, Task, Trial
 from benchmarks.drawn import coverage, drawn
@@ -136,6 +139,26 @@ def whole(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+Piece = tuple[tuple[int, ...], tuple[slice, ...], Any]
+"""(shape of the whole, where this rank's part lies in it, the part)."""
+
+
+def pieces(state: dict[str, Any]) -> dict[str, Any]:
+    """What this rank holds of a sharded state: no message, where whole() sends several for each of 200 tensors."""
+    result: dict[str, Any] = {}
+    for name, value in state.items():
+        if not torch.is_tensor(value):
+            result[name] = value
+            continue
+        local, offsets = value, (0,) * value.dim()
+        if isinstance(value, DTensor):
+            local = value.to_local()
+            _, offsets = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+        places = tuple(slice(start, start + size) for start, size in zip(offsets, local.shape, strict=True))
+        result[name] = tuple(value.shape), places, local.detach().numpy().copy()
+    return result
+
+
 def save(session: Any, folder: str) -> None:
     state = {n: t if torch.is_tensor(t) else torch.tensor(t) for n, t in session.state_dict().items()}
     with warnings.catch_warnings():
@@ -153,28 +176,37 @@ def load(session: Any, folder: str) -> None:
 
 
 def play(rank: int, case: Case | Run, count: int, load_from: str | None, save_to: str | None) -> Any:
-    """On one rank: `count` steps; (losses, whole state) on rank 0."""
+    """On one rank: `count` steps; (losses, its pieces of the state)."""
     session = session_of(case)
     if load_from:
         load(session, load_from)
     losses = steps(session, case, rank, count)
     if save_to:
         save(session, save_to)
-    state = whole(session.state_dict())
+    state = pieces(session.state_dict())
     session.close()
     return losses, state
 
 
 def all_of(results: list[Any]) -> tuple[list[float], dict[str, Any]]:
-    """The losses, which every rank tells alike, and the states of all stages."""
+    """The losses, which every rank tells alike, and the whole state; what several ranks hold must be the same bits."""
     losses = results[0][0]
     assert all(told == losses for told, _ in results)
     state: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
     for _, part in results:
-        for name, value in part.items():
-            # A parameter that two stages hold is one.
-            assert name not in state or (state[name] == value).all() if hasattr(value, "all") else True, name
-            state[name] = value
+        for name, piece in part.items():
+            if not isinstance(piece, tuple):
+                assert state.setdefault(name, piece) == piece, name
+                continue
+            shape, places, values = piece
+            if name not in state:
+                state[name], seen[name] = np.zeros(shape, values.dtype), np.zeros(shape, bool)
+            again = seen[name][places]
+            assert (state[name][places][again] == values[again]).all(), name
+            state[name][places] = values
+            seen[name][places] = True
+    assert all(covered.all() for covered in seen.values())
     return losses, state
 
 
