@@ -1,4 +1,4 @@
-"""Which link a group of ranks talks over, and how long a collective takes on it. Pure.
+"""What ranks send each other, which link a group of them talks over, and how long a collective takes on it. Pure.
 
 Source: ring algorithms, arXiv:1802.05799 and nccl-tests' notion of bus bandwidth. A ring enters and leaves each node once, so
 a group of r local ranks has the network of r cards; all groups of a node talk at the same time and share it."""
@@ -6,11 +6,30 @@ a group of r local ranks has the network of r cards; all groups of a node talk a
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from clusters.cluster import Cluster
 from clusters.hardware import Calibration
 from strategies.constants import HOP_S, TimeConstants
+
+Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "send", "receive"]
+Group = Literal["tensor", "shard", "replicate", "pipeline", "shared", "world"]
+"""The axes of the mesh; `shared` are the first and last stage of a pipeline that hold one table; `world` is everybody."""
+
+
+class Message(NamedTuple):
+    """Messages of one kind that a rank takes part in."""
+
+    kind: Kind
+    group: Group
+    element: int
+    """Bytes of one element."""
+    num_bytes: float
+    """Of all of them: the whole buffer of a reduce-scatter (in) or an all-gather (out), padding included."""
+    count: float = 1  # type: ignore[assignment]
+
+    def times(self, number: float) -> Message:
+        return self._replace(num_bytes=self.num_bytes * number, count=self.count * number)
 
 
 class Ring(NamedTuple):
@@ -46,6 +65,23 @@ def ring(cluster: Cluster, constants: TimeConstants, *, size: int, stride: int, 
     return Ring(size, min(rate, network), HOP_S.get(outer.name, 8e-6), False)
 
 
+class Links:
+    """A cluster's rings; keeps them, for a search asks again and again."""
+
+    __slots__ = ("_rings", "cluster", "constants")
+
+    def __init__(self, cluster: Cluster, constants: TimeConstants) -> None:
+        self.cluster, self.constants = cluster, constants
+        self._rings: dict[tuple[int, int, int], Ring] = {}
+
+    def ring(self, size: int, stride: int, num_gpus: int) -> Ring:
+        key = size, stride, num_gpus
+        known = self._rings.get(key)
+        if known is None:
+            known = self._rings[key] = ring(self.cluster, self.constants, size=size, stride=stride, num_gpus=num_gpus)
+        return known
+
+
 def half_s(group: Ring, num_bytes: float, *, messages: float = 1.0, kind: str = "all_gather") -> float:
     """Seconds of a reduce-scatter or an all-gather (`kind`) of a whole buffer, sent in so many messages."""
     steps = group.size - 1
@@ -61,3 +97,14 @@ def all_reduce_s(group: Ring, num_bytes: float, *, messages: float = 1.0) -> flo
         return 2 * steps / group.size * num_bytes / rate
     depth = 2 * math.log2(group.size) if group.size > 1 else 0.0
     return 2 * steps / group.size * num_bytes / group.bytes_per_s + messages * depth * group.hop_s
+
+
+def blocking_s(group: Ring, message: Message, wait_s: float) -> float:
+    """Seconds of messages that nothing hides, each of which waits `wait_s` for its group (the halves of an all-reduce half of
+    that) and walks the ring."""
+    each, steps = message.num_bytes / message.count, group.size - 1
+    if message.kind == "all_reduce":
+        one = all_reduce_s(group, each, messages=0) + wait_s + 2 * steps * group.hop_s
+    else:
+        one = half_s(group, each, messages=0, kind=message.kind) + wait_s / 2 + steps * group.hop_s
+    return message.count * one

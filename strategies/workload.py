@@ -7,6 +7,24 @@ h hidden size, f feed-forward size, k key/value width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Split = Literal["column", "row", "vocabulary", "sequence", "replicated", "replicated_partial"]
+
+
+class Tensor(NamedTuple):
+    """One parameter."""
+
+    rows: int
+    """Size of the first dimension."""
+    width: int
+    """Elements of one row."""
+    split: Split
+    """How tensor parallelism cuts it (strategies/tensor/apply.py says what each means)."""
+
+    @property
+    def num_elements(self) -> int:
+        return self.rows * self.width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,9 +39,10 @@ class Matmul:
     count: int = 1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Workload:
-    """A stack of equal blocks between an embedding and a head."""
+    """A stack of equal blocks between an embedding and a head. Made once for an architecture and known by its identity, so
+    that what is worked out for it can be kept."""
 
     num_layers: int
     hidden_size: int
@@ -42,6 +61,13 @@ class Workload:
     embedding_parameters: int
     head_parameters: int
     """Final norm and projections, and the output table unless it is the embedding's."""
+    embedding_tensors: tuple[Tensor, ...]
+    """The parameters themselves, in the module's order; the first is the table of tokens, the head's too where it is tied."""
+    block_tensors: tuple[Tensor, ...]
+    """Of one block."""
+    head_tensors: tuple[Tensor, ...]
+    post_norm: bool
+    """A block's last act is a norm, whose input is a sum over the tensor group."""
     matmuls: tuple[Matmul, ...]
     """Of one block."""
     saved_whole_elements: int

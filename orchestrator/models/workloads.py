@@ -12,7 +12,7 @@ from orchestrator.models.architecture import (
     head_parameters,
     norm_parameters,
 )
-from strategies.workload import Matmul, Workload
+from strategies.workload import Matmul, Tensor, Workload
 
 BUILT: tuple[Family, ...] = ("opt",)
 """Families that have a torch module here."""
@@ -43,6 +43,10 @@ def workload(arch: Architecture) -> Workload:
         block_replicated_parameters=2 * norm_parameters(arch) + (2 * hidden if traits.bias else 0),
         embedding_parameters=embedding_parameters(arch),
         head_parameters=head_parameters(arch),
+        embedding_tensors=_embedding_tensors(arch),
+        block_tensors=_block_tensors(arch),
+        head_tensors=_head_tensors(arch),
+        post_norm=arch.post_norm,
         matmuls=(
             Matmul(name="qkv", inputs=hidden, outputs=hidden + 2 * kv, split="column"),
             Matmul(name="out", inputs=hidden, outputs=hidden, split="row"),
@@ -60,3 +64,39 @@ def workload(arch: Architecture) -> Workload:
         attention_bias=arch.family == "bloom",
         native=arch.family in BUILT,
     )
+
+
+def _norm(arch: Architecture) -> tuple[Tensor, ...]:
+    return (Tensor(arch.hidden_size, 1, "replicated"),) * (2 if arch.traits.norm_bias else 1)
+
+
+def _block_tensors(arch: Architecture) -> tuple[Tensor, ...]:
+    """Norm, q, k, v, out, norm, up, down, each weight before its bias."""
+    hidden, ffn, kv, bias = arch.hidden_size, arch.ffn_size, arch.kv_size, arch.traits.bias
+
+    def column(rows: int) -> tuple[Tensor, ...]:
+        return Tensor(rows, hidden, "column"), *(Tensor(rows, 1, "column"),) * bias
+
+    def row(inputs: int) -> tuple[Tensor, ...]:
+        return Tensor(hidden, inputs, "row"), *(Tensor(hidden, 1, "replicated"),) * bias
+
+    up = column(ffn) * (2 if arch.traits.gated else 1)
+    return (*_norm(arch), *column(hidden), *column(kv) * 2, *row(hidden), *_norm(arch), *up, *row(ffn))
+
+
+def _embedding_tensors(arch: Architecture) -> tuple[Tensor, ...]:
+    tensors = [Tensor(arch.vocab_size, arch.embedding_size, "vocabulary")]
+    if arch.traits.positions == "learned":
+        tensors.append(Tensor(arch.max_position + arch.traits.position_offset, arch.hidden_size, "sequence"))
+    if arch.word_embedding_size is not None:  # it widens each rank's part of the looked-up rows
+        tensors.append(Tensor(arch.hidden_size, arch.word_embedding_size, "replicated_partial"))
+    return (*tensors, *(_norm(arch) if arch.traits.embedding_norm else ()))
+
+
+def _head_tensors(arch: Architecture) -> tuple[Tensor, ...]:
+    tensors = list(_norm(arch)) if arch.final_norm else []
+    if arch.word_embedding_size is not None:
+        tensors.append(Tensor(arch.word_embedding_size, arch.hidden_size, "replicated"))
+    if not arch.tied_embeddings:
+        tensors.append(Tensor(arch.vocab_size, arch.embedding_size, "vocabulary"))
+    return tuple(tensors)

@@ -20,21 +20,18 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 from orchestrator.planner.carried import least_carried_s
 from orchestrator.planner.groups import Fixed, Kept, Leanest, Least, Pass, Row
 from orchestrator.planner.memory import MemoryPrice, reserve_bytes
 from orchestrator.planner.problem import Choice
-from orchestrator.planner.roofline import ELEMENT
+from orchestrator.planner.roofline import ELEMENT, roofline
 from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Space, point
+from orchestrator.planner.time import TimePrice, tensor_s, tied_s
 from strategies.constants import MEMORY, TIME
 from strategies.pipeline.cost import bubble_fraction, in_flight
 from strategies.recompute.cost import boundary_bytes, saved_bytes
 from strategies.strategy import Offload, Place, Schedule, Strategy
-
-if TYPE_CHECKING:
-    from orchestrator.planner.time import TimePrice
 
 INFINITE = float("inf")
 SLACK = 1 - 1e-9
@@ -282,6 +279,23 @@ class Bounds:
         a_layer, hidden = self.carried_s(shape.tensor, row.sequence_parallel, micro, (*kinds, *["full"] * bool(counts)))
         carried = max(0.0, a_layer * self.rank_layers(shape.pipeline)[1] - hidden)
         return max(again_s, self.problem.accumulation(shape.data, micro) * carried)
+
+    def avoidable_s(self, strategy: Strategy, batch: Batch) -> float:
+        """Of a strategy's messages, what another schedule of the batch may not have: under zbv one rank holds both ends of the
+        model, where layers are not dealt evenly the slowest rank may hold neither, and with several stages a rank replicas of a
+        shard wait for a step's last micro batch."""
+        problem, degree, seconds = self.problem, strategy.pipeline_parallel_degree, 0.0
+        roof = roofline(problem.work, problem.cluster, problem.precision)
+        if any(schedule == "zbv" for schedule, _ in batch.schedules):
+            seconds += tied_s(roof, strategy)
+        if degree > 1 and any(problem.arch.num_layers % (degree * virtual) for _, virtual in batch.schedules):
+            talk = tensor_s(roof, strategy, strategy.micro_batch_size * problem.sequence_length)
+            seconds += strategy.gradient_accumulation_steps * (talk.embedding + talk.head)
+        waits = strategy.zero_stage >= 2 and strategy.zero_group_size < strategy.data_parallel_degree
+        if degree > 1 and waits and any(virtual > 1 for _, virtual in batch.schedules):
+            once = replace(strategy, num_virtual_stages=2)
+            seconds += max(0.0, problem.time(strategy).data_parallel_s - problem.time(once).data_parallel_s)
+        return seconds
 
     def hideable_s(self, time: TimePrice, zero: int) -> float:
         """Of the waiting for replicas, what more compute can hide: ZeRO 2 and 3 talk in the middle of it."""

@@ -48,9 +48,11 @@ def time_formulas(plan: Plan) -> dict[str, str]:
         "compute_s": f"{accumulation} micro batches x the slowest rank's {layers} layers and its head: products by a "
         "roofline with an efficiency that grows with their size, attention, element-wise work by bytes; backward twice forward",
         "recompute_s": f"the forward of checkpointed layers once more, {accumulation} times",
-        "tensor_parallel_s": f"{accumulation} x two collectives a layer and pass over {s.tensor_parallel_degree} GPUs",
+        "tensor_parallel_s": f"{accumulation} x the collectives of layers, embedding, head and loss over "
+        f"{s.tensor_parallel_degree} GPUs; recomputing a layer sends its forward again",
         "data_parallel_exposed_s": f"gradients and parameters over {s.data_parallel_degree} replicas "
-        f"({plan.price.time.data_parallel_s:.3g} s in all), less what backward hides",
+        f"({plan.price.time.data_parallel_s:.3g} s in all), less what backward hides; gradients that tensor ranks, first "
+        "and last stage add up; the norm",
         "pipeline_bubble_s": f"(p - 1) / (m v) of the busy time, a third of it where weight gradients fill the gaps: "
         f"p {s.pipeline_parallel_degree}, m {accumulation}, v {s.num_virtual_stages}",
         "pipeline_transfer_s": "one activation from stage to stage and one gradient back, of every micro batch",

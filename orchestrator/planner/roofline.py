@@ -7,10 +7,11 @@ one a multiprocessor); the constants are strategies/constants.py's."""
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from clusters.cluster import Cluster
 from strategies.constants import BACKWARD_FLASH, MATH_PASSES, SUSTAINED, TIME, TimeConstants
+from strategies.links import Links
 from strategies.strategy import Strategy
 from strategies.workload import Workload
 
@@ -45,7 +46,10 @@ class Roofline:
         "constants",
         "element",
         "flash",
+        "gradients",
+        "links",
         "peak",
+        "talk",
         "work",
     )
 
@@ -64,6 +68,11 @@ class Roofline:
         self.bandwidth = measured or cluster.accelerator.memory_bytes_per_s * constants.memory
         self._layers: dict[tuple[int, int, int, bool, str, bool], Layer] = {}
         self._heads: dict[tuple[int, int], float] = {}
+        self.links = Links(cluster, constants)
+        self.talk: dict[tuple[object, ...], Any] = {}
+        """Seconds of a tensor group's messages (time.py)."""
+        self.gradients: dict[tuple[object, ...], tuple[float, float]] = {}
+        """Seconds of gradients' and sharded parameters' messages (time.py)."""
         half_size = constants.matmul_half_size * math.sqrt(dense / 312e12)
         self._products = (self.peak * constants.matmul, half_size, cluster.accelerator.num_multiprocessors)
 

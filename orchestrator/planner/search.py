@@ -300,12 +300,11 @@ class _Search:
         offload = replace(row.offload, activations="none")  # what it costs is in extra_s
         each = size // len(row.shardings)
         for sharding in row.shardings:
-            time = self.problem.time(self.problem.strategy(point(core, sharding, offload, kind, layers)))
-            rest_s = (
-                time.step_s - time.pipeline_bubble_s
-            )  # the first schedule has the fewest stages a rank, and transfers
+            strategy = self.problem.strategy(point(core, sharding, offload, kind, layers))
+            time = self.problem.time(strategy)
+            # The first schedule has the fewest stages a rank, and transfers.
             rest = Rest(
-                rest_s,
+                time.step_s - time.pipeline_bubble_s - self.bounds.avoidable_s(strategy, row.batch),
                 self.bounds.hideable_s(time, row.zero),
                 time.compute_s + time.recompute_s + time.tensor_parallel_s,
             )

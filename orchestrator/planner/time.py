@@ -10,13 +10,14 @@ parallelism), offload and recomputing only add; more checkpointed layers never t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 from clusters.cluster import Cluster
 from orchestrator.planner.memory import MemoryPrice, price_memory
 from orchestrator.planner.roofline import Layer, Roofline, roofline
 from strategies.constants import TIME, TRANSFER_S, TimeConstants
-from strategies.links import all_reduce_s, ring
+from strategies.engines.engine import BUCKET_BYTES
+from strategies.links import all_reduce_s, blocking_s
 from strategies.offload import cost as offload
 from strategies.pipeline import cost as pipeline
 from strategies.strategy import Strategy
@@ -91,47 +92,34 @@ def step_time(roof: Roofline, strategy: Strategy, sequence_length: int, constant
     times = strategy.gradient_accumulation_steps
     layer = roof.layer(strategy, tokens, sequence_length)
     again = _again_s(strategy, layer)
-    message_s = _message_s(work, strategy, cluster, constants, tokens, element)
+    talk = tensor_s(roof, strategy, tokens)
     head = roof.head(tokens, strategy.tensor_parallel_degree)
 
     shares = pipeline.shares(strategy)
-    full = strategy.activation_checkpointing == "full"
     plain, once, slowest_s, slowest = layer.forward_s + layer.backward_s, 0.0, -1.0, shares.by_rank[0]
     for share, count in shares.distinct:
-        messages = 2 * share.layers + (share.checkpointed if full else 0)
-        seconds = share.layers * plain + share.checkpointed * again + messages * message_s + share.head * head
+        seconds = share.layers * plain + share.checkpointed * again + talk.of(share) + share.head * head
         once += seconds * count
         if seconds > slowest_s:
             slowest_s, slowest = seconds, share
     busy = slowest.layers * plain + slowest.head * head
     recompute = slowest.checkpointed * again
-    messages = 2 * slowest.layers + (slowest.checkpointed if full else 0)
     bubble = pipeline.bubble_s(strategy, once_s=once, slowest_s=slowest_s)
-    transfer = _transfer_s(work, strategy, cluster, constants, tokens, element)
-
-    parameters = _parameters(work, strategy, slowest)
-    data_s, exposed_s = zero.data_parallel_s(
-        strategy,
-        cluster,
-        constants,
-        parameters=parameters,
-        num_units=slowest.layers + 1,
-        element=element,
-        compute_s=times * slowest_s,
-    )
-    optimizer_s, offload_s = _optimizer_s(roof, strategy, parameters, constants)
+    transfer = _transfer_s(roof, strategy, shares, tokens)
+    data_s, exposed_s = _gradients_s(roof, strategy, slowest, compute_s=times * slowest_s)
+    optimizer_s, offload_s = _optimizer_s(roof, strategy, _parameters(work, strategy, slowest), constants)
     if strategy.offload.activations != "none":
         link = offload.activations_s(
             work, strategy, cluster, slowest, tokens=tokens, sequence_length=sequence_length, element=element
         )
         forward = slowest.layers * layer.forward_s + slowest.head * head / 3
         offload_s += times * offload.exposed_s(link, forward_s=forward, backward_s=busy - forward)
-    compute_s, recompute_s, tensor_s = times * busy, times * recompute, times * messages * message_s
+    compute_s, recompute_s, talk_s = times * busy, times * recompute, times * talk.of(slowest)
     return TimePrice(
-        step_s=compute_s + recompute_s + tensor_s + exposed_s + bubble + transfer + offload_s + optimizer_s,
+        step_s=compute_s + recompute_s + talk_s + exposed_s + bubble + transfer + offload_s + optimizer_s,
         compute_s=compute_s,
         recompute_s=recompute_s,
-        tensor_parallel_s=tensor_s,
+        tensor_parallel_s=talk_s,
         data_parallel_s=data_s,
         data_parallel_exposed_s=exposed_s,
         pipeline_bubble_s=bubble,
@@ -147,41 +135,114 @@ def _again_s(strategy: Strategy, layer: Layer) -> float:
     return 0.0 if kind == "none" else layer.again_full_s if kind == "full" else layer.again_selective_s
 
 
-def _message_s(
-    work: Workload, strategy: Strategy, cluster: Cluster, constants: TimeConstants, tokens: int, element: int
-) -> float:
-    """Seconds of one layer's tensor-parallel messages in one direction: two blocking all-reduces, or their halves with
-    sequence parallel. Recomputing a layer sends its forward messages again."""
+class Talk(NamedTuple):
+    """Seconds of tensor.messages."""
+
+    layer: float = 0.0
+    again: float = 0.0
+    embedding: float = 0.0
+    head: float = 0.0
+
+    def of(self, share: pipeline.Share) -> float:
+        """One micro batch through what a pipeline rank holds."""
+        return (
+            share.layers * self.layer
+            + share.checkpointed * self.again
+            + share.embedding * self.embedding
+            + share.head * self.head
+        )
+
+
+SILENT = Talk()
+
+
+def tensor_s(roof: Roofline, strategy: Strategy, tokens: int) -> Talk:
+    """The tensor group's messages, which block."""
     size = strategy.tensor_parallel_degree
     if size == 1:
-        return 0.0
+        return SILENT
     stride = 1 if strategy.mesh_order[-1] == "tensor" else strategy.degrees.stride("tensor")
-    group = ring(cluster, constants, size=size, stride=stride, num_gpus=strategy.num_gpus)
-    num_bytes = tensor.message_bytes_per_layer(work, strategy, tokens=tokens, element=element) / 2
-    wait = constants.collective_s if cluster.accelerator.kind == "cuda" else cluster.intra_node.latency_s
-    steps = 2 * (size - 1) * group.hop_s
-    return 2 * (all_reduce_s(group, num_bytes, messages=0) + wait + steps)
+    kind, num_gpus = strategy.activation_checkpointing, strategy.num_gpus
+    key = tokens, size, stride, num_gpus, strategy.sequence_parallel, kind, strategy.states
+    known = roof.talk.get(key)
+    if known is None:
+        sent = tensor.messages(roof.work, strategy, tokens=tokens, element=roof.element)
+        group, wait_s = roof.links.ring(size, stride, num_gpus), _wait_s(roof)
+        known = Talk(*(sum(blocking_s(group, message, wait_s) for message in part) for part in sent))
+        roof.talk[key] = known
+    return known
 
 
-def _transfer_s(
-    work: Workload, strategy: Strategy, cluster: Cluster, constants: TimeConstants, tokens: int, element: int
-) -> float:
-    """Seconds of stage-to-stage messages that no compute hides: each micro batch crosses each of a rank's stages both ways."""
+def _wait_s(roof: Roofline) -> float:
+    cluster = roof.cluster
+    return roof.links.constants.collective_s if cluster.accelerator.kind == "cuda" else cluster.intra_node.latency_s
+
+
+def _gradients_s(
+    roof: Roofline, strategy: Strategy, slowest: pipeline.Share, *, compute_s: float
+) -> tuple[float, float]:
+    """What is sent once a step, or for the sake of ZeRO: (all of it, what compute does not hide)."""
+    # The first stage's reduction is as late as anybody's.
+    embedding = slowest.embedding or not (slowest.head or strategy.pipeline_parallel_degree == 1)
+    key = (
+        *(slowest.layers, embedding, slowest.head, strategy.engine, strategy.states, strategy.mesh_order),
+        *(strategy.data_parallel_degree, strategy.tensor_parallel_degree, strategy.pipeline_parallel_degree),
+        *(strategy.context_parallel_degree, strategy.sequence_parallel, strategy.zero_stage, strategy.zero_group_size),
+        *(strategy.gather, strategy.reduce, strategy.num_virtual_stages > 1),
+        strategy.gradient_accumulation_steps if strategy.zero_stage >= 2 else 0,
+    )
+    known = roof.gradients.get(key)
+    if known is None:
+        known = roof.gradients[key] = _sent_s(roof, strategy, slowest._replace(embedding=embedding))
+    seconds, exposed_s = known
+    return seconds, exposed_s if strategy.zero_stage < 2 else max(exposed_s, seconds - compute_s)
+
+
+def _sent_s(roof: Roofline, strategy: Strategy, share: pipeline.Share) -> tuple[float, float]:
+    """(all of it, what no compute hides, however long it is)."""
+    work, element, links, num_gpus = roof.work, roof.element, roof.links, strategy.num_gpus
+    bucket_bytes = BUCKET_BYTES if work.native else links.constants.bucket_bytes
+    sent = zero.messages(work, strategy, share, element=element, bucket_bytes=bucket_bytes)
+    seconds, exposed_s = zero.data_parallel_s(strategy, links, sent)
+    reduced, wait_s, blocking = zero.gradient_element(strategy, element), _wait_s(roof), 0.0
+    for message in tensor.gradient_message(work, strategy, share, element=reduced):
+        stride = 1 if strategy.mesh_order[-1] == "tensor" else strategy.degrees.stride("tensor")
+        group = links.ring(strategy.tensor_parallel_degree, stride, num_gpus)
+        blocking += blocking_s(group, message, wait_s)
+    for message in zero.norm_message(strategy):
+        blocking += all_reduce_s(links.ring(num_gpus, 1, num_gpus), message.num_bytes)
+    return seconds + blocking, exposed_s + blocking
+
+
+def _transfer_s(roof: Roofline, strategy: Strategy, shares: pipeline.Shares, tokens: int) -> float:
+    """Seconds of stage-to-stage messages that no compute hides, of the rank with the most borders: it sends and receives at
+    the same time; and once a step of a tied table's gradient."""
     degree = strategy.pipeline_parallel_degree
     if degree == 1:
         return 0.0
-    stride = strategy.num_gpus // degree
-    if strategy.num_gpus > cluster.gpus_per_node:  # some neighbours are on two nodes, and the others wait for them
-        stride = max(stride, cluster.gpus_per_node)
-    pairs = ring(cluster, constants, size=2, stride=stride, num_gpus=strategy.num_gpus)
-    hop_bytes = pipeline.transfer_bytes(work, strategy, tokens=tokens, element=element)
-    one = 2 * strategy.num_virtual_stages * (hop_bytes / pairs.bytes_per_s + TRANSFER_S)
+    num_gpus, per_node = strategy.num_gpus, roof.cluster.gpus_per_node
+    # Where some neighbours are on two nodes, the others wait for them.
+    stride = num_gpus // degree if num_gpus <= per_node else max(num_gpus // degree, per_node)
+    pairs = roof.links.ring(2, stride, num_gpus)
+    sent, _ = pipeline.messages(roof.work, strategy, shares.most_borders, tokens=tokens, element=roof.element)
+    one = sent.num_bytes / pairs.bytes_per_s + sent.count * TRANSFER_S
     fill = (degree - 1) / strategy.num_virtual_stages
-    return constants.transfer * (strategy.gradient_accumulation_steps + fill) * one
+    crossing_s = roof.links.constants.transfer * (strategy.gradient_accumulation_steps + fill) * one
+    return crossing_s + tied_s(roof, strategy)
+
+
+def tied_s(roof: Roofline, strategy: Strategy) -> float:
+    """Seconds of a tied table's gradient between the ranks of the first and the last stage."""
+    seconds, degree, first = 0.0, strategy.pipeline_parallel_degree, pipeline.shares(strategy).by_rank[0]
+    reduced = zero.gradient_element(strategy, roof.element)
+    for message in pipeline.shared_message(roof.work, strategy, first, element=reduced):
+        ends = roof.links.ring(2, (degree - 1) * (strategy.num_gpus // degree), strategy.num_gpus)
+        seconds += all_reduce_s(ends, message.num_bytes) + _wait_s(roof)
+    return seconds
 
 
 def _parameters(work: Workload, strategy: Strategy, share: pipeline.Share) -> float:
-    """Of the slowest pipeline rank, with the embedding or its tied copy."""
+    """Of the slowest pipeline rank, with the embedding or its tied copy, as the optimizer steps them."""
     outside = 0.0
     if share.embedding:
         outside += work.embedding_parameters

@@ -4,8 +4,12 @@ Source: GPipe arXiv:1811.06965; 1F1B and interleaving arXiv:2104.04473, section 
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
 from typing import NamedTuple
 
+from strategies.links import Message
+from strategies.sizes import FIRST, Place, table
 from strategies.strategy import SPLIT_BACKWARD, Schedule, Stage, Strategy
 from strategies.workload import Workload
 
@@ -14,7 +18,10 @@ SPLIT_S = 0.01
 alone would make zbv 17 % faster than 1F1B where 16 % was measured (6.2B on 8 x H800, pipeline 8: 55 and 64 samples/s,
 sail-sg/zero-bubble-pipeline-parallelism issue 21)."""
 
-READS = ("pipeline_parallel_degree", "pipeline_schedule", "num_virtual_stages", "gradient_accumulation_steps", "stages")
+READS = (
+    *("pipeline_parallel_degree", "pipeline_schedule", "num_virtual_stages", "gradient_accumulation_steps", "stages"),
+    *("tensor_parallel_degree", "sequence_parallel", "zero_stage", "zero_group_size"),
+)
 
 
 class Share(NamedTuple):
@@ -34,6 +41,9 @@ class Shares(NamedTuple):
     """Each share that differs, and how many ranks hold it."""
     fullest: tuple[int, ...]
     """The ranks that can hold the most: an earlier rank with no smaller share keeps no fewer micro batches in flight."""
+    borders: tuple[int, ...]
+    """Of each rank: borders of its stages that a micro batch crosses to or from another rank, forward and backward."""
+    most_borders: int
 
 
 _SHARES: dict[int, tuple[tuple[Stage, ...], Shares]] = {}
@@ -54,7 +64,8 @@ def shares(strategy: Strategy) -> Shares:
     for rank, share in enumerate(by_rank):
         if not any(_covers(by_rank[earlier], share) for earlier in fullest):
             fullest.append(rank)
-    found = Shares(by_rank, distinct, tuple(fullest))
+    borders = _borders(stages, len(by_rank))
+    found = Shares(by_rank, distinct, tuple(fullest), borders, max(borders))
     _SHARES[id(stages)] = stages, found
     return found
 
@@ -122,10 +133,34 @@ def bubble_s(strategy: Strategy, *, once_s: float, slowest_s: float) -> float:
     return waits / 3 + SPLIT_S * slowest_s * strategy.gradient_accumulation_steps
 
 
-def transfer_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:
-    """One activation from stage to stage; backward sends as much. Every tensor rank sends its own copy, split by sequence
-    where the activations are."""
-    if strategy.pipeline_parallel_degree == 1:
-        return 0.0
+def messages(work: Workload, strategy: Strategy, borders: int, *, tokens: int, element: int) -> tuple[Message, ...]:
+    """Activations and their gradients of one micro batch at so many borders of a rank: at each it sends one and receives the
+    other. Every tensor rank sends its own copy, split by sequence where the activations are."""
+    if not borders:
+        return ()
     split = strategy.tensor_parallel_degree if strategy.sequence_parallel else 1
-    return tokens * work.hidden_size * element / split
+    num_bytes = borders * tokens * work.hidden_size * element / split
+    return (
+        Message("send", "pipeline", element, num_bytes, borders),
+        Message("receive", "pipeline", element, num_bytes, borders),
+    )
+
+
+def shared_message(
+    work: Workload, strategy: Strategy, share: Share, *, element: int, place: Place = FIRST
+) -> tuple[Message, ...]:
+    """Once a step: the gradient of a tied table, added up between the ranks of the first and the last stage, in one message
+    of a rank's shard. `element`: bytes of a gradient."""
+    tied = work.tied_embeddings and strategy.pipeline_parallel_degree > 1
+    if not tied or share.embedding == share.head:
+        return ()
+    shards = strategy.zero_group_size if strategy.zero_stage else 1
+    rows = table(work, strategy.tensor_parallel_degree, shards, place)
+    return (Message("all_reduce", "shared", element, rows * element),)
+
+
+def _borders(stages: tuple[Stage, ...], degree: int) -> tuple[int, ...]:
+    """By rank."""
+    ranks = [stage.pipeline_rank for stage in sorted(stages, key=lambda stage: stage.stage)]
+    touched = Counter(rank for border in pairwise(ranks) if border[0] != border[1] for rank in border)
+    return tuple(touched[rank] for rank in range(degree))

@@ -5,17 +5,22 @@ holds at each moment is written in apply.py; these functions are the same table 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from clusters.cluster import Cluster
 from strategies.catalog import ENGINES
-from strategies.constants import TimeConstants
 from strategies.engines.engine import BUCKET_BYTES
-from strategies.links import all_reduce_s, half_s, ring
+from strategies.links import Links, Message, all_reduce_s, half_s
+from strategies.pipeline.cost import Share
+from strategies.sizes import FIRST, Place, Sizes, num_buckets, padded
 from strategies.strategy import Strategy
 from strategies.workload import Workload
 
-READS = ("engine", "data_parallel_degree", "zero_stage", "zero_group_size", "states", "gather", "reduce")
+READS = (
+    *("engine", "data_parallel_degree", "zero_stage", "zero_group_size", "states", "gather", "reduce"),
+    *("tensor_parallel_degree", "gradient_accumulation_steps"),
+)
 """Fields of the Strategy that these functions read."""
 
 BYTES: dict[str, tuple[int, int, int, int]] = {
@@ -130,60 +135,116 @@ def bucket_bytes(largest: float, strategy: Strategy, element: int) -> float:
     return max(BUCKET_BYTES, largest * min(4, gradient) * (element // 4 if element > 4 else 1))
 
 
-def data_parallel_s(
-    strategy: Strategy,
-    cluster: Cluster,
-    constants: TimeConstants,
-    *,
-    parameters: float,
-    num_units: int,
-    element: int,
-    compute_s: float,
-) -> tuple[float, float]:
-    """Seconds of a step's gathers and reductions of one rank's parameters: (all of them, those that compute does not hide).
+def messages(
+    work: Workload, strategy: Strategy, share: Share, *, element: int, bucket_bytes: float, place: Place = FIRST
+) -> tuple[Message, ...]:
+    """A step's gathers and reductions of one rank's parameters, padding included: what apply.py says that buckets and FSDP2
+    send, and over how many replicas of a shard.
 
-    Per step at ZeRO 0 and 1. FSDP: per micro batch, two gathers at stage 3 (backward gathers what forward let go)."""
-    size = strategy.data_parallel_degree
-    if size == 1:
+    Args:
+        element: bytes of a parameter in use.
+        bucket_bytes: of gradients in one message at ZeRO 0 and 1.
+    """
+    if strategy.data_parallel_degree == 1:
+        return ()
+    stage, shards, tensor = strategy.zero_stage, group_size(strategy), strategy.tensor_parallel_degree
+    sizes = padded(work, tensor, place.tensor, shards)
+    outside = sizes.outside(work, embedding=share.embedding, head=share.head)
+    blocks, reduced = share.layers * sizes.block, gradient_element(strategy, element)
+    if stage >= 2:  # a unit is a block, or what stands outside the blocks
+        count: float = share.layers + bool(outside)
+    elif work.native:
+        held = share.layers, share.embedding, share.head
+        count = num_buckets(work, *held, tensor, place.tensor, bucket_bytes / reduced)
+    else:
+        count = (blocks + outside) * reduced / bucket_bytes + 1
+    scatter, sent = Message("reduce_scatter", "shard", reduced, (blocks + outside) * reduced, count), []
+    if shards > 1:
+        if gathers(strategy):
+            per_block, per_rest = _gathers(strategy)
+            num_bytes = (blocks * per_block + outside * per_rest) * element
+            sent.append(
+                Message("all_gather", "shard", element, num_bytes, share.layers * per_block + bool(outside) * per_rest)
+            )
+        else:
+            sent.append(scatter._replace(kind="all_gather", element=element, num_bytes=(blocks + outside) * element))
+        if _reduces_once(strategy):
+            sent.append(scatter)
+        else:
+            times, (number, rest) = strategy.gradient_accumulation_steps, _rest(strategy, share, sizes, outside, work)
+            num_bytes = (times * blocks + rest) * reduced
+            sent.append(scatter._replace(num_bytes=num_bytes, count=times * share.layers + number))
+    if shards < strategy.data_parallel_degree:
+        sent.append(scatter._replace(kind="all_reduce", group="replicate", num_bytes=scatter.num_bytes / shards))
+    return tuple(message for message in sent if message.count)
+
+
+def _gathers(strategy: Strategy) -> tuple[int, int]:
+    """How often a step gathers (a block, what stands outside the blocks): at stage 3 a block is let go between forward and
+    backward, all else when the backward pass ends."""
+    if strategy.gather == "per_step":
+        return 1, 1
+    times = strategy.gradient_accumulation_steps
+    return times * (2 if strategy.zero_stage == 3 else 1), times
+
+
+def _reduces_once(strategy: Strategy) -> bool:
+    """Once a step, not with every micro batch."""
+    return strategy.zero_stage < 2 or strategy.reduce == "per_step"
+
+
+def _rest(strategy: Strategy, share: Share, sizes: Sizes, outside: int, work: Workload) -> tuple[int, int]:
+    """(messages, elements of all of them) that reduce with every micro batch what stands outside the blocks.
+
+    A rank of a pipeline does so after the backward pass of each stage that has some of it, apart for embedding and head. Where
+    replicas of a shard wait for the last micro batch, several stages of a rank would leave them different parts: once."""
+    times = strategy.gradient_accumulation_steps
+    if strategy.pipeline_parallel_degree > 1 and strategy.num_virtual_stages > 1:
+        if group_size(strategy) < strategy.data_parallel_degree:
+            return int(outside > 0), outside
+        if share.embedding and share.head:
+            return 2 * times, times * (sizes.embedding + sizes.head + sizes.table * work.tied_embeddings)
+    return times * (outside > 0), times * outside
+
+
+def gradient_element(strategy: Strategy, element: int) -> int:
+    """Bytes of a gradient where it is reduced."""
+    return min(4, BYTES[strategy.states][1]) if element <= 4 else element
+
+
+def norm_message(strategy: Strategy) -> tuple[Message, ...]:
+    """Once a step: loss and squared gradient norm, two fp64 numbers, over everybody."""
+    return (Message("all_reduce", "world", 8, 16),) if strategy.num_gpus > 1 else ()
+
+
+def data_parallel_s(strategy: Strategy, links: Links, sent: Sequence[Message]) -> tuple[float, float]:
+    """Seconds of `messages`: (all of them, those that no compute hides, however long)."""
+    if not sent:
         return 0.0, 0.0
+    size, shard, num_gpus = strategy.data_parallel_degree, group_size(strategy), strategy.num_gpus
     stride = strategy.tensor_parallel_degree * strategy.context_parallel_degree
     if strategy.mesh_order[-1] != "tensor" or strategy.mesh_order[1] != "data":
         stride = strategy.degrees.stride("data")
-    num_gpus = strategy.num_gpus
-    reduced = min(4, BYTES[strategy.states][1]) if element <= 4 else element
-    stage = strategy.zero_stage
-    cpu = cluster.accelerator.kind == "cpu"
-    if stage == 0:
-        group = ring(cluster, constants, size=size, stride=stride, num_gpus=num_gpus)
-        messages = parameters * reduced / constants.bucket_bytes + 1
-        seconds = all_reduce_s(group, parameters * reduced, messages=messages)
-        return seconds, seconds * (1.0 if cpu else 1 - constants.hidden)
-
-    shard = strategy.zero_group_size
-    group = ring(cluster, constants, size=shard, stride=stride, num_gpus=num_gpus)
-    across_s = 0.0
-    if shard < size:
-        outer = ring(cluster, constants, size=size // shard, stride=stride * shard, num_gpus=num_gpus)
-        across_s = all_reduce_s(outer, parameters * reduced / shard, messages=num_units)
-    messages = num_units if stage >= 2 else parameters * element / constants.bucket_bytes + 1
-    reduce_s = half_s(group, parameters * reduced, messages=messages, kind="reduce_scatter")
-    gather_s = half_s(group, parameters * element, messages=messages)
-    if stage == 1:
-        bytes_s = half_s(group, parameters * (reduced + element), messages=0) + across_s
-        return reduce_s + gather_s + across_s, reduce_s + gather_s + across_s - bytes_s * (
-            0 if cpu else constants.hidden
-        )
-
-    times = strategy.gradient_accumulation_steps
-    gather_times = 1 if strategy.gather == "per_step" or not gathers(strategy) else times * (2 if stage == 3 else 1)
-    reduce_times = 1 if strategy.reduce == "per_step" else times
-    seconds = gather_times * gather_s + reduce_times * reduce_s + across_s
+    constants, cpu = links.constants, links.cluster.accelerator.kind == "cpu"
+    seconds = bytes_s = copied = 0.0
+    for message in sent:
+        if message.group == "replicate":
+            outer = links.ring(size // shard, stride * shard, num_gpus)
+            took = all_reduce_s(outer, message.num_bytes, messages=message.count)
+            bytes_s += took
+        else:
+            inner = links.ring(shard, stride, num_gpus)
+            took = half_s(inner, message.num_bytes, messages=message.count, kind=message.kind)
+            bytes_s += half_s(inner, message.num_bytes, messages=0, kind=message.kind)
+            copied += 2 * message.num_bytes
+        seconds += took
+    if strategy.zero_stage < 2:
+        return seconds, seconds - bytes_s * (0 if cpu else constants.hidden)
     if cpu:
         # Nothing hides, and each unit is copied in before it is scattered and out after it was gathered: read and written.
-        copied = 2 * parameters * (element * gather_times + reduced * reduce_times)
-        seconds += copied / _copy_rate(cluster)
+        seconds += copied / _copy_rate(links.cluster)
         return seconds, seconds
-    return seconds, max(seconds * (1 - constants.hidden_sharded), seconds - compute_s)
+    return seconds, seconds * (1 - constants.hidden_sharded)
 
 
 def _copy_rate(cluster: Cluster) -> float:

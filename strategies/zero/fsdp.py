@@ -32,6 +32,8 @@ class FsdpStates:
         self.gather_per_step, self.reduce_per_step = strategy.gather == "per_step", strategy.reduce == "per_step"
         with unset_fake_temporarily():  # on the meta device, whether or not a trace plays what follows
             _shard(build, keeps=strategy.zero_stage == 2 or self.gather_per_step)
+        if self.pipelined:
+            _fetch_by_stage(build)
         self.on_host = "fsdp_offload" in build.requests
         self.root = cast("Any", build.module)
         self.units = [unit for unit in build.module.modules() if isinstance(unit, FSDPModule)]
@@ -66,8 +68,8 @@ class FsdpStates:
     def backward(self, stage: Stage, *, last: bool, done: bool) -> None:
         """The stage's units scatter as they go. Of a split backward the blocks' weights come later, see `deferred`."""
         self.root.set_requires_gradient_sync(False)
-        self.root.set_reshard_after_backward(not self.gather_per_step)
         self.root.set_is_last_backward(False)
+        self._let_go_after(stage)
         if self.reduce_per_step:
             return
         blocks = self.root.blocks._modules
@@ -79,6 +81,19 @@ class FsdpStates:
             unit.set_requires_gradient_sync(True, recurse=False)
             unit.set_requires_all_reduce(done, recurse=False)
 
+    def _let_go_after(self, stage: Stage) -> None:
+        """FSDP2 lets go all it has gathered when any backward pass ends; another stage of this rank would gather its own
+        again. Kept blocks (stage 2) go with their stage, embedding and head with the rank's first, the last to need them."""
+        self.root.set_reshard_after_backward(not self.gather_per_step)
+        if self.gather_per_step:
+            return
+        first = min(held.stage for held in self.build.requests["held"])
+        self.root.set_reshard_after_backward(stage.stage == first, recurse=False)
+        if self.build.strategy.zero_stage == 2:
+            mine = range(stage.first_layer, stage.first_layer + stage.num_layers)
+            for name, block in self.root.blocks.named_children():
+                block.set_reshard_after_backward(int(name) in mine)
+
     def deferred(self, weight: nn.Parameter, following: nn.Parameter | None, *, done: bool) -> None:
         """A block's weights are through when the next one's come."""
         if self.reduce_per_step:
@@ -87,7 +102,8 @@ class FsdpStates:
         if following is None or self._unit_of(following) is not unit:
             unit.set_requires_gradient_sync(True, recurse=False)
             unit.set_requires_all_reduce(done, recurse=False)
-            _scatter(unit, whole=self.num_replicas > 1)
+            unit.set_reshard_after_backward(False, recurse=False)  # the next micro batch may be between its two passes
+            _scatter(unit, whole=True)
 
     def _unit_of(self, weight: nn.Parameter) -> Any:
         """Of a gathered parameter, which FSDP2 keeps as an object from its first gather on."""
@@ -164,8 +180,7 @@ def _groups(unit: Any) -> list[Any]:
 
 def _scatter(unit: Any, *, whole: bool = False) -> None:
     """A unit's unsharded gradients into its shards. Of a split backward some have been widened to the reduction's dtype and
-    others just come: FSDP2 wants them alike. whole: zeros where none came, so that what waits for the replicas' sum is the
-    same parameters each time."""
+    others just come: FSDP2 wants them alike. whole: zeros where none came, so that it is the same message each time."""
     for group in _groups(unit):
         for each in group.fsdp_params:
             if not hasattr(each, "_unsharded_param"):
@@ -197,3 +212,16 @@ def _shard(build: Build, *, keeps: bool) -> None:
             # Gradients are sums: the loss is already divided by the tokens of the whole global batch.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+
+
+def _fetch_by_stage(build: Build) -> None:
+    """In backward FSDP2 fetches the unit that ran before this one in forward, which under a pipeline may be one of another
+    stage that nobody needs next. Told: a block fetches the block before it in its stage; naming itself, nothing."""
+    root: Any = build.module
+    root.set_modules_to_backward_prefetch([root])
+    for stage in build.requests["held"]:
+        before = None
+        for index in range(stage.first_layer, stage.first_layer + stage.num_layers):
+            block = root.blocks._modules[str(index)]
+            block.set_modules_to_backward_prefetch([before or block])
+            before = block

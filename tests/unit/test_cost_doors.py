@@ -13,12 +13,22 @@ from orchestrator.planner.memory import price_memory
 from orchestrator.planner.stages import cut
 from orchestrator.planner.time import price, price_time
 from strategies.constants import MEMORY, TIME
-from strategies.links import all_reduce_s, half_s, ring
+from strategies.links import Links, Message, all_reduce_s, half_s, ring
 from strategies.offload.cost import exposed_s, offloaded
-from strategies.pipeline.cost import bubble_fraction, bubble_s, in_flight, shares, transfer_bytes
+from strategies.pipeline.cost import bubble_fraction, bubble_s, in_flight, shared_message, shares
+from strategies.pipeline.cost import messages as pipeline_messages
 from strategies.strategy import Offload, Strategy
-from strategies.tensor.cost import logit_bytes, message_bytes_per_layer
-from strategies.zero.cost import BYTES, data_parallel_s, gathered_bytes, state_bytes, unsharded_gradient_bytes
+from strategies.tensor.cost import logit_bytes
+from strategies.tensor.cost import messages as tensor_messages
+from strategies.zero.cost import (
+    BYTES,
+    data_parallel_s,
+    gathered_bytes,
+    norm_message,
+    state_bytes,
+    unsharded_gradient_bytes,
+)
+from strategies.zero.cost import messages as zero_messages
 
 CLUSTER = load_cluster("a100-80gb-8x8")
 WORK = workload(CATALOG["opt-13b"])
@@ -134,16 +144,63 @@ def test_equal_shares_are_priced_once():
     assert [share.layers for share in found.by_rank] == [5] * 8
 
 
-def test_tensor_messages_are_two_activations_a_layer():
-    split = Strategy(tensor_parallel_degree=8)
-    assert message_bytes_per_layer(WORK, split, tokens=2048, element=2) == 2 * 2048 * 5120 * 2
-    assert message_bytes_per_layer(WORK, Strategy(), tokens=2048, element=2) == 0
+def test_tensor_messages_are_two_activations_a_layer_and_direction():
+    split, activation = Strategy(tensor_parallel_degree=8), 2048 * 5120 * 2
+    sent = tensor_messages(WORK, split, tokens=2048, element=2)
+    assert sent.layer == (Message("all_reduce", "tensor", 2, 4 * activation, 4),)
+    assert sent.embedding == (Message("all_reduce", "tensor", 2, activation, 1),)
+    assert sent.head[-1] == Message("all_reduce", "tensor", 4, 3 * 4 * 2048, 2), "the loss, in fp32"
+    assert sum(tensor_messages(WORK, Strategy(), tokens=2048, element=2), ()) == ()
+
+
+def test_sequence_parallel_gathers_each_columns_input_again_in_backward():
+    split = Strategy(tensor_parallel_degree=8, sequence_parallel=True)
+    (gathers, scatters) = tensor_messages(WORK, split, tokens=2048, element=2).layer
+    assert (gathers.kind, gathers.count) == ("all_gather", 2 + 2 + 2)
+    assert (scatters.kind, scatters.count) == ("reduce_scatter", 2 + 2)
+
+
+@pytest.mark.parametrize(("kind", "model", "again"), [
+    ("none", "opt-13b", 0), ("selective", "opt-13b", 1), ("full", "opt-13b", 1),  # up to the last saved tensor
+    ("full", "opt-350m", 2),  # whose last act is a norm
+    ("selective", "gpt3-13b", 0), ("full", "gpt3-13b", 2),  # as the stacks that published did
+])  # fmt: skip
+def test_recomputing_a_layer_sends_again_what_it_needs(kind, model, again):
+    split = Strategy(tensor_parallel_degree=8, activation_checkpointing=kind)
+    assert sum(m.count for m in tensor_messages(workload(CATALOG[model]), split, tokens=1, element=2).again) == again
 
 
 def test_sequence_parallel_sends_a_share_from_stage_to_stage():
-    whole = transfer_bytes(WORK, strategy(pipeline=2, tensor_parallel_degree=8), tokens=2048, element=2)
+    whole = pipeline_messages(WORK, strategy(pipeline=2, tensor_parallel_degree=8), 2, tokens=2048, element=2)
     split = strategy(pipeline=2, tensor_parallel_degree=8, sequence_parallel=True)
-    assert transfer_bytes(WORK, split, tokens=2048, element=2) == whole / 8
+    assert [m.num_bytes for m in whole] == [2 * 2048 * 5120 * 2] * 2, "sent and received"
+    assert pipeline_messages(WORK, split, 2, tokens=2048, element=2)[0].num_bytes == whole[0].num_bytes / 8
+
+
+def test_a_rank_at_the_end_of_a_pipeline_has_one_border():
+    assert shares(strategy(pipeline=4)).borders == (1, 2, 2, 1)
+    assert shares(strategy(pipeline=2, virtual=2)).borders == (3, 3)
+
+
+def test_shards_are_padded_to_whole_rows_of_the_first_rank():
+    split = Strategy(data_parallel_degree=64, zero_stage=3, zero_group_size=64, states="sharded_fp32")
+    share = shares(strategy()).by_rank[0]
+    gathered, scattered = zero_messages(WORK, split, share, element=2, bucket_bytes=1)
+    table = -(-50272 // 64) * 64 * 5120  # tokens; rows of positions and of everything else
+    outside = table + -(-2050 // 64) * 64 * 5120 + 2 * 5120
+    blocks = 40 * WORK.block_parameters  # 5120 and 20480 rows divide by 64
+    assert (gathered.count, gathered.num_bytes) == (2 * 40 + 1, 2 * (2 * blocks + outside))
+    assert (scattered.count, scattered.num_bytes) == (41, 4 * (blocks + outside))
+
+
+def test_no_tied_gradient_where_one_rank_has_both_ends():
+    folded = cut(40, pipeline=4, virtual=2, v_shaped=True, head_layers=1.0, checkpointed=0)
+    zbv = Strategy(pipeline_parallel_degree=4, num_virtual_stages=2, pipeline_schedule="zbv", stages=folded)
+    one_way = strategy(pipeline=4)
+    sent = [[shared_message(WORK, s, share, element=2) for share in shares(s).by_rank] for s in (zbv, one_way)]
+    assert sent[0] == [()] * 4
+    assert [bool(message) for message in sent[1]] == [True, False, False, True]
+    assert sent[1][0][0].num_bytes == 50272 * 5120 * 2
 
 
 def test_the_projects_own_loss_keeps_logits_and_their_gradient():
@@ -173,7 +230,9 @@ def test_an_offloaded_optimizer_leaves_the_gpu_for_the_host():
 @pytest.mark.parametrize("states", sorted(BYTES))
 def test_no_message_without_a_neighbour(states):
     split = Strategy(states=states)
-    assert data_parallel_s(split, CLUSTER, TIME, parameters=1e9, num_units=40, element=2, compute_s=1.0) == (0, 0)
+    sent = zero_messages(WORK, split, shares(strategy()).by_rank[0], element=2, bucket_bytes=1)
+    assert sent == norm_message(split) == ()
+    assert data_parallel_s(split, Links(CLUSTER, TIME), sent) == (0, 0)
 
 
 STRATEGIES = [

@@ -307,14 +307,14 @@ def test_planning_imports_neither_torch_nor_ray() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("model", ["opt-66b", "opt-175b"])
-def test_a_run_of_a_large_model_takes_the_fastest_plan_as_it_is(model: str) -> None:
+@pytest.mark.parametrize(("model", "sequences"), [("opt-66b", 512), ("opt-175b", 1024)])
+def test_a_run_of_a_large_model_takes_the_fastest_plan_as_it_is(model: str, sequences: int) -> None:
     job = parse_job(
         {
             "version": 1,
             "name": "t",
             "model": model,
-            "batch": {"global_batch_size": 512, "sequence_length": 2048},
+            "batch": {"global_batch_size": sequences, "sequence_length": 2048},
             "cluster": "a100-80gb-8x8",
         }
     )
