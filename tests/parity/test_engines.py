@@ -9,7 +9,9 @@ from contextlib import ExitStack
 
 import pytest
 
-from benchmarks.engines import Judge, Row, rows
+from benchmarks import parity
+from benchmarks.cases import Case
+from benchmarks.engines import Judge, Row, rows, session_of, steps
 from benchmarks.pool import Pool
 from benchmarks.switch import CHAINS, ENDS, pools_of, switch
 from strategies.engines.installed import is_installed
@@ -48,3 +50,32 @@ def test_an_engine_follows_native_and_shows_what_it_split(pools: Mapping[str, Po
 def test_a_run_changes_engine_and_goes_on(pools: Mapping[str, Pool], chain: tuple[str, ...]) -> None:
     switched = switch(pools, chain)
     assert switched.passed, str(switched)
+
+
+def skipped(rank: int, row: Row) -> tuple[list[float], dict[str, bool]]:
+    """A step, one that overflows, another: losses, and which tensors of the state the overflow left as they were."""
+    session = session_of(row)
+    losses = steps(session, row.case, rank, 1)
+    before = parity.whole(session.state_dict())
+    session.scale = 2.0**40
+    losses += steps(session, row.case, rank, 1)
+    after = parity.whole(session.state_dict())
+    assert session.scale == 2.0**39
+    session.scale = 2.0**10
+    losses += steps(session, row.case, rank, 1)
+    same = {
+        name: bool((after[name] == before[name]).all())
+        for name in before
+        if name.startswith(("model", "optimizer.exp"))
+    }
+    session.close()
+    return losses, same
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_a_step_that_overflows_leaves_the_weights(pools: Mapping[str, Pool], zero_stage: int) -> None:
+    row = Row("colossalai", "", Case(2, zero_stage, precision="fp16"), "")
+    losses, same = pools["colossalai"].run(skipped, row, world_size=2)[0]
+    assert all(same.values())
+    assert losses[1] == pytest.approx(losses[2], abs=1e-6)  # the same weights see the same batch
+    assert losses[2] < losses[0]
