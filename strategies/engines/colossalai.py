@@ -252,7 +252,7 @@ class LowLevelZero(Boosted):
             max_scale=1.0,
             max_norm=0.0,
             reduce_bucket_size_in_m=BUCKET_ELEMENTS_M,
-            overlap_communication=self.device.type == "cuda",
+            overlap_communication=False,  # it wants CUDA's streams, and has not been tried
             master_weights=self.low or host,
             cpu_offload=host,
         )
@@ -294,5 +294,5 @@ class LowLevelZero(Boosted):
         """See engine.Session."""
         held = super().tensors()
         masters = [shard.master for shard in self.shards] if self.low or self.build.strategy.offload.any else []
-        waiting = list(self.gradients().values())
+        waiting = [] if self.build.strategy.zero_stage == 0 else list(self.gradients().values())
         return {**held, "gradients": held["gradients"] + waiting, "master_weights": masters}

@@ -37,7 +37,6 @@ class Gemini(Boosted):
         size_m = sum(shape.numel() for shape in self.shapes.values()) / CHUNKS / 2**20
         # Gemini knows its own three Adams by name; the session's is told to it.
         engine_module("colossalai", "colossalai.zero.gemini.gemini_optimizer")._AVAIL_OPTIM_LIST.add(Stepped)
-        cuda = self.device.type == "cuda"
         return engine_module("colossalai", "colossalai.booster.plugin").GeminiPlugin(
             precision=self.build.precision,
             placement_policy="static",
@@ -53,8 +52,9 @@ class Gemini(Boosted):
             min_scale=1.0,
             max_scale=1.0,
             max_norm=0.0,
-            pin_memory=cuda,
-            enable_async_reduce=cuda,
+            # Both want a GPU, and have not been tried.
+            pin_memory=False,
+            enable_async_reduce=False,
         )
 
     def _shard(self, stepped: Tensor) -> Shard:

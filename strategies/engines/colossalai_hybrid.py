@@ -8,7 +8,7 @@ B micro batch, S sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from strategies.engines.engine import Build, Layout, MicroBatch
 from strategies.engines.held import Place
 from strategies.engines.installed import engine_module
 from strategies.pipeline.runner import counted_loss
+from strategies.strategy import Strategy
 from strategies.zero.states import Shard, Weights
 
 
@@ -101,6 +102,7 @@ class Hybrid(LowLevelZero):
         ours: Any = self.build.module
         config, translate = ours.hugging_face()
         self.tied = bool(config["tie_word_embeddings"])
+        _refuse_model(config, self.build.strategy)
         self.shapes = {name: parameter.shape for name, parameter in ours.named_parameters()}
         self.translated = {translate(name): name for name in self.shapes}
         if self.tied:
@@ -156,7 +158,7 @@ class Hybrid(LowLevelZero):
             dp_outside=False,
             make_vocab_size_divisible_by=1,
             zero_bucket_size_in_m=BUCKET_ELEMENTS_M,
-            overlap_communication=self.device.type == "cuda",
+            overlap_communication=False,  # it wants CUDA's streams, and has not been tried
         )
         return self.plugin
 
@@ -208,3 +210,18 @@ class Hybrid(LowLevelZero):
 
     def _publish_group(self) -> Any:
         return self.plugin.dp_group
+
+
+def _refuse_model(config: Mapping[str, Any], strategy: Strategy) -> None:
+    degree = strategy.tensor_parallel_degree
+    for field in ("num_attention_heads", "ffn_dim", "hidden_size"):
+        if config[field] % degree:
+            raise ValueError(
+                f"tensor_parallel_degree {degree} does not divide the model's {field} {config[field]}: ColossalAI cuts evenly; set "
+                "another degree, or engine: native"
+            )
+    if degree > 1 and strategy.pipeline_parallel_degree == 1 and not config["tie_word_embeddings"]:
+        raise ValueError(
+            f"tensor_parallel_degree {degree} with tied_embeddings false: ColossalAI's Shardformer ties OPT's output to its "
+            "embedding whatever the model says; add a pipeline, or set engine: native"
+        )

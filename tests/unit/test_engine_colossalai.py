@@ -77,3 +77,20 @@ def test_a_session_that_cannot_be_is_refused_before_the_package_is_asked_for(
     strategy = Strategy(engine="colossalai", reduce="per_step", **changes)
     with pytest.raises(ValueError, match=told):
         build_session(torch.nn.Linear(1, 1), strategy=strategy, precision=precision, weights=lambda *_: torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"ffn_dim": 45}, "does not divide the model's ffn_dim 45"),
+        ({"tie_word_embeddings": False}, "ties OPT's output"),
+    ],
+)
+def test_a_model_that_shardformer_would_cut_wrong_is_refused(changed: dict[str, Any], told: str) -> None:
+    from strategies.engines.colossalai_hybrid import _refuse_model
+
+    config = {"num_attention_heads": 4, "ffn_dim": 44, "hidden_size": 24, "tie_word_embeddings": True}
+    strategy = Strategy(engine="colossalai", tensor_parallel_degree=2)
+    _refuse_model(config, strategy)
+    with pytest.raises(ValueError, match=told):
+        _refuse_model(config | changed, strategy)
