@@ -217,8 +217,8 @@ def _refuse_model(config: Mapping[str, Any], strategy: Strategy) -> None:
     for field in ("num_attention_heads", "ffn_dim", "hidden_size"):
         if config[field] % degree:
             raise ValueError(
-                f"tensor_parallel_degree {degree} does not divide the model's {field} {config[field]}: ColossalAI cuts evenly; set "
-                "another degree, or engine: native"
+                f"tensor_parallel_degree {degree} does not divide the model's {field} {config[field]}: ColossalAI cuts evenly; "
+                "set another degree, or engine: native"
             )
     if degree > 1 and strategy.pipeline_parallel_degree == 1 and not config["tie_word_embeddings"]:
         raise ValueError(
