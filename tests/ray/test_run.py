@@ -89,11 +89,17 @@ def test_a_run_is_stopped_by_ctrl_c_and_goes_on_to_its_end(workspace):
 
 
 def test_a_run_goes_on_under_another_split(workspace):
-    """Two pipeline stages, then two halves of every product: the losses are those of two replicas all along."""
+    """Two pipeline stages, then two halves of every product, with states in files and on the host: the losses are those of two
+    replicas all along."""
     file = chaos.job(workspace, name="small", workers=2, steps=9)
     splits = [
-        {"pipeline_parallel_degree": 2, "pipeline_schedule": "1f1b", "micro_batch_size": 1},
-        {"tensor_parallel_degree": 2, "sequence_parallel": True},
+        {
+            "pipeline_parallel_degree": 2,
+            "pipeline_schedule": "1f1b",
+            "micro_batch_size": 1,
+            "offload": {"optimizer": "nvme", "parameters": "host", "activations": "host"},
+        },
+        {"tensor_parallel_degree": 2, "sequence_parallel": True, "offload": {"optimizer": "host"}},
         {"data_parallel_degree": 2, "zero_stage": 3},
     ]
     losses = {}
