@@ -54,7 +54,7 @@ oracle: $(INSTALLED)  ## the planner against published measurements, cross-valid
 trace: $(INSTALLED)  ## closed form against the traced step, as a table
 	$(BIN)/python -m benchmarks.trace
 
-gpu:  ## native ZeRO on the GPUs present, one JSON; needs torch, numpy, PyYAML and pydantic alone
+gpu:  ## native ZeRO, recompute and offload on the GPUs present, one JSON; needs torch, numpy, PyYAML and pydantic alone
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu
 
 engine-fairscale: $(INSTALLED)  ## fairscale in a folder of its own, which only its workers see

@@ -1,4 +1,5 @@
-"""Native ZeRO on the GPUs of this machine: tokens/s, MFU and memory beside what the planner predicted. One JSON, one table.
+"""Native ZeRO, recompute and offload on the GPUs of this machine: tokens/s, MFU and memory beside what the planner predicted.
+One JSON, one table.
 
     python -m benchmarks.gpu                # docs/measurements/gpu-NAME.json
     python -m benchmarks.gpu --dry-run      # a tiny OPT on two CPU processes; chosen by itself where there is no GPU
@@ -21,51 +22,19 @@ import sys
 import tempfile
 import time
 import traceback
-from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_cases import VARIATIONS, Case, cases, pretended
 from clusters.cluster import Cluster
-from clusters.hardware import Calibration
-from clusters.inventory.local import Device, cluster_of_devices, describe_cpu, nvml_devices
-from orchestrator.models.architecture import CATALOG, Architecture, make_architecture
-from orchestrator.planner.problem import Choice, Problem
-from strategies.strategy import Strategy
+from clusters.inventory.local import Device, cluster_of_devices, nvml_devices
+from orchestrator.planner.problem import Problem
 
 FOLDER = Path(__file__).parents[1] / "docs" / "measurements"
-SHAPES = {
-    "opt-125m": ((8, 1024), (32, 1024), (16, 2048)),
-    "opt-1.3b": ((4, 1024), (16, 1024), (4, 2048)),
-}
-"""Sequences of a micro batch, tokens of a sequence."""
-RECOMPUTE = ("none", "full")
-WARMUP_STEPS, MEASURED_STEPS = 3, 8
+MEASURED_STEPS = 6
 CASE_TIMEOUT_S = 300.0
-TINY = make_architecture(
-    family="opt", num_layers=2, hidden_size=64, num_heads=4, ffn_size=256, vocab_size=264, max_position=64
-)
 PRELOADED = ["torch", "orchestrator.models.opt", "orchestrator.planner.live", "strategies.engines.native"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Case:
-    """One configuration to measure."""
-
-    model: str
-    arch: Architecture
-    strategy: Strategy
-    sequence_length: int
-    precision: str
-    device_type: str
-    num_warmup_steps: int
-    num_steps: int
-
-    @property
-    def tokens_per_step(self) -> int:
-        strategy = self.strategy
-        sequences = strategy.data_parallel_degree * strategy.micro_batch_size * strategy.gradient_accumulation_steps
-        return sequences * self.sequence_length
 
 
 # Measuring: one process for each GPU ----------------------------------------------------------------------------------
@@ -81,8 +50,9 @@ def measure(case: Case, rank: int, store: str) -> dict[str, Any]:
     from strategies.engines.engine import MicroBatch
     from strategies.engines.native import build_session
 
-    torch.set_num_threads(1)
     on_gpu = case.device_type == "cuda"
+    # As a run's worker has them: a host optimizer wants the cores that no other rank needs.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // case.strategy.num_gpus) if on_gpu else 1)
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
@@ -234,49 +204,6 @@ def gpus() -> Cluster | None:
     return cluster_of_devices(found)
 
 
-def pretended() -> Cluster:
-    """Two CPU workers with round numbers: a dry run shows that the program works, not how fast a machine is."""
-    nominal = Calibration(
-        source="nominal, for a dry run", matmul_flops={"fp32": 5e10}, memory_bytes_per_s=1e10, op_overhead_s=1e-5
-    )
-    return describe_cpu(nominal, cores=2, memory_bytes=8 * 2**30)
-
-
-def cases(cluster: Cluster, *, zero_stages: list[int], models: list[str], num_steps: int) -> list[tuple[Case, Problem]]:
-    tiny = cluster.accelerator.kind == "cpu"
-    shapes = {"tiny": ((2, 32),)} if tiny else {name: SHAPES[name] for name in models}
-    precision = next(name for name in ("bf16", "fp16", "fp32") if name in cluster.accelerator.peak_flops)
-    world = cluster.num_gpus
-    found = []
-    for model, batches in shapes.items():
-        arch = TINY if tiny else CATALOG[model]
-        for micro, length in batches:
-            problem = Problem(
-                arch=arch,
-                cluster=cluster,
-                global_batch_size=world * micro,
-                sequence_length=length,
-                precision=precision,
-            )
-            for stage in zero_stages:
-                # A dry run, on whatever small machine, takes the two ends alone.
-                for recompute in ("full" if stage else "none",) if tiny else RECOMPUTE:
-                    group = world if stage else 1
-                    choice = Choice(data=world, micro=micro, zero=stage, group=group, recompute=recompute)
-                    case = Case(
-                        model=model,
-                        arch=arch,
-                        strategy=problem.strategy(choice),
-                        sequence_length=length,
-                        precision=precision,
-                        device_type=cluster.accelerator.kind,
-                        num_warmup_steps=1 if tiny else WARMUP_STEPS,
-                        num_steps=num_steps,
-                    )
-                    found.append((case, problem))
-    return found
-
-
 def measured_case(case: Case, problem: Problem) -> dict[str, Any]:
     """A row of the JSON."""
     memory, times = problem.memory(case.strategy), problem.time(case.strategy)
@@ -294,6 +221,7 @@ def measured_case(case: Case, problem: Problem) -> dict[str, Any]:
         "zero_stage": case.strategy.zero_stage,
         "data_parallel_degree": case.strategy.data_parallel_degree,
         "activation_checkpointing": case.strategy.activation_checkpointing,
+        "offload": dataclasses.asdict(case.strategy.offload),
         "micro_batch_size": case.strategy.micro_batch_size,
         "gradient_accumulation_steps": case.strategy.gradient_accumulation_steps,
         "sequence_length": case.sequence_length,
@@ -332,14 +260,14 @@ def measured_case(case: Case, problem: Problem) -> dict[str, Any]:
 # Saying it ------------------------------------------------------------------------------------------------------------
 
 HEADING = (
-    "model     zero recompute      b     s | tokens/s/GPU   MFU   allocated  reserved GiB | "
+    "model     zero recompute offload          b     s | tokens/s/GPU   MFU   allocated  reserved GiB | "
     "predicted over measured: tokens/s  tensors  allocated  reserved"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     head = (
-        f"{row['model']:9} {row['zero_stage']:4} {row['activation_checkpointing']:9} "
+        f"{row['model']:9} {row['zero_stage']:4} {row['activation_checkpointing']:9} {_away(row['offload']):11} "
         f"{row['micro_batch_size']:6} {row['sequence_length']:5} | "
     )
     if "measured" not in row:
@@ -358,6 +286,10 @@ def line(row: dict[str, Any]) -> str:
         f"{ratio('tokens_per_second'):>33} {ratio('tensor_peak_bytes'):>8} "
         f"{ratio('allocated_bytes'):>10} {ratio('reserved_bytes'):>9}"
     )
+
+
+def _away(offload: dict[str, Any]) -> str:
+    return ", ".join(name for name in ("optimizer", "parameters", "activations") if offload[name] != "none") or "-"
 
 
 def machine(cluster: Cluster) -> dict[str, Any]:
@@ -381,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="a tiny OPT on two CPU processes")
     parser.add_argument("--output", type=Path, help="the JSON file; a dry run writes none by itself")
-    parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--models", nargs="+", choices=list(VARIATIONS), default=list(VARIATIONS))
     parser.add_argument(
         "--zero-stages", nargs="+", type=int, choices=range(4), help="default: 0, and 1 to 3 over several"
     )

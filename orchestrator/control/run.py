@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -212,6 +213,8 @@ def assigner(
                 master_port=port,
                 resume_from=resume_from,
                 peak_flops=peak,
+                # A host optimizer wants the cores that no other worker needs; workers on cores have one each.
+                num_threads=max(1, len(os.sched_getaffinity(0)) // world) if on_gpus else 1,
             ).to_mapping()
             for rank in range(world)
         ]
