@@ -27,8 +27,9 @@ from strategies.strategy import Strategy
 from strategies.tensor.region import WHOLE
 from strategies.zero.states import DTYPES, Adam, Shard, Weights
 
-BUCKET_ELEMENTS_M = 12
-"""LowLevelZeroPlugin's own default: gradients of so many million parameters are reduced in one message."""
+BUCKETS, LARGEST_BUCKET_M = 16, 12.0
+"""A model's gradients are reduced in so many messages at least; LowLevelZeroPlugin's own bucket, 12 Mi elements, holds all of a
+small model's, unsharded and copied."""
 
 
 def build_session(
@@ -251,7 +252,7 @@ class LowLevelZero(Boosted):
             min_scale=1.0,
             max_scale=1.0,
             max_norm=0.0,
-            reduce_bucket_size_in_m=BUCKET_ELEMENTS_M,
+            reduce_bucket_size_in_m=self._bucket_m(),
             overlap_communication=False,  # it wants CUDA's streams, and has not been tried
             master_weights=self.low or host,
             cpu_offload=host,
@@ -286,6 +287,9 @@ class LowLevelZero(Boosted):
             pieces = torch.empty(size, dtype=whole.dtype, device=self.device)
             all_gather(pieces, master.to(self.device, whole.dtype), group=group)
             whole.copy_(pieces[: whole.numel()].view_as(whole))
+
+    def _bucket_m(self) -> float:
+        return min(LARGEST_BUCKET_M, sum(shape.numel() for shape in self.shapes.values()) / BUCKETS / 2**20)
 
     def _publish_group(self) -> Any:
         return None

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.engines.colossalai import BUCKET_ELEMENTS_M, BoosterRunner, LowLevelZero
+from strategies.engines.colossalai import BoosterRunner, LowLevelZero
 from strategies.engines.engine import Build, Layout, MicroBatch
 from strategies.engines.held import Place
 from strategies.engines.installed import engine_module
@@ -157,7 +157,7 @@ class Hybrid(LowLevelZero):
             parallel_output=False,
             dp_outside=False,
             make_vocab_size_divisible_by=1,
-            zero_bucket_size_in_m=BUCKET_ELEMENTS_M,
+            zero_bucket_size_in_m=self._bucket_m(),
             overlap_communication=False,  # it wants CUDA's streams, and has not been tried
         )
         return self.plugin
