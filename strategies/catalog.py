@@ -56,6 +56,8 @@ class Capability:
     """What it keeps in 16-bit precision, by ZeRO stage."""
     whole_until: int = 1
     """The last ZeRO stage whose parameters stand whole on every rank."""
+    buckets: bool = True
+    """At ZeRO 0 to 2 it holds what it reduces in buckets as large as native's; False: in small ones, which no price counts."""
     gathers_ahead: bool = True
     """At ZeRO 3 it fetches a block while the one before is at work."""
     plans_ahead: bool = False
@@ -122,6 +124,7 @@ ENGINES: dict[str, Capability] = {
         semantics="native",
         states=("mixed", "mixed", "mixed", "mixed"),
         whole_until=2,
+        buckets=False,
         gathers_ahead=False,
         assumed_error=0.25,
         fixed={

@@ -146,7 +146,7 @@ def _whole_moments(
         largest = table if held.outside else work.ffn_size * work.hidden_size / split
         group = zero.group_size(strategy)
         one = min(zero.bucket_bytes(largest, strategy, element), gpu.gradients) / group
-        buckets = zero.IN_FLIGHT * one if group > 1 else 0.0
+        buckets = zero.IN_FLIGHT * one if group > 1 and ENGINES[strategy.engine].buckets else 0.0
         # gradients of 16 bit are widened for the optimizer
         widened = 2 * one if gpu.master_weights and zero.BYTES[strategy.states][1] == 2 else 0.0
     grads = gpu.gradients
