@@ -79,6 +79,28 @@ def test_what_colossalai_cannot_do_is_no_plan(tmp_path, precision, strategy, tol
         plan(load_job(str(file)))
 
 
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"zero_stage": 2, "data_parallel_degree": 2, "offload": "optimizer"},
+        {"zero_stage": 3, "data_parallel_degree": 2, "offload": {"optimizer": "host", "parameters": "host"}},
+        {"data_parallel_degree": 1, "tensor_parallel_degree": 2, "attention": "math"},
+        {"data_parallel_degree": 1, "tensor_parallel_degree": 2, "pipeline_parallel_degree": 2, "attention": "math"},
+    ],
+    ids=str,
+)
+def test_what_its_reference_shows_is_planned_to_the_letter(tmp_path, strategy):
+    file = job_of(tmp_path, 3, engine="colossalai", **strategy)
+    mapping = yaml.safe_load(file.read_text())
+    mapping["training"]["precision"], mapping["cluster"] = "bf16", "a100-80gb-1x4"
+    file.write_text(yaml.safe_dump(mapping))
+    got = plan(load_job(str(file)), built_only=True).strategy
+    for name, value in strategy.items():
+        if name != "offload":
+            assert getattr(got, name) == value
+    assert (got.offload.optimizer == "host") == ("offload" in strategy)
+
+
 def test_a_pipeline_of_colossalai_is_planned_with_a_micro_batch_for_each_stage(tmp_path):
     pins = {"tensor_parallel_degree": 1, "pipeline_parallel_degree": 2, "data_parallel_degree": 1, "attention": "math"}
     strategy = plan(load_job(str(job_of(tmp_path, 3, engine="colossalai", **pins)))).strategy
