@@ -155,6 +155,8 @@ class _Search:
         sequence = len(self.space.sequence_parallels(shape.tensor))
         for zero, number in stages.items():
             each, offloads = number * sequence, self.space.offloads_of(zero, shape.data)
+            if not offloads:  # what is pinned is not built at this stage
+                continue
             members = self._smallest(shape, zero, offloads[-1])
             if all(memory.peak_bytes > memory.usable_bytes for _, memory in members):
                 self._too_large(shape, zero, members, each * len(offloads))

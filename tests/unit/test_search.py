@@ -174,6 +174,15 @@ def test_every_candidate_is_priced_or_rejected_once_with_a_reason(name: str) -> 
     assert all(group.reason and group.candidates > 0 for group in found.rejections)
 
 
+def test_a_pinned_offload_leaves_out_the_stages_at_which_it_is_not_built() -> None:
+    files = Offload(optimizer="nvme", parameters="nvme")
+    asked = problem(cluster(nvme=True), pins={"offload": files, "tensor_parallel_degree": 1}, built_only=True)
+    found = search(asked)
+    assert found.best is not None
+    assert found.best.choice.zero < 2
+    assert found.num_candidates == sum(1 for _ in Space(asked))
+
+
 def test_each_family_is_represented_by_its_best() -> None:
     asked = CASES["memory is tight"]
     best: dict[tuple[Any, ...], float] = {}
