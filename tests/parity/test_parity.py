@@ -54,7 +54,6 @@ ONE = Case(
         Trial(replace(FOLDED, zero_stage=3, reduce="per_micro_batch")),
         Trial(replace(STAGES, zero_stage=3)),
         Trial(replace(ONE, reduce="per_step")),
-        Trial(replace(FOLDED, world_size=2, zero_stage=0, precision="fp16")),
         *map(Trial, drawn(3, seed=0, most_gpus=4)),
         Trial(BOTH, SPLIT),
         Trial(SPLIT, STAGES),
