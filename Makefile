@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test check fix parity chaos bench gpu oracle trace engine-fairscale engine-colossalai engines switch clean
+.PHONY: install quickstart test check fix parity chaos bench gpu oracle collectives trace engine-fairscale engine-colossalai engines switch clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml
@@ -50,6 +50,9 @@ bench: $(INSTALLED)  ## speed against Hugging Face, overhead, start-up, predicti
 
 oracle: $(INSTALLED)  ## the planner against published measurements, cross-validated
 	$(BIN)/python -m benchmarks.oracle
+
+collectives: $(INSTALLED)  ## messages priced against messages sent, on every rank, as a table
+	$(BIN)/python -m benchmarks.collectives
 
 trace: $(INSTALLED)  ## closed form against the traced step, as a table
 	$(BIN)/python -m benchmarks.trace

@@ -9,16 +9,17 @@ import pytest
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import CATALOG
 from orchestrator.models.workloads import workload
+from orchestrator.planner.ledger import ledger
 from orchestrator.planner.memory import price_memory
 from orchestrator.planner.stages import cut
 from orchestrator.planner.time import price, price_time
 from strategies.constants import MEMORY, TIME
-from strategies.links import Links, Message, all_reduce_s, half_s, ring
+from strategies.links import Links, Message, all_reduce_s, blocking_s, half_s, ring
 from strategies.offload.cost import exposed_s, offloaded
 from strategies.pipeline.cost import bubble_fraction, bubble_s, in_flight, shared_message, shares
 from strategies.pipeline.cost import messages as pipeline_messages
 from strategies.strategy import Offload, Strategy
-from strategies.tensor.cost import logit_bytes
+from strategies.tensor.cost import gradient_message, logit_bytes
 from strategies.tensor.cost import messages as tensor_messages
 from strategies.zero.cost import (
     BYTES,
@@ -180,6 +181,27 @@ def test_sequence_parallel_sends_a_share_from_stage_to_stage():
 def test_a_rank_at_the_end_of_a_pipeline_has_one_border():
     assert shares(strategy(pipeline=4)).borders == (1, 2, 2, 1)
     assert shares(strategy(pipeline=2, virtual=2)).borders == (3, 3)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_the_time_of_a_step_is_that_of_the_messages_in_its_ledger(sequence_parallel):
+    split = strategy(
+        tensor_parallel_degree=8,
+        data_parallel_degree=2,
+        gradient_accumulation_steps=8,
+        sequence_parallel=sequence_parallel,
+    )
+    took, group = price_time(WORK, split, CLUSTER, **JOB), ring(CLUSTER, TIME, size=8, stride=1, num_gpus=16)
+    told = ledger(WORK, split, sequence_length=2048, precision="bf16")
+    parts = sum(m.num_bytes for m in gradient_message(WORK, split, shares(split).by_rank[0], element=2))
+    seconds = 0.0
+    for (kind, axis, dtype), line in told.items():
+        once = parts if axis == "tensor" and (kind, dtype) == ("all_reduce", "bf16") else 0
+        if axis == "tensor" and line.num_bytes > once:
+            sent = Message(kind, axis, 2, line.num_bytes - once, line.count - bool(once))
+            seconds += blocking_s(group, sent, TIME.collective_s)
+    assert took.tensor_parallel_s == pytest.approx(seconds)
+    assert bool(parts) == sequence_parallel
 
 
 def test_shards_are_padded_to_whole_rows_of_the_first_rank():
