@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks import parity
 from benchmarks.cases import ARCH, Case
-from benchmarks.engines import MATH, Row, session_of, steps
+from benchmarks.engines import HOST, MATH, Row, session_of, steps
 from benchmarks.pool import Pool
 from orchestrator.planner.live import LiveBytes
 
@@ -47,6 +47,8 @@ ENDS: dict[str, Row] = {
     "colossalai pipeline 2": row("colossalai", PIPE, MATH),
     "native ZeRO 1, bf16": row("native", replace(HALF_WIDE, zero_stage=1)),
     "colossalai Gemini, bf16": row("colossalai", replace(HALF_WIDE, zero_stage=3)),
+    "colossalai Gemini, states on host, bf16": row("colossalai", replace(HALF_WIDE, zero_stage=3), {"offload": HOST}),
+    "colossalai ZeRO 2, states on host": row("colossalai", replace(FULL, zero_stage=2), {"offload": HOST}),
     "colossalai tensor 2 x ZeRO 1, bf16": row(
         "colossalai", Case(4, 1, precision="bf16", tensor=2, micro_batch_size=1), MATH
     ),
@@ -64,10 +66,12 @@ CHAINS: list[tuple[str, ...]] = [
     ("native pipeline 2", "colossalai pipeline 2"),
     ("colossalai pipeline 2", "fairscale FSDP"),
     ("native ZeRO 1, bf16", "colossalai Gemini, bf16"),
+    ("colossalai Gemini, bf16", "colossalai Gemini, states on host, bf16"),
+    ("native ZeRO 1", "colossalai ZeRO 2, states on host"),
     ("colossalai Gemini, bf16", "colossalai tensor 2 x ZeRO 1, bf16"),
     ("colossalai tensor 2 x ZeRO 1, bf16", "fairscale FSDP, bf16"),
 ]
-"""One switch through all engines and back, and twelve pairs; steps are shared evenly."""
+"""One switch through all engines and back, and fourteen pairs; steps are shared evenly."""
 
 
 def part(rank: int, one: Row, count: int, load_from: str, save_to: str) -> tuple[list[float], int]:

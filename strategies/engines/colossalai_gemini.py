@@ -99,7 +99,10 @@ class Gemini(Boosted):
 
     def _publish(self) -> None:
         """16-bit chunks from their masters, as GeminiOptimizer.step does at its end."""
+        manager = self.optimizer.module.chunk_manager
         for chunk in self.optimizer.chunk16_set:
+            if chunk.paired_chunk.device_type == "cpu":  # it comes back from there at its next use
+                manager.move_chunk(chunk, torch.device("cpu"))
             chunk.optim_update()
         self.spent = False
 
