@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.cases import ARCH, TASK, Case, Run, Task
 from benchmarks.drawn import drawn
 from benchmarks.matrix import compositions, offloaded, reductions
-from benchmarks.parity import BUCKET_BYTES, NUM_DRAWN, micro_batches, session_of
+from benchmarks.parity import BUCKET_BYTES, NUM_DRAWN, session_of, steps
 from benchmarks.pool import Pool
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.workloads import workload
@@ -85,10 +85,9 @@ def purposes(session: Any) -> dict[str, str]:
 def play(rank: int, run: Run) -> Ledger:
     """The messages of one rank's second step: the first may set up what stays."""
     session = session_of(run)
-    batches = micro_batches(run, rank)
-    session.step(batches, num_target_tokens=1, learning_rate=1e-3)
+    steps(session, run, rank, 1)
     with Counted(purposes(session)) as counted:
-        session.step(batches, num_target_tokens=1, learning_rate=1e-3)
+        steps(session, run, rank, 1)
     session.close()
     return dict(sorted(counted.sent.items()))  # type: ignore[arg-type]
 
