@@ -59,6 +59,9 @@ class Workload:
     block_replicated_parameters: int
     """Those of them that tensor parallelism does not split: norms and the biases of row-parallel layers."""
     embedding_parameters: int
+    """Tokens, positions, projection, norm."""
+    position_rows: int
+    """Of the table of learned positions."""
     head_parameters: int
     """Final norm and projections, and the output table unless it is the embedding's."""
     embedding_tensors: tuple[Tensor, ...]

@@ -42,6 +42,7 @@ def workload(arch: Architecture) -> Workload:
         block_parameters=block_parameters(arch),
         block_replicated_parameters=2 * norm_parameters(arch) + (2 * hidden if traits.bias else 0),
         embedding_parameters=embedding_parameters(arch),
+        position_rows=arch.max_position + traits.position_offset if traits.positions == "learned" else 0,
         head_parameters=head_parameters(arch),
         embedding_tensors=_embedding_tensors(arch),
         block_tensors=_block_tensors(arch),

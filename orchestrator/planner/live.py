@@ -55,11 +55,11 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.vocab_size = vocab_size
         self.live: dict[str, int] = defaultdict(int)
-        self.peak: dict[str, int] = {}
-        self.peak_phase = "forward"
-        self.peak_bytes = 0
+        self.peaks: dict[str, tuple[int, dict[str, int]]] = {}
+        """Phase -> its peak: bytes, and bytes by component."""
         self.away_peak: dict[str, int] = dict.fromkeys(AWAY, 0)
         self._total = 0
+        self._stepping: bool | None = None
         self._known: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, str]] = {}
         self._roles: dict[int, str] = {}
         self._resize = torch.UntypedStorage.resize_
@@ -90,15 +90,44 @@ class LiveBytes(TorchDispatchMode):
             self._total += num_bytes
 
     def _note_peak(self) -> None:
-        if self._total > self.peak_bytes:
-            self.peak_bytes, self.peak_phase = self._total, self._phase()
-            self.peak = {name: size for name, size in self.live.items() if name not in AWAY}
+        phase = self._phase()
+        known = self.peaks.get(phase)
+        if known is None or self._total > known[0]:
+            self.peaks[phase] = self._total, {name: size for name, size in self.live.items() if name not in AWAY}
 
-    @staticmethod
-    def _phase() -> str:
+    @property
+    def peak_phase(self) -> str:
+        return max(self.peaks, key=lambda phase: self.peaks[phase][0])
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peaks[self.peak_phase][0]
+
+    @property
+    def peak(self) -> dict[str, int]:
+        return self.peaks[self.peak_phase][1]
+
+    def watch(self, states: Any) -> None:
+        """Learns from an engine's states where the optimizer begins; without, it is where gradients are off."""
+        begin, reduce = states.begin, states.reduce
+
+        def begun() -> None:
+            self._stepping = False
+            begin()
+
+        def reduced() -> None:
+            reduce()
+            self._stepping = True
+
+        self._stepping = False
+        states.begin, states.reduce = begun, reduced
+
+    def _phase(self) -> str:
         if torch._C._current_graph_task_id() != -1:
             return "backward"
-        return "forward" if torch.is_grad_enabled() else "optimizer"
+        if self._stepping is None:
+            return "forward" if torch.is_grad_enabled() else "optimizer"
+        return "optimizer" if self._stepping else "forward"
 
     def _component(self, tensor: torch.Tensor) -> str:
         if away := place():

@@ -3,7 +3,8 @@
 The peak is the largest of the step's moments (moments.py), not a sum of maxima. docs/explanation/memory-model.md.
 
 For a search, all else equal: bytes never fall as micro_batch_size grows at fixed accumulation, never rise with a wider
-zero_group_size, and more checkpointed layers (one or more) never hold more."""
+zero_group_size, and more checkpointed layers (one or more) never hold more: but with `selective` beside sequence parallelism
+in the project's own modules, which keeps more than `none` and never wins."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from orchestrator.planner.moments import (
     Held,
     MicroBytes,
     Moment,
+    Saved,
     native_moments,
     native_working,
     published_moments,
@@ -26,7 +28,7 @@ from strategies.constants import MEMORY, MemoryConstants
 from strategies.offload import cost as offload
 from strategies.pipeline import cost as pipeline
 from strategies.recompute import cost as recompute
-from strategies.strategy import Strategy
+from strategies.strategy import SPLIT_BACKWARD, Strategy
 from strategies.tensor import cost as tensor
 from strategies.workload import Workload
 from strategies.zero import cost as zero
@@ -135,7 +137,7 @@ def price_memory(
     kind = cluster.accelerator.kind
     shares = pipeline.shares(strategy)
     micro = ledger.micro(strategy)
-    fills = {rank: ledger.fill(strategy, shares.by_rank[rank], rank, micro) for rank in shares.fullest}
+    fills = {rank: ledger.fill(strategy, shares.by_rank[rank], rank, micro) for rank in _fullest(strategy, shares)}
     fullest, tensors, host, nvme, staging = 0, -1, 0.0, 0.0, 0
     for rank, each in fills.items():
         if each.tensors > tensors:
@@ -178,11 +180,22 @@ def too_large(work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_
     micro = ledger.micro(strategy)
     added, kept = _reserve(MEMORY, cluster.accelerator.kind)
     usable = _usable_bytes(cluster)
-    for rank in shares.fullest:
+    for rank in _fullest(strategy, shares):
         tensors = ledger.fill(strategy, shares.by_rank[rank], rank, micro).tensors
         if tensors + int(tensors * added + kept) > usable:
             return True
     return False
+
+
+def _splits(strategy: Strategy) -> bool:
+    """Backward passes in two halves."""
+    return strategy.pipeline_parallel_degree > 1 and strategy.pipeline_schedule in SPLIT_BACKWARD
+
+
+def _fullest(strategy: Strategy, shares: pipeline.Shares) -> tuple[int, ...]:
+    if not _splits(strategy):
+        return shares.fullest
+    return tuple(dict.fromkeys((*shares.fullest, *shares.latest)))
 
 
 def _usable_bytes(cluster: Cluster) -> int:
@@ -207,6 +220,8 @@ class _Ledger:
         key = (
             strategy.micro_batch_size,
             strategy.tensor_parallel_degree,
+            strategy.pipeline_parallel_degree > 1,
+            _splits(strategy),
             strategy.sequence_parallel,
             strategy.activation_checkpointing,
             strategy.attention,
@@ -244,16 +259,9 @@ class _Ledger:
     def fill(self, strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> _Fill:
         """A pipeline rank at the largest of its moments."""
         held, states, num_bytes = self.held(strategy, share)
-        if strategy.offload.activations == "host":
-            # A block at work and the one that comes back from the host meanwhile.
-            kept = min(
-                _kept(share, micro), 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed)
-            )
-        else:
-            kept = _kept(share, micro) * pipeline.in_flight(strategy, rank)
-        activations = kept + (micro.final if share.head else 0.0)
+        saved = _saved(strategy, share, rank, micro)
         moments = native_moments if self.work.native else published_moments
-        fullest = max(moments(self.work, strategy, share, held, micro, activations, self.element), key=size_of)
+        fullest = max(moments(self.work, strategy, share, held, micro, saved, self.element), key=size_of)
         _, gathered, gradients, activations, logits, buffers, temporary = fullest
         rest = int(gathered) + int(gradients) + int(activations) + int(logits) + int(buffers) + int(temporary)
         return _Fill(held.left, states, fullest, num_bytes + rest)
@@ -287,41 +295,42 @@ def _micro_batch(
         kept = recompute.boundary_bytes(work, strategy, tokens=tokens, element=element)
         again = layer - kept
     elif kind == "selective":
-        kept = min(layer, recompute.saved_bytes(work, strategy, constants, selective=True, **shape))
+        kept = recompute.saved_bytes(work, strategy, constants, selective=True, **shape)
+        if not (work.native and strategy.sequence_parallel):
+            kept = min(layer, kept)
         again = recompute.selective_again_bytes(work, strategy, tokens=tokens, element=element)
     if work.native:
-        working = native_working(work, strategy, tokens, element)
+        working = native_working(work, strategy, tokens, element, split=_splits(strategy))
     else:
         working = constants.working_elements * hidden
         if kind == "full":
             scores = recompute.score_bytes(work, strategy, **shape)
             again = constants.recompute_layers * (layer - constants.score_copies * scores)
             again += constants.recompute_scores * scores
+    split = strategy.tensor_parallel_degree if strategy.sequence_parallel else 1
     return MicroBytes(
         hidden=hidden,
         layer=layer,
         checkpointed=kept,
         logits=tensor.logit_bytes(work, strategy, constants, tokens=tokens, element=element),
+        widened=tensor.widened_bytes(work, strategy, tokens=tokens, element=element),
         working=working,
         again=again,
-        final=hidden * 2,
+        pending=tokens * element * pipeline.pending_elements(work, strategy),
+        final=hidden * 2 / split,
+        numbers=16.0 * tokens,
+        boundary=hidden / split if strategy.pipeline_parallel_degree > 1 else 0.0,
     )
 
 
 def _held(work: Workload, strategy: Strategy, share: pipeline.Share, precision: str) -> Held:
     """What a rank holds of the model, before any batch."""
     block = tensor.block_parameters(work, strategy)
-    outside = 0.0
-    if share.embedding:
-        outside += work.embedding_parameters
-    if share.head:
-        outside += work.head_parameters
-        if work.tied_embeddings and not share.embedding:
-            outside += work.vocab_size * work.embedding_size
-    outside /= strategy.tensor_parallel_degree
+    ends = {"embedding": share.embedding, "head": share.head}
+    outside = tensor.outside_parameters(work, strategy, **ends)
     parameters = share.layers * block + outside
-    rows = zero.padding(work, strategy) if work.native and strategy.zero_stage else (0.0, 0.0)
-    states = zero.state_bytes(parameters, strategy, precision, rows[0] * (outside > 0) + share.layers * rows[1])
+    rows = zero.padding(work, strategy, **ends) if work.native and strategy.zero_stage else (0.0, 0.0)
+    states = zero.state_bytes(parameters, strategy, precision, rows[0] + share.layers * rows[1])
     owned = parameters / zero.group_size(strategy)
     table = work.vocab_size * work.embedding_size if outside else 0
     largest = max(table, work.ffn_size * work.hidden_size) / strategy.tensor_parallel_degree / zero.group_size(strategy)
@@ -332,6 +341,28 @@ def _held(work: Workload, strategy: Strategy, share: pipeline.Share, precision: 
 def _kept(share: pipeline.Share, micro: MicroBytes) -> float:
     """Activations of one micro batch on one rank."""
     return share.checkpointed * micro.checkpointed + (share.layers - share.checkpointed) * micro.layer
+
+
+def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> Saved:
+    one = _kept(share, micro)
+    final = micro.final * share.head
+    if strategy.offload.activations == "host":
+        # A block at work and the one that comes back from the host meanwhile.
+        one = min(one, 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed))
+        return Saved(one, one, one, 0.0, one + final, 0.0, True)
+    flights = pipeline.in_flight(strategy, rank)
+    numbers = micro.numbers * flights * share.embedding
+    steady = strategy.gradient_accumulation_steps > flights
+    if not _splits(strategy):
+        kept = one * flights + final * (pipeline.heads_in_flight(strategy) - 1)
+        return Saved(kept, kept, kept, kept - one, kept + final, numbers, steady)
+    waits, virtual = share.layers * micro.pending, strategy.num_virtual_stages
+    turned = max(0.0, waits - one) / virtual * (1 - virtual / share.layers)
+    ever, at_work, at_head = (
+        max((forward * one + inputs * waits for forward, inputs in points), default=0.0)
+        for points in pipeline.flights(strategy, rank)
+    )
+    return Saved(ever, at_work, at_work + turned, ever, at_head + final, numbers, steady)
 
 
 class _Fill(NamedTuple):

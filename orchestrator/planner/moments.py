@@ -9,17 +9,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from strategies.catalog import ENGINES
+from strategies.engines.engine import BUCKET_BYTES
 from strategies.offload.cost import Offloaded
+from strategies.pipeline import cost as pipeline
 from strategies.pipeline.cost import Share
-from strategies.strategy import Strategy
+from strategies.strategy import SPLIT_BACKWARD, Strategy
+from strategies.tensor import cost as tensor
 from strategies.workload import Workload
 from strategies.zero import cost as zero
 
+STEP_BYTES = 16
+"""A step's own numbers: its loss and its count."""
 Moment = tuple[str, float, float, float, float, float, float]
-CHUNK_ELEMENTS = 2**22
-"""Logits that the project's own loss widens at once (strategies/engines/loss.py, which imports torch)."""
-CHUNK_COPIES = 3
-"""fp32 tensors of one chunk of 16-bit logits alive at once: widened, soft-max, its gradient."""
 
 
 class Held(NamedTuple):
@@ -47,29 +48,58 @@ class MicroBytes(NamedTuple):
     """A checkpointed layer's."""
     logits: tuple[float, float]
     """(at the loss, one copy)."""
+    widened: float
+    """What the loss widens of them at once."""
     working: float
     """A block's backward pass beyond what was saved."""
     again: float
     """What is computed again of a checkpointed layer, alive while it goes backward."""
+    pending: float
+    """A layer's between the halves of a split backward pass."""
     final: float
     """What the head keeps: the last block's output and its norm's."""
+    numbers: float
+    """Ids and positions."""
+    boundary: float
+    """An activation from another pipeline rank."""
+
+
+class Saved(NamedTuple):
+    """Activations of all micro batches in flight."""
+
+    ever: float
+    """At their most."""
+    at_work: float
+    """At their most, when a stage begins to go backward."""
+    turned: float
+    """And at its first layer: of a split pass the others wait for their weights."""
+    others: float
+    """And behind it."""
+    at_head: float
+    """At their most, while logits are there, with what the head keeps."""
+    numbers: float
+    """What the embedding keeps of them: ids and positions."""
+    steady: bool
+    """A forward pass comes between two backward passes."""
 
 
 def size_of(moment: Moment) -> float:
     return moment[1] + moment[2] + moment[3] + moment[4] + moment[5] + moment[6]
 
 
-def native_working(work: Workload, strategy: Strategy, tokens: int, element: int) -> float:
+def native_working(work: Workload, strategy: Strategy, tokens: int, element: int, *, split: bool) -> float:
     """The feed-forward's backward pass: gradients of ReLU's output and input, of the residual stream and of the norm's
-    output; or, where weights are larger than activations, one of its weight gradients in place of the second."""
-    split = strategy.tensor_parallel_degree
-    wide = tokens * work.ffn_size / split
-    weight = work.ffn_size * work.hidden_size / split
-    return element * (wide + max(wide, weight) + 2 * tokens * work.hidden_size)
+    output; or, where weights are larger than activations, one of its weight gradients in place of the second, unless these are
+    `split` from the pass."""
+    tensor_degree = strategy.tensor_parallel_degree
+    wide = tokens * work.ffn_size / tensor_degree
+    weight = 0.0 if split else work.ffn_size * work.hidden_size / tensor_degree
+    vectors = 4 * work.hidden_size  # gradients of norms and biases
+    return element * (wide + max(wide, weight) + 2 * tokens * work.hidden_size + vectors)
 
 
 def published_moments(
-    work: Workload, strategy: Strategy, share: Share, held: Held, micro: MicroBytes, activations: float, element: int
+    work: Workload, strategy: Strategy, share: Share, held: Held, micro: MicroBytes, saved: Saved, element: int
 ) -> tuple[Moment, ...]:
     """Of stacks seen from outside: the loss, and a block's backward pass with what it computes again."""
     left, parameters, block, outside, _ = held
@@ -82,10 +112,11 @@ def published_moments(
     sharded = strategy.zero_stage >= 2
     early = 0.0 if sharded and strategy.gradient_accumulation_steps == 1 else gpu.gradients
     again = micro.again if share.checkpointed else 0.0
+    at_block = saved.ever + micro.final * share.head
     return (
-        ("forward", gathered, early, activations, logits, buffers, 0.0),
-        ("backward", gathered, gpu.gradients, activations, at_head, buffers, scattered + micro.hidden),
-        ("backward", gathered, gpu.gradients, activations, 0.0, buffers, scattered + micro.working + again),
+        ("forward", gathered, early, saved.at_head, logits, buffers, 0.0),
+        ("backward", gathered, gpu.gradients, saved.at_head, at_head, buffers, scattered + micro.hidden),
+        ("backward", gathered, gpu.gradients, at_block, 0.0, buffers, scattered + micro.working + again),
         ("optimizer", 0.0, gpu.gradients, 0.0, 0.0, 0.0, 0.0),
     )
 
@@ -98,29 +129,38 @@ def _streamed(strategy: Strategy, held: Held, element: int) -> float:
 
 
 def native_moments(
-    work: Workload, strategy: Strategy, share: Share, held: Held, micro: MicroBytes, activations: float, element: int
+    work: Workload, strategy: Strategy, share: Share, held: Held, micro: MicroBytes, saved: Saved, element: int
 ) -> tuple[Moment, ...]:
     """The project's own step."""
     logits, copy = micro.logits if share.head else (0.0, 0.0)
-    chunk = min(4.0 * CHUNK_ELEMENTS, 4 / element * copy) * CHUNK_COPIES if element == 2 else 0.0
+    piled = (pipeline.heads_in_flight(strategy) - 1) * copy
+    chunk = micro.widened if share.head else 0.0
     # What computes again is the last checkpointed block; those behind it, which kept everything, are through by then.
     again = micro.again if share.checkpointed == share.layers else 0.0
-    table = work.vocab_size * work.embedding_size / strategy.tensor_parallel_degree * element
+    table = tensor.table_parameters(work, strategy) * element
+    # Whole ones, and the part that is scattered from them.
+    hiddens = 2 * micro.hidden + micro.final / 2 * strategy.sequence_parallel
     shared = share.embedding and share.head and work.tied_embeddings
     # A tied table's gradient waits from the head's backward pass for the embedding's, whose own and their sum come on top.
     tables = 3 * table if shared else table if share.embedding else 0.0
-    parts = _Parts(logits, copy, chunk, again, table if share.head else 0.0, shared, tables)
+    parts = _Parts(
+        logits + piled, copy + piled, piled, chunk, again, table if share.head else 0.0, hiddens, shared, tables
+    )
     make = _sharded_moments if zero.gathers(strategy) else _whole_moments
-    return make(work, strategy, share, held, micro, activations, element, parts)
+    return make(work, strategy, share, held, micro, saved, element, parts)
 
 
 class _Parts(NamedTuple):
     logits: float
     copy: float
+    piled: float
+    """Logits of the micro batches that wait, of gpipe."""
     chunk: float
     again: float
     head_table: float
     """Gradient of the output table, where this rank has one."""
+    hiddens: float
+    """Gradients of the residual stream alive in the head's backward pass."""
     shared: bool
     tables: float
     """Gradients alive in the embedding's backward pass."""
@@ -132,31 +172,43 @@ def _whole_moments(
     share: Share,
     held: Held,
     micro: MicroBytes,
-    activations: float,
+    saved: Saved,
     element: int,
     parts: _Parts,
 ) -> tuple[Moment, ...]:
     """ZeRO 0 and 1: whole gradients in buckets."""
     gpu = held.left.gpu
     gathered = _streamed(strategy, held, element)
+    at_head = held.outside * element if gathered else 0.0
     buckets = widened = 0.0
+    split = strategy.tensor_parallel_degree
+    table = tensor.table_parameters(work, strategy)
+    largest = table if held.outside else work.ffn_size * work.hidden_size / split
+    gradient = min(4, zero.BYTES[strategy.states][1]) * (element // 4 if element > 4 else 1)
     if strategy.data_parallel_degree > 1 or gpu.master_weights:
-        split = strategy.tensor_parallel_degree
-        table = work.vocab_size * work.embedding_size / split
-        largest = table if held.outside else work.ffn_size * work.hidden_size / split
         group = zero.group_size(strategy)
         one = min(zero.bucket_bytes(largest, strategy, element), gpu.gradients) / group
-        buckets = zero.IN_FLIGHT * one if group > 1 and ENGINES[strategy.engine].buckets else 0.0
+        buckets = (
+            min(zero.IN_FLIGHT * one, gpu.gradients / group) if group > 1 and ENGINES[strategy.engine].buckets else 0.0
+        )
         # gradients of 16 bit are widened for the optimizer
         widened = 2 * one if gpu.master_weights and zero.BYTES[strategy.states][1] == 2 else 0.0
     grads = gpu.gradients
     waiting = parts.head_table if parts.shared else 0.0
+    at_work = waiting + micro.working + parts.again
+    # The first bucket is full, and goes, when its blocks are through.
+    through = int(max(0.0, BUCKET_BYTES / gradient - largest) / held.block)
+    reduced = max(0.0, saved.at_work - through * min(micro.layer, micro.checkpointed))
+    # What comes for the next pass; half a backward pass holds what came in and what goes out until it is done.
+    ahead = micro.boundary * (3 if strategy.pipeline_schedule in SPLIT_BACKWARD else 1) + saved.numbers
     return (
-        ("forward", gathered, grads, activations, parts.logits, 0.0, parts.chunk),
-        ("backward", gathered, grads, activations, parts.copy, 0.0, parts.head_table + 2 * micro.hidden),
-        ("backward", gathered, grads, activations, 0.0, buckets, waiting + micro.working + parts.again),
-        ("backward", gathered, grads, 0.0, 0.0, buckets, parts.tables + 2 * micro.hidden),
-        ("optimizer", 0.0, grads, 0.0, 0.0, buckets, widened),
+        ("forward", at_head, grads, saved.at_head, parts.logits, ahead, parts.chunk),
+        ("backward", at_head, grads, saved.at_head, parts.copy, ahead, parts.head_table + parts.hiddens),
+        ("backward", gathered, grads, saved.turned, parts.piled, ahead, at_work),
+        ("backward", gathered, grads, saved.ever, parts.piled, ahead, waiting + 2 * micro.hidden),
+        ("backward", gathered, grads, reduced, 0.0, ahead + buckets, at_work),
+        ("backward", gathered, grads, saved.others, 0.0, buckets, parts.tables + 2 * micro.hidden),
+        ("optimizer", 0.0, grads, 0.0, 0.0, buckets, widened + STEP_BYTES),
     )
 
 
@@ -166,7 +218,7 @@ def _sharded_moments(
     share: Share,
     held: Held,
     micro: MicroBytes,
-    activations: float,
+    saved: Saved,
     element: int,
     parts: _Parts,
 ) -> tuple[Moment, ...]:
@@ -177,35 +229,77 @@ def _sharded_moments(
     group, times = strategy.zero_group_size, strategy.gradient_accumulation_steps
     keeps = strategy.zero_stage == 2 or strategy.gather == "per_step"
     root = outside * element
-    late = times > 1
-    early = left.gpu.gradients if late else 0.0
-    whole_gradients = wide * parameters if late and strategy.reduce == "per_step" else 0.0
-    wide_root, wide_block = wide * (outside + group * root_padding), wide * (block + group * block_padding)
+    late, piped = times > 1, strategy.pipeline_parallel_degree > 1
+    # Gradients that are reduced once a step wait whole for the last micro batch, or under a pipeline for the step's end.
+    waits = strategy.reduce == "per_step" and (late or piped)
+    early = left.gpu.gradients if late and not waits else 0.0
+    # Gathered and scattered, every rank's part is as long as the longest.
+    parameters += group * (root_padding + share.layers * block_padding)
+    outside, block = outside + group * root_padding, block + group * block_padding
+    wide_root, wide_block = wide * outside, wide * block
+    whole_gradients = wide * parameters if waits else 0.0
     behind_root = wide_root if late and not whole_gradients else 0.0
     at_head = parameters * element if keeps else root
     in_block = parameters * element if keeps else root + min(block, parameters - outside) * element
     ahead = 0.0 if keeps or not ENGINES[strategy.engine].gathers_ahead else block * element * (1 + 1 / group)
     last = micro.checkpointed if share.checkpointed == share.layers else min(micro.layer, micro.checkpointed)
-    one_less = max(0.0, activations - last)
+    one_less = max(0.0, saved.at_work - last)
     block_gradients = block * element + wide_block * (1 + 1 / group)
     root_gradients = outside * element + wide_root * (1 + 1 / group)
     # The block's own weight gradients stay until it is scattered.
-    working = parts.head_table + whole_gradients + micro.working + parts.again
-    working += min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
+    working = (
+        parts.head_table * (not piped or parts.shared) + whole_gradients * (not piped) + micro.working + parts.again
+    )
+    if not (piped and strategy.pipeline_schedule in SPLIT_BACKWARD):
+        working += min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
     several = share.layers > 1
+    if piped and waits:
+        # A unit is let go when it has gone backward, and gathered again by the next pass through it.
+        one_block = at_head if strategy.gather == "per_step" else root + min(block, parameters - outside) * element
+        before = whole_gradients * saved.steady
+        unit = max(wide_root, wide_block) * (1 + 1 / group)
+        at_end = at_head if strategy.gather == "per_step" else 0.0
+        # What came in for this pass, and what comes for the next.
+        more, head = 2 * micro.boundary + saved.numbers, parts.head_table + parts.hiddens
+        return (
+            ("forward", at_head, 0.0, saved.at_head, parts.logits, more, before + parts.chunk),
+            ("backward", at_head, 0.0, saved.at_head, parts.copy, ahead + more, whole_gradients * late + head),
+            ("backward", in_block, 0.0, saved.at_work, parts.piled, ahead * several + more, working + before),
+            ("backward", one_block, 0.0, saved.turned, parts.piled, ahead * several + more, working + whole_gradients),
+            ("backward", in_block, 0.0, saved.ever, parts.piled, more, before + 2 * micro.hidden),
+            ("backward", root, 0.0, saved.others, 0.0, more, parts.tables + whole_gradients + 2 * micro.hidden),
+            ("backward", at_end, 0.0, 0.0, 0.0, 0.0, whole_gradients + unit),
+            ("optimizer", 0.0, left.gpu.gradients, 0.0, 0.0, 0.0, STEP_BYTES),
+        )
     return (
-        ("forward", at_head, early, activations, parts.logits, 0.0, behind_root + whole_gradients + parts.chunk),
+        (
+            "forward",
+            at_head,
+            early,
+            saved.at_head,
+            parts.logits,
+            0.0,
+            behind_root + whole_gradients + parts.chunk,
+        ),
         (
             "backward",
             at_head,
             early,
-            activations,
+            saved.at_head,
             parts.copy,
             ahead,
-            parts.head_table + behind_root + whole_gradients + 2 * micro.hidden,
+            parts.head_table + behind_root + whole_gradients + parts.hiddens,
         ),
-        ("backward", in_block, early, activations, 0.0, ahead if several else 0.0, working + behind_root),
-        ("backward", in_block, early, one_less, 0.0, ahead, working + wide_block * several),
+        (
+            "backward",
+            in_block,
+            early,
+            saved.ever,
+            parts.piled,
+            (ahead if several else 0.0),
+            working + behind_root,
+        ),
+        ("backward", in_block, early, one_less, parts.piled, ahead, working + wide_block * several),
         (
             "backward",
             in_block,
@@ -225,5 +319,5 @@ def _sharded_moments(
             parts.tables + whole_gradients + 2 * micro.hidden + wide_block,
         ),
         ("backward", root, left.gpu.gradients, 0.0, 0.0, 0.0, root_gradients + whole_gradients),
-        ("optimizer", 0.0, left.gpu.gradients, 0.0, 0.0, 0.0, 0.0),
+        ("optimizer", 0.0, left.gpu.gradients, 0.0, 0.0, 0.0, STEP_BYTES),
     )

@@ -254,6 +254,15 @@ def trace_told(trace: dict[str, Any]) -> list[str]:
         f"{trace['flops'] / 1e12:,.2f} TFLOP a rank in {many} micro batch{'es' * (many > 1)}, recompute included",
     ]
     lines += [f"{kind.replace('_', ' ')}: {bytes_told(size)}" for kind, size in trace["collective_bytes"].items()]
+    lines += [f"{place}: {bytes_told(size)}" for place, size in trace["away"].items() if size]
+    if len(trace["stages"]) > 1:
+        lines[0] = f"pipeline rank {trace['pipeline_rank']}: {lines[0]}"
+        lines += [
+            f"pipeline rank {stage['pipeline_rank']}: traced {bytes_told(stage['tensor_peak_bytes'])}, "
+            f"closed form {bytes_told(stage['closed_form_bytes'])}"
+            for stage in trace["stages"]
+            if stage["pipeline_rank"] != trace["pipeline_rank"]
+        ]
     depths = " and ".join(map(str, trace["num_layers_traced"]))
     return [*lines, f"played at {depths} layers in {trace['seconds']:.1f} s"]
 

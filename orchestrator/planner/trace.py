@@ -1,19 +1,20 @@
 """The project's own training step, played for one rank on fake devices: no GPU, no memory, no other process.
 
-Third opinion between the closed form and a run: the very modules and the very apply doors under torch's FakeTensorMode and
-its fake process group. Three steps: the first allocates what every later step has, of the second the bytes are
-counted, of the third FLOPs and messages."""
+Third opinion between the closed form and a run: the very modules, the very apply doors and the very schedule under torch's
+FakeTensorMode and its fake process group, whose messages arrive at once. Three steps: the first allocates what every later
+step has, of the second the bytes are counted, of the third FLOPs and messages."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,101 +24,188 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from orchestrator.models.architecture import Architecture
+from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.opt import OPT
 from orchestrator.planner.live import LiveBytes
-from strategies.engines.engine import MicroBatch
+from strategies.engines.engine import BUCKET_BYTES, MicroBatch
 from strategies.engines.native import NativeSession, build_session
 from strategies.strategy import Offload, Stage, Strategy
+from strategies.zero.cost import IN_FLIGHT
+from strategies.zero.states import DTYPES
 
-SHORT_DEPTHS = (3, 5)
-"""A deep model's step is played at two short depths: bytes and FLOPs are straight lines in the number of layers."""
+SHORT, STEP = 3, 2
+"""A deep stage is played with so many layers of a kind, and with so many more: bytes and FLOPs are straight lines in the number
+of layers (tests/unit/test_trace.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
     """One rank's step."""
 
-    tensor_peak_bytes: int
-    peak_phase: str
-    components: Mapping[str, int]
-    """Bytes at the peak, by component (see LiveBytes)."""
+    pipeline_rank: int
+    peaks: Mapping[str, Mapping[str, int]]
+    """Phase -> bytes on the device by component (see LiveBytes) at that phase's peak."""
+    away: Mapping[str, int]
+    """Place (host, nvme) -> bytes there at their peak."""
     flops: float
     """Of one rank in the micro batches played, recompute included."""
     collective_bytes: Mapping[str, int]
     """Bytes handed to each kind of collective."""
     num_layers_traced: tuple[int, ...]
+    """Of the rank, in each play."""
     num_micro_batches_traced: int
     seconds: float
 
+    @property
+    def peak_phase(self) -> str:
+        return max(self.peaks, key=lambda phase: sum(self.peaks[phase].values()))
 
-def trace(arch: Architecture, strategy: Strategy, *, sequence_length: int, precision: str) -> Trace:
-    """Plays a step of rank 0. Must be called where no process group is alive. ValueError for what is not built."""
+    @property
+    def components(self) -> dict[str, int]:
+        """Bytes at the peak, by component."""
+        return {name: size for name, size in sorted(self.peaks[self.peak_phase].items()) if size}
+
+    @property
+    def tensor_peak_bytes(self) -> int:
+        return sum(self.components.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields but the single phases, and the peak."""
+        told = {name: value for name, value in asdict(self).items() if name != "peaks"}
+        names = ("peak_phase", "components", "tensor_peak_bytes")
+        return {**told, **{name: getattr(self, name) for name in names}}
+
+
+class _Less(NamedTuple):
+    """What a play leaves out of a rank's step: layers of each of its stages, and micro batches."""
+
+    recomputed: int
+    kept: int
+    """Layers that are not computed again."""
+    micro_batches: int
+
+
+def trace(
+    arch: Architecture,
+    strategy: Strategy,
+    *,
+    sequence_length: int,
+    precision: str,
+    pipeline_rank: int = 0,
+    bytes_only: bool = False,
+    whole: bool = False,
+) -> Trace:
+    """Plays a step of the first rank of a pipeline rank. Must be called where no process group is alive. ValueError for what
+    is not built. bytes_only: no FLOPs and messages, in less time; whole: all layers, however
+    deep."""
     if dist.is_initialized():
         raise RuntimeError("a trace brings its own process group: call it in a process that has none")
     started = time.perf_counter()
-    deep = arch.num_layers > SHORT_DEPTHS[-1]
-    depths = SHORT_DEPTHS if deep else (arch.num_layers,)
-    played = [_play(_at_depth(arch, strategy, depth), sequence_length, precision) for depth in depths]
-    result = played[0]
-    if deep:
-        result = _line(played[0], played[1], depths, arch.num_layers)
-    return replace(result, num_layers_traced=depths, seconds=time.perf_counter() - started)
-
-
-def _at_depth(arch: Architecture, strategy: Strategy, depth: int) -> tuple[Architecture, Strategy]:
-    stages = tuple(
-        replace(
-            stage,
-            num_layers=depth,
-            num_checkpointed_layers=round(stage.num_checkpointed_layers * depth / stage.num_layers),
-        )
-        for stage in strategy.stages
+    mine = [stage for stage in strategy.stages if stage.pipeline_rank == pipeline_rank]
+    batches = _batches(strategy, sequence_length, pipeline_rank)
+    piled = strategy.pipeline_parallel_degree > 1 and strategy.pipeline_schedule == "gpipe"
+    short = arch.num_layers if whole else _shortest(arch, strategy, precision)
+    most = _Less(
+        min(stage.num_checkpointed_layers for stage in mine) - short,
+        min(stage.num_layers - stage.num_checkpointed_layers for stage in mine) - short,
+        len(batches) - SHORT if piled else 0,
     )
-    return replace(arch, num_layers=depth), replace(strategy, stages=stages)
+    layers: list[int] = []
+
+    def play(less: _Less) -> Trace:
+        stages = _short(strategy.stages, pipeline_rank, less)
+        layers.append(sum(stage.num_layers for stage in stages if stage.pipeline_rank == pipeline_rank))
+        short = replace(strategy, stages=stages)
+        held = replace(arch, num_layers=sum(stage.num_layers for stage in stages))
+        return _play(held, short, batches[less.micro_batches :], precision, pipeline_rank, bytes_only)
+
+    result = _lines(play, _Less(0, 0, 0), most, strategy.zero_stage < 2)
+    return replace(result, num_layers_traced=tuple(dict.fromkeys(layers)), seconds=time.perf_counter() - started)
 
 
-def _line(low: Trace, high: Trace, depths: tuple[int, ...], depth: int) -> Trace:
+def _shortest(arch: Architecture, strategy: Strategy, precision: str) -> int:
+    """Layers that show what a deep stage holds: three, and at ZeRO 0 and 1 as many as fill the buckets that are under way."""
+    if strategy.zero_stage >= 2:
+        return SHORT
+    gradients = block_parameters(arch) * DTYPES[precision].itemsize / strategy.tensor_parallel_degree
+    return max(SHORT, math.ceil(IN_FLIGHT * BUCKET_BYTES / gradients))
+
+
+def _lines(play: Callable[[_Less], Trace], less: _Less, most: _Less, buckets: bool) -> Trace:
+    """What less leaves out is left out of a step; what most allows is played twice, shorter, and drawn out."""
+    for name, amount in most._asdict().items():
+        if amount > STEP:
+            most = most._replace(**{name: 0})
+            low = _lines(play, less._replace(**{name: amount}), most, buckets)
+            high = _lines(play, less._replace(**{name: amount - STEP}), most, buckets)
+            return _line(low, high, amount / STEP, buckets)
+    return play(less)
+
+
+def _line(low: Trace, high: Trace, times: float, buckets: bool) -> Trace:
+    """buckets: ZeRO 0 and 1 fill theirs more or less well, which no line follows, and the optimizer holds one or two."""
+
+    def sizes(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
+        return {name: round(at(a.get(name, 0), b.get(name, 0))) for name in sorted({*a, *b})}
+
     def at(a: float, b: float) -> float:
-        return a + (b - a) / (depths[1] - depths[0]) * (depth - depths[0])
+        return a + (b - a) * times
 
-    names = set(low.components) | set(high.components)
-    kinds = set(low.collective_bytes) | set(high.collective_bytes)
+    peaks = {phase: sizes(low.peaks[phase], high.peaks[phase]) for phase in high.peaks}
+    if buckets:
+        peaks["optimizer"]["temporary"] = max(each.peaks["optimizer"].get("temporary", 0) for each in (low, high))
     return replace(
         high,
-        tensor_peak_bytes=round(at(low.tensor_peak_bytes, high.tensor_peak_bytes)),
-        components={n: round(at(low.components.get(n, 0), high.components.get(n, 0))) for n in sorted(names)},
+        peaks=peaks,
+        away=sizes(low.away, high.away),
         flops=at(low.flops, high.flops),
-        collective_bytes={
-            k: round(at(low.collective_bytes.get(k, 0), high.collective_bytes.get(k, 0))) for k in sorted(kinds)
-        },
+        collective_bytes=sizes(low.collective_bytes, high.collective_bytes),
     )
 
 
-def _play(shape: tuple[Architecture, Strategy], sequence_length: int, precision: str) -> Trace:
-    arch, strategy = shape
-    dist.init_process_group("fake", rank=0, world_size=strategy.num_gpus, store=FakeStore())
+def _short(stages: Sequence[Stage], pipeline_rank: int, less: _Less) -> tuple[Stage, ...]:
+    """This rank's stages with fewer layers, the others' with one: who plays only talks to them."""
+    result, first = [], 0
+    for stage in stages:
+        count, recomputed = 1, 0
+        if stage.pipeline_rank == pipeline_rank:
+            count = stage.num_layers - less.recomputed - less.kept
+            recomputed = stage.num_checkpointed_layers - less.recomputed
+        result.append(replace(stage, first_layer=first, num_layers=count, num_checkpointed_layers=recomputed))
+        first += count
+    return tuple(result)
+
+
+def _play(
+    arch: Architecture,
+    strategy: Strategy,
+    batches: list[MicroBatch],
+    precision: str,
+    pipeline_rank: int,
+    bytes_only: bool,
+) -> Trace:
+    rank = strategy.degrees.rank({"pipeline": pipeline_rank})
+    dist.init_process_group("fake", rank=rank, world_size=strategy.num_gpus, store=FakeStore())
     try:
         with torch.device("meta"):
             module = OPT(arch, attention=strategy.attention)
-        with FakeTensorMode(allow_non_fake_inputs=True), ExitStack() as stack:
+        with FakeTensorMode(allow_non_fake_inputs=True), _messages_arrive():
             session = build_session(
                 module, strategy=strategy, precision=precision, weights=lambda _, shape: torch.zeros(shape)
             )
-            batches = _batches(strategy, sequence_length)
-            _step(session, batches)
-            with LiveBytes(session.tensors(), vocab_size=arch.vocab_size) as live:
+            _step(session, batches[: strategy.pipeline_parallel_degree])
+            local_vocab = -(-arch.vocab_size // strategy.tensor_parallel_degree)
+            with LiveBytes(session.tensors(), vocab_size=local_vocab) as live:
+                live.watch(session.states)
                 _step(session, batches)
             # Apart: FlopCounterMode keeps alive what checkpointing computes again.
-            collectives = _Collectives()
-            flops = FlopCounterMode(display=False)
-            stack.enter_context(flops)
-            stack.enter_context(collectives)
-            _step(session, batches)
+            with FlopCounterMode(display=False) as flops, _Collectives() as collectives:
+                if not bytes_only:
+                    _step(session, batches)
         return Trace(
-            tensor_peak_bytes=live.peak_bytes,
-            peak_phase=live.peak_phase,
-            components={name: size for name, size in sorted(live.peak.items()) if size},
+            pipeline_rank=pipeline_rank,
+            peaks={phase: components for phase, (_, components) in live.peaks.items()},
+            away=live.away_peak,
             flops=float(flops.get_total_flops()),
             collective_bytes=dict(collectives.bytes),
             num_layers_traced=(arch.num_layers,),
@@ -128,17 +216,42 @@ def _play(shape: tuple[Architecture, Strategy], sequence_length: int, precision:
         dist.destroy_process_group()
 
 
-def _batches(strategy: Strategy, sequence_length: int) -> list[MicroBatch]:
+def _batches(strategy: Strategy, sequence_length: int, pipeline_rank: int) -> list[MicroBatch]:
+    """A step's, without those that hold no more than the ones before: beyond three in a row, or what is in flight."""
     shape = (strategy.micro_batch_size, sequence_length)
-    # More than three micro batches hold no more than three do.
-    return [
-        MicroBatch(
-            input_ids_BS=torch.zeros(shape, dtype=torch.int64),
-            target_ids_BS=torch.zeros(shape, dtype=torch.int64),
-            weight_B=torch.ones(shape[0]),
-        )
-        for _ in range(min(3, strategy.gradient_accumulation_steps))
-    ]
+    count, degree = strategy.gradient_accumulation_steps, strategy.pipeline_parallel_degree
+    if degree == 1:
+        count = min(count, 3)
+    elif strategy.pipeline_schedule != "gpipe":
+        single = strategy.num_virtual_stages == 1
+        count = min(count, degree - pipeline_rank + 2 if single else 2 * degree)
+    batch = MicroBatch(
+        input_ids_BS=torch.zeros(shape, dtype=torch.int64),
+        target_ids_BS=torch.zeros(shape, dtype=torch.int64),
+        weight_B=torch.ones(shape[0]),
+    )
+    return [batch] * count
+
+
+@contextmanager
+def _messages_arrive() -> Iterator[None]:
+    """A fake message never says that it has arrived, and its buffer would be kept."""
+    module: Any = dist
+    send = module.isend
+    module.isend = lambda *args, **kwargs: _Sent(send(*args, **kwargs))
+    try:
+        yield
+    finally:
+        module.isend = send
+
+
+class _Sent:
+    def __init__(self, work: Any) -> None:
+        self.wait = work.wait
+
+    @staticmethod
+    def is_completed() -> bool:
+        return True
 
 
 def _step(session: NativeSession, batches: list[MicroBatch]) -> None:
@@ -167,13 +280,17 @@ def _main() -> None:
     fields["mesh_order"] = tuple(fields["mesh_order"])
     fields["offload"] = Offload(**fields["offload"])
     fields["stages"] = tuple(Stage(**stage) for stage in fields["stages"])
-    played = trace(
-        Architecture(**asked["arch"]),
-        Strategy(**fields),
-        sequence_length=asked["sequence_length"],
-        precision=asked["precision"],
-    )
-    print(json.dumps(asdict(played)))
+    played = [
+        trace(
+            Architecture(**asked["arch"]),
+            Strategy(**fields),
+            sequence_length=asked["sequence_length"],
+            precision=asked["precision"],
+            pipeline_rank=rank,
+        ).to_dict()
+        for rank in asked["pipeline_ranks"]
+    ]
+    print(json.dumps(played))
 
 
 if __name__ == "__main__":

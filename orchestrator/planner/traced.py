@@ -7,44 +7,55 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.planner.memory import MemoryPrice, Stages, reserve_bytes
 from orchestrator.planner.problem import PlanError
 from strategies.catalog import unbuilt
+from strategies.pipeline import cost as pipeline
 
 if TYPE_CHECKING:
     from orchestrator.planner.plan import Plan
 
 LIMIT_S = 300.0
 """A trace of 175B takes seconds; one that takes this long hangs."""
+OF_STAGE = (
+    "pipeline_rank", "tensor_peak_bytes", "peak_phase", "components", "away", "flops", "collective_bytes",
+    "num_layers_traced", "num_micro_batches_traced", "seconds",
+)  # fmt: skip
 
 
 def with_trace(plan: Plan) -> Plan:
     """The plan with its step traced; it holds the larger of the two peaks. PlanError where the trace itself fails.
 
-    `trace` of the result: {built, reason, closed_form_bytes, tensor_peak_bytes, peak_phase, components, flops,
-    collective_bytes, num_layers_traced, num_micro_batches_traced, seconds}; the numbers are null where `built` is false.
-    FLOPs and collectives are one rank's, of the micro batches played."""
-    closed = plan.price.memory.stages[0].tensor_peak_bytes
+    `trace` of the result: {built, reason, stages[]}, a stage for the first pipeline rank of each share that differs, each
+    {pipeline_rank, closed_form_bytes, tensor_peak_bytes, peak_phase, components, away, flops, collective_bytes,
+    num_layers_traced, num_micro_batches_traced, seconds}, and these fields once more of the stage that holds the most; they
+    are null where `built` is false. FLOPs and collectives are one rank's, of the micro batches played."""
+    memory = plan.price.memory
     told: dict[str, Any] = {
         "built": False,
         "reason": why_not(plan),
-        "closed_form_bytes": closed,
-        **dict.fromkeys((
-            "tensor_peak_bytes", "peak_phase", "components", "flops", "collective_bytes", "num_layers_traced",
-            "num_micro_batches_traced", "seconds",
-        )),
-    }  # fmt: skip
+        **dict.fromkeys(OF_STAGE),
+        "closed_form_bytes": memory.stages.fullest().tensor_peak_bytes,
+        "stages": [],
+    }
     if told["reason"] is not None:
         return replace(plan, trace=told)
-    told |= _child(plan) | {"built": True}
-    larger = told["tensor_peak_bytes"] - closed
-    if larger <= 0:
+    by_rank = pipeline.shares(plan.strategy).by_rank
+    firsts = {share: rank for rank, share in reversed(list(enumerate(by_rank)))}
+    stages = _child(plan, sorted(firsts.values()))
+    for stage in stages:
+        stage["closed_form_bytes"] = memory.stages[stage["pipeline_rank"]].tensor_peak_bytes
+    told |= max(stages, key=lambda stage: int(stage["tensor_peak_bytes"]))
+    told |= {"built": True, "stages": stages, "seconds": sum(stage["seconds"] for stage in stages)}
+    more = {s["pipeline_rank"]: s["tensor_peak_bytes"] - s["closed_form_bytes"] for s in stages}
+    if max(more.values()) <= 0:
         return replace(plan, trace=told)
-    memory = _grown(plan.price.memory, larger, plan.cluster.accelerator.kind)
-    solution = replace(plan.solution, price=replace(plan.price, memory=memory))
+    grown = _grown(memory, [max(0, more[firsts[share]]) for share in by_rank], plan.cluster.accelerator.kind)
+    solution = replace(plan.solution, price=replace(plan.price, memory=grown))
     return replace(plan, solution=solution, trace=told)
 
 
@@ -56,36 +67,32 @@ def why_not(plan: Plan) -> str | None:
     problem = plan.solution.problem
     if problem.arch.family != "opt":
         return f"the family {problem.arch.family} is priced, its module is not built yet"
-    for axis in ("tensor", "pipeline"):
-        if getattr(plan.strategy, f"{axis}_parallel_degree") > 1:
-            return f"the trace does not play {axis} parallelism yet"
-    if plan.strategy.offload.any:
-        return "on fake devices the host's memory and the GPU's look alike: offload is not traced yet"
+    if plan.strategy.offload.parameters != "none" and plan.strategy.zero_stage >= 2:
+        return "FSDP2 moves its shards between host and device, which on fake devices are one memory: not traced"
     return None
 
 
-def _grown(memory: MemoryPrice, larger: int, kind: str) -> MemoryPrice:
-    """The one pipeline rank with what the trace found beyond the closed form, as temporary bytes."""
-    stage = memory.stages[0]
-    tensors = stage.tensor_peak_bytes + larger
-    reserve = reserve_bytes(tensors, kind)
-    grown = replace(
-        stage,
-        temporary=stage.temporary + larger,
-        tensor_peak_bytes=tensors,
-        reserve=reserve,
-        peak_bytes=tensors + reserve,
-    )
-    return replace(memory, stages=Stages(lambda _: grown, 1, 0), peak_bytes=grown.peak_bytes)
+def _grown(memory: MemoryPrice, more: Sequence[int], kind: str) -> MemoryPrice:
+    """Each pipeline rank with what the trace found beyond the closed form, as temporary bytes."""
+    grown = []
+    for stage, larger in zip(memory.stages, more, strict=True):
+        tensors = stage.tensor_peak_bytes + larger
+        reserve = reserve_bytes(tensors, kind)
+        temporary, peak = stage.temporary + larger, tensors + reserve
+        grown.append(replace(stage, temporary=temporary, tensor_peak_bytes=tensors, reserve=reserve, peak_bytes=peak))
+    fullest = max(range(len(grown)), key=lambda rank: grown[rank].tensor_peak_bytes)
+    stages = Stages(lambda rank: grown[rank], len(grown), fullest)
+    return replace(memory, stages=stages, peak_bytes=grown[fullest].peak_bytes)
 
 
-def _child(plan: Plan) -> dict[str, Any]:
+def _child(plan: Plan, pipeline_ranks: list[int]) -> list[dict[str, Any]]:
     problem = plan.solution.problem
     asked = {
         "arch": asdict(problem.arch),
         "strategy": asdict(plan.strategy),
         "sequence_length": problem.sequence_length,
         "precision": problem.precision,
+        "pipeline_ranks": pipeline_ranks,
     }
     command = [sys.executable, "-W", "ignore", "-m", "orchestrator.planner.trace"]
     try:
@@ -99,5 +106,5 @@ def _child(plan: Plan) -> dict[str, Any]:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise PlanError(f"the trace failed: {last}\n  to fix: plan without --trace: the closed form stands alone")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    answer: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return answer

@@ -25,8 +25,8 @@ class Mesh:
     """Where this rank stands and whom it talks to, by axis."""
 
     sizes: Mapping[str, int]
-    ranks: torch.Tensor
-    """[pipeline, replicate, tensor, shard] -> rank of the world."""
+    ranks: Any
+    """[pipeline, replicate, tensor, shard] -> rank of the world; a numpy array, whose values a trace may read."""
     whole: Any = None
     """The DeviceMesh of the axes that have a dimension; None: a world of one."""
     states: Any = None
@@ -62,12 +62,12 @@ def lay(strategy: Strategy, device_type: str) -> Mesh:
         needed = {"shard"} if strategy.zero_stage >= 2 else set()
         kept = tuple(name for name in NAMES if sizes[name] > 1 or name in needed)
         if not kept:
-            return Mesh(sizes=sizes, ranks=ranks)
+            return Mesh(sizes=sizes, ranks=ranks.numpy())
         whole = DeviceMesh(device_type, ranks.reshape([sizes[name] for name in kept]), mesh_dim_names=kept)
         split = any(name in kept for name in ("tensor", "shard"))
         return Mesh(
             sizes=sizes,
-            ranks=ranks,
+            ranks=ranks.numpy(),
             whole=whole,
             states=_part(whole, ("replicate", "tensor", "shard")) if split else None,
             data=_part(whole, ("replicate", "shard")) if "shard" in kept else None,

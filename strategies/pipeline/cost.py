@@ -5,10 +5,12 @@ Source: GPipe arXiv:1811.06965; 1F1B and interleaving arXiv:2104.04473, section 
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from strategies.links import Message
+from strategies.pipeline.schedules import orders
 from strategies.sizes import FIRST, Place, table
 from strategies.strategy import SPLIT_BACKWARD, Schedule, Stage, Strategy
 from strategies.workload import Workload
@@ -44,6 +46,8 @@ class Shares(NamedTuple):
     borders: tuple[int, ...]
     """Of each rank: borders of its stages that a micro batch crosses to or from another rank, forward and backward."""
     most_borders: int
+    latest: tuple[int, ...]
+    """The last rank of each share that differs: where backward passes are split, it waits longest for the weights'."""
 
 
 _SHARES: dict[int, tuple[tuple[Stage, ...], Shares]] = {}
@@ -65,7 +69,8 @@ def shares(strategy: Strategy) -> Shares:
         if not any(_covers(by_rank[earlier], share) for earlier in fullest):
             fullest.append(rank)
     borders = _borders(stages, len(by_rank))
-    found = Shares(by_rank, distinct, tuple(fullest), borders, max(borders))
+    latest = {share: rank for rank, share in enumerate(by_rank)}
+    found = Shares(by_rank, distinct, tuple(fullest), borders, max(borders), tuple(latest.values()))
     _SHARES[id(stages)] = stages, found
     return found
 
@@ -97,20 +102,89 @@ def in_flight(strategy: Strategy, pipeline_rank: int) -> float:
         return 1.0
     if strategy.pipeline_schedule == "gpipe":
         return float(micro_batches)
-    if strategy.pipeline_schedule == "zbv":
-        return float(min(micro_batches, degree))
     virtual = strategy.num_virtual_stages
+    if strategy.pipeline_schedule in SPLIT_BACKWARD:
+        return flights(strategy, pipeline_rank).ever[0][0]
     if virtual == 1:
         return float(min(micro_batches, degree - pipeline_rank))
     warm_up = 2 * (degree - pipeline_rank - 1) + (virtual - 1) * degree + 1
     return min(micro_batches, warm_up / virtual)
 
 
+class Flights(NamedTuple):
+    """Micro batches that a pipeline rank holds at once, in whole shares of its layers: (between forward and backward, between
+    the halves of a split backward pass), of each moment that no other exceeds in both."""
+
+    ever: tuple[tuple[float, float], ...]
+    at_work: tuple[tuple[float, float], ...]
+    """When a backward pass begins."""
+    at_head: tuple[tuple[float, float], ...]
+    """While the head's logits are there."""
+
+
+def flights(strategy: Strategy, pipeline_rank: int) -> Flights:
+    """Of one pipeline rank."""
+    degree, virtual = strategy.pipeline_parallel_degree, strategy.num_virtual_stages
+    if degree == 1 or strategy.pipeline_schedule not in SPLIT_BACKWARD:
+        whole = ((in_flight(strategy, pipeline_rank), 0.0),)
+        return Flights(whole, whole, whole)
+    # Beyond two rounds of the pipeline nothing more is held.
+    count = min(strategy.gradient_accumulation_steps, 2 * degree)
+    return _split(strategy.pipeline_schedule, degree, virtual, count)[pipeline_rank]
+
+
+@lru_cache(maxsize=4096)
+def _split(schedule: Schedule, degree: int, virtual: int, count: int) -> tuple[Flights, ...]:
+    """Of each rank, read off the schedule itself."""
+    result = []
+    for actions in orders(schedule, degree, virtual, count):
+        forward = inputs = 0
+        ever, at_work, at_head = set(), set(), set()
+        for action in actions:
+            if action.kind == "forward":
+                forward += 1
+            ever.add((forward / virtual, inputs / virtual))
+            if action.stage == degree * virtual - 1 and action.kind != "weights":
+                at_head.add((forward / virtual, inputs / virtual))
+            if action.kind == "inputs":
+                at_work.add((forward / virtual, inputs / virtual))
+                forward, inputs = forward - 1, inputs + 1
+                ever.add((forward / virtual, inputs / virtual))
+            elif action.kind == "weights":
+                inputs -= 1
+        result.append(Flights(_most(ever), _most(at_work), _most(at_head)))
+    return tuple(result)
+
+
+def _most(held: set[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    most: list[tuple[float, float]] = []
+    for each in sorted(held, reverse=True):
+        if not most or each[1] > most[-1][1]:
+            most.append(each)
+    return tuple(most)
+
+
+def pending_elements(work: Workload, strategy: Strategy) -> float:
+    """Elements a token of one layer between the halves of a split backward pass: inputs of the products and gradients of their
+    outputs. Whole ones are whole beside sequence parallelism too, gathered for the pass over the inputs."""
+    split = strategy.tensor_parallel_degree
+    elements = 0.0
+    for matmul in work.matmuls:
+        columns = matmul.split == "column"
+        elements += matmul.inputs / (1 if columns else split)
+        elements += matmul.count * matmul.outputs / (split if columns else 1)
+    return elements
+
+
+def heads_in_flight(strategy: Strategy) -> int:
+    """Micro batches whose logits wait at once: each goes backward as soon as it is forward, but in gpipe."""
+    piled = strategy.pipeline_parallel_degree > 1 and strategy.pipeline_schedule == "gpipe"
+    return strategy.gradient_accumulation_steps if piled else 1
+
+
 def holds_like(schedule: Schedule, num_virtual_stages: int) -> Schedule:
-    """The plainest schedule under which every pipeline rank holds the same: when weight gradients run changes no bytes here."""
-    if schedule == "interleaved_zero_bubble":
-        return "1f1b" if num_virtual_stages == 1 else "interleaved_1f1b"
-    return schedule
+    """The plainest schedule under which every pipeline rank holds the same."""
+    return "1f1b" if schedule == "interleaved_1f1b" and num_virtual_stages == 1 else schedule
 
 
 def bubble_fraction(strategy: Strategy) -> float:

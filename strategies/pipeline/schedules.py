@@ -6,6 +6,7 @@ ZBV arXiv:2405.15362. p pipeline ranks, v stages a rank, m micro batches.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -87,6 +88,7 @@ def _folded(p: int, m: int) -> tuple[tuple[Action, ...], ...]:
     2 p halves (as 1F1B's first rank does), one of them for the second stage, without which nothing would be freed."""
     num_stages = 2 * p
     done: dict[Action, int] = {}
+    ready: dict[tuple[Pass, int], int] = defaultdict(int)  # the next micro batch of a pass of a stage
     result: list[list[Action]] = [[] for _ in range(p)]
     kept = [0] * p
     total = 3 * num_stages * m
@@ -94,10 +96,11 @@ def _folded(p: int, m: int) -> tuple[tuple[Action, ...], ...]:
     while sum(map(len, result)) < total:
         chosen: list[Action] = []
         for rank in range(p):
-            action = _most_urgent(rank, p, m, done, kept[rank], now)
+            action = _most_urgent(rank, p, m, done, ready, kept[rank], now)
             if action is not None:
                 chosen.append(action)
                 result[rank].append(action)
+                ready[action.kind, action.stage] += 1
                 kept[rank] += {"forward": 1, "weights": -1}.get(action.kind, 0)
         now += 1
         done.update(dict.fromkeys(chosen, now))
@@ -105,7 +108,9 @@ def _folded(p: int, m: int) -> tuple[tuple[Action, ...], ...]:
     return tuple(map(tuple, result))
 
 
-def _most_urgent(rank: int, p: int, m: int, done: dict[Action, int], kept: int, now: int) -> Action | None:
+def _most_urgent(
+    rank: int, p: int, m: int, done: dict[Action, int], ready: dict[tuple[Pass, int], int], kept: int, now: int
+) -> Action | None:
     first, second = rank, 2 * p - 1 - rank
     candidates: Sequence[tuple[Pass, int, int]] = (
         ("inputs", second, 2 * p + 1),
@@ -116,10 +121,10 @@ def _most_urgent(rank: int, p: int, m: int, done: dict[Action, int], kept: int, 
         ("weights", second, 2 * p + 1),
     )
     for kind, stage, room in candidates:
-        if kept >= room:
+        action = Action(kind, stage, ready[kind, stage])
+        if kept >= room or action.micro_batch == m:
             continue
-        action = next((a for i in range(m) if (a := Action(kind, stage, i)) not in done), None)
-        if action is not None and all(done.get(need, now + 1) <= now for need in needs(action, 2 * p)):
+        if all(done.get(need, now + 1) <= now for need in needs(action, 2 * p)):
             return action
     return None
 

@@ -11,6 +11,9 @@ from strategies.workload import Workload
 
 READS = ("activation_checkpointing", "sequence_parallel", "tensor_parallel_degree", "attention", "fused_norm")
 
+NORM_BYTES = 16
+"""A token's mean and reciprocal deviation of two norms."""
+
 
 def saved_bytes(
     work: Workload,
@@ -30,15 +33,19 @@ def saved_bytes(
         whole, split = work.saved_whole_elements, work.saved_split_elements
         if work.unfused_norm_elements and not strategy.fused_norm and element == 2:
             whole += int(constants.unfused_norm_elements * work.hidden_size)
-    if strategy.sequence_parallel:
+    if strategy.sequence_parallel and selective and work.native:
+        # Row-parallel products are kept as they are made: a part of the whole sum, before it is scattered.
+        products = 2 * work.hidden_size
+        elements = products + (whole - products + split) / tensor
+    elif strategy.sequence_parallel:
         elements = (whole + split) / tensor
     else:
         elements = whole + split / tensor
     heads = work.num_heads / tensor
     saved = tokens * elements * element
     if strategy.attention == "flash" and not work.attention_bias:
-        # log-sum-exp of each head; mean and reciprocal deviation of two norms
-        return saved + tokens * 4.0 * (heads + (0 if selective else 4))
+        # log-sum-exp of each head
+        return saved + tokens * (4.0 * heads + (0 if selective else NORM_BYTES))
     if selective:
         copies = 1.0 if work.native else 0.0
     else:
@@ -60,8 +67,9 @@ def boundary_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: 
 
 
 def selective_again_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:
-    """What selective checkpointing makes again of one layer: outputs of the two norms, the sum between them, and the
-    activation."""
+    """What selective checkpointing holds more of a layer when it has made the rest again: the outputs of two norms, the sum
+    between them and the activation are there, the two row-parallel outputs and what the activation was made of are gone."""
     tensor = strategy.tensor_parallel_degree
-    whole = 3 * work.hidden_size / (tensor if strategy.sequence_parallel else 1)
-    return tokens * element * (whole + work.ffn_size / tensor)
+    if strategy.sequence_parallel:
+        return tokens * (element * work.hidden_size * max(0.0, 3 / tensor - 2) + NORM_BYTES)
+    return float(tokens * (element * work.hidden_size + NORM_BYTES))

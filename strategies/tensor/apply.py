@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from strategies.engines.engine import Build, Layout
 from strategies.tensor.region import SplitRegion
@@ -57,7 +58,8 @@ def apply(build: Build) -> Build:
         kind = _kind(table, name)
         dim = SPLITS[kind]
         if dim is not None:
-            _cut(module, name, dim, size, rank)
+            with unset_fake_temporarily():  # FSDP2 changes their dtype in place, which a trace's tensors do not allow
+                _cut(module, name, dim, size, rank)
         if kind == "vocabulary":
             num_rows = parameter.shape[0]
         partial = kind == "replicated_partial" or (kind == "replicated" and strategy.sequence_parallel)

@@ -16,6 +16,12 @@ READS = (
     "zero_group_size",
 )
 
+LOSS_BYTES = 64
+"""What both ends of the project's own model keep of a token beside activations: its id, position, target and where that stands,
+that it counts and is here, its largest logit and partition function and what the loss's backward pass makes of them, the mean
+and deviation of the last norm."""
+CHUNK_ELEMENTS = 2**22
+"""Logits that the project's own loss widens at once (strategies/engines/loss.py, which imports torch)."""
 VOCABULARY_PARALLEL = ("mixed_fp32_accumulators", "mixed_fp32_gradients")
 """States of the stacks whose loss never gathers logits: Megatron and nanotron. A tied table is theirs too."""
 
@@ -24,6 +30,34 @@ def block_parameters(work: Workload, strategy: Strategy) -> float:
     """Of one block on one rank."""
     split = work.block_parameters - work.block_replicated_parameters
     return split / strategy.tensor_parallel_degree + work.block_replicated_parameters
+
+
+def num_tables(work: Workload, *, embedding: bool, head: bool) -> int:
+    """Tables of tokens on a rank: a tied one serves both ends."""
+    return max(embedding, head) if work.tied_embeddings else embedding + head
+
+
+def table_parameters(work: Workload, strategy: Strategy) -> int:
+    """Of the table of tokens on one rank: rows are dealt whole."""
+    return -(-work.vocab_size // strategy.tensor_parallel_degree) * work.embedding_size
+
+
+def outside_parameters(work: Workload, strategy: Strategy, *, embedding: bool, head: bool) -> float:
+    """Outside the blocks, of one rank: tables split by rows; in the project's own modules norms and projections are whole."""
+    outside = 0.0
+    if embedding:
+        outside += work.embedding_parameters
+    if head:
+        outside += work.head_parameters
+        if work.tied_embeddings and not embedding:
+            outside += work.vocab_size * work.embedding_size
+    split = strategy.tensor_parallel_degree
+    if split == 1 or not work.native:
+        return outside / split
+    tables = num_tables(work, embedding=embedding, head=head)
+    positions = work.position_rows * embedding
+    outside -= tables * work.vocab_size * work.embedding_size + positions * work.hidden_size
+    return outside + tables * table_parameters(work, strategy) + -(-positions // split) * work.hidden_size
 
 
 class Messages(NamedTuple):
@@ -105,12 +139,14 @@ def logit_bytes(
 ) -> tuple[float, float]:
     """Bytes of one micro batch's logits and what the loss makes of them, (at the loss, one copy of the logits).
 
-    The project's own loss keeps the logits and their gradient in the logits' dtype. Published stacks hold fp32 copies, some
-    of gathered logits."""
+    The project's own loss keeps the logits and their gradient in the logits' dtype, and a few numbers a token. Published
+    stacks hold fp32 copies, some of gathered logits."""
     tensor = strategy.tensor_parallel_degree
     local = tokens * work.vocab_size / tensor
     if work.native:
-        return 2.0 * element * local, element * local
+        local = float(tokens * -(-work.vocab_size // tensor))
+        kept = element * local + LOSS_BYTES * tokens
+        return element * local + kept, kept
     wide = element / 2
     if strategy.zero_stage >= 2:
         return constants.sharded_logit_bytes * wide * local, element * local
@@ -118,3 +154,16 @@ def logit_bytes(
     if gathers_logits(work, strategy):
         total += constants.gathered_logit_bytes * wide * local * tensor
     return total, element * local
+
+
+def widened_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:
+    """Of one micro batch's logits, what the project's own loss works on at once: 16 bit is widened first, a loss split over the
+    vocabulary takes the largest off; and behind the first chunk, the one before is still there."""
+    columns = -(-work.vocab_size // strategy.tensor_parallel_degree)
+    rows = min(tokens, max(1, CHUNK_ELEMENTS // columns))
+    copies = 1 if rows == tokens else 2
+    if element == 2:
+        copies += 1
+    elif strategy.tensor_parallel_degree == 1:
+        return 0.0
+    return float(copies * max(4, element) * rows * columns)

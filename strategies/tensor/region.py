@@ -251,7 +251,8 @@ class _Deferred(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        ctx.pending.append((ctx.leaf, gradient, x))
+        # Detached: its history would keep the stage's input until the weights' pass.
+        ctx.pending.append((ctx.leaf, gradient, x.detach()))
         return gradient @ weight, gradient.flatten(0, -2).sum(0) if ctx.biased else None, None, None
 
 

@@ -15,6 +15,7 @@ from strategies.links import Links, Message, all_reduce_s, half_s
 from strategies.pipeline.cost import Share
 from strategies.sizes import FIRST, Place, Sizes, num_buckets, padded
 from strategies.strategy import Strategy
+from strategies.tensor import cost as tensor
 from strategies.workload import Workload
 
 READS = (
@@ -64,21 +65,27 @@ def group_size(strategy: Strategy) -> int:
     return strategy.zero_group_size if strategy.zero_stage else 1
 
 
-def padding(work: Workload, strategy: Strategy) -> tuple[float, float]:
+def padding(work: Workload, strategy: Strategy, *, embedding: bool, head: bool) -> tuple[float, float]:
     """Elements that the fullest rank of a group owns beyond its even part, (outside the blocks, of one block): rows of a
-    parameter are dealt whole."""
+    parameter are dealt whole. Buckets and gathered copies hold as many for every rank of the group."""
     group = strategy.zero_group_size
     split = strategy.tensor_parallel_degree
     if group == 1:
         return 0.0, 0.0
 
     def uneven(rows: int) -> float:
-        """Part of a row beyond an even part."""
+        """Part of a row beyond an even part, of so many rows dealt over tensor parallelism."""
         return -(-rows // group) - rows / group
 
-    hidden, ffn = work.hidden_size, work.ffn_size
-    outside = uneven(work.vocab_size) * work.embedding_size / split + hidden  # a row of positions at most
-    return outside, (uneven(hidden) * (4 * hidden + ffn) + uneven(ffn) * hidden) / split
+    hidden, ffn, kv = work.hidden_size, work.ffn_size, work.kv_size
+    tables = tensor.num_tables(work, embedding=embedding, head=head)
+    positions = uneven(-(-work.position_rows // split)) * hidden if embedding else 0.0
+    table = uneven(-(-work.vocab_size // split)) * work.embedding_size
+    outside = tables * table + positions + (2 * uneven(hidden) if head else 0.0)
+    columns = uneven(hidden // split) + 2 * uneven(kv // split)
+    matrices = columns * hidden + uneven(hidden) * (hidden + ffn) / split + uneven(-(-ffn // split)) * hidden
+    vectors = columns + 6 * uneven(hidden) + uneven(-(-ffn // split))
+    return outside, matrices + vectors
 
 
 def state_bytes(num_parameters: float, strategy: Strategy, precision: str, padding: float = 0.0) -> StateBytes:
@@ -86,10 +93,12 @@ def state_bytes(num_parameters: float, strategy: Strategy, precision: str, paddi
     parameter, gradient, master, moments = BYTES[strategy.states]
     wide = 2 if precision == "fp64" else 1
     stage = strategy.zero_stage
-    owned = num_parameters / strategy.zero_group_size + padding if stage else num_parameters
+    group = strategy.zero_group_size
+    owned = num_parameters / group + padding if stage else num_parameters
+    whole = num_parameters + group * padding if stage else num_parameters
     return StateBytes(
         parameter * wide * (owned if gathers(strategy) else num_parameters),
-        gradient * wide * (owned if stage >= 2 else num_parameters),
+        gradient * wide * (owned if stage >= 2 else whole),
         master * owned,
         moments * wide * owned,
     )

@@ -47,10 +47,8 @@ def test_two_short_depths_give_the_deep_models_peak():
     from dataclasses import replace
 
     deep = replace(ARCH, num_layers=9)
-    lined = trace(deep, strategy(1, 2, layers=9), sequence_length=64, precision="bf16")
+    lined = trace(deep, strategy(3, 2, layers=9), sequence_length=64, precision="bf16")
     assert lined.num_layers_traced == (3, 5)
-    shallow = trace(ARCH, strategy(1, 2), sequence_length=64, precision="bf16")
+    shallow = trace(ARCH, strategy(3, 2), sequence_length=64, precision="bf16")
     per_layer = (lined.tensor_peak_bytes - shallow.tensor_peak_bytes) / 6
-    assert per_layer > 10 * block_parameters(ARCH), (
-        "each layer adds at least its states: 2 + 2 + 12/2 bytes a parameter"
-    )
+    assert per_layer > 6 * block_parameters(ARCH), "each layer adds at least its states: 12/2 bytes a parameter"

@@ -58,7 +58,8 @@ def test_a_trace_runs_apart_and_stands_beside_the_closed_form():
 def test_the_plan_takes_the_larger_of_trace_and_closed_form(monkeypatch, more):
     before = made(zero_stage=1, zero_group_size=8)
     closed = before.price.memory.stages[0].tensor_peak_bytes
-    monkeypatch.setattr(traced, "_child", lambda plan: {"tensor_peak_bytes": closed + more})
+    told = dict.fromkeys(traced.OF_STAGE) | {"pipeline_rank": 0, "tensor_peak_bytes": closed + more, "seconds": 1.0}
+    monkeypatch.setattr(traced, "_child", lambda plan, ranks: [told])
     after = traced.with_trace(before).price.memory
     stage = after.stages[0]
     assert stage.tensor_peak_bytes == closed + max(0, more)
@@ -72,9 +73,11 @@ def test_the_plan_takes_the_larger_of_trace_and_closed_form(monkeypatch, more):
 @pytest.mark.parametrize(
     ("strategy", "reason"),
     [
-        ({"data_parallel_degree": 4, "tensor_parallel_degree": 2}, "tensor parallelism"),
-        ({"data_parallel_degree": 4, "pipeline_parallel_degree": 2}, "pipeline parallelism"),
-        ({"offload": "optimizer"}, "offload"),
+        (
+            {"zero_stage": 3, "offload": {"optimizer": "host", "parameters": "host"}},
+            "on fake devices are one memory",
+        ),
+        ({"states": "mixed_fp32_accumulators"}, "native engine keeps"),
     ],
 )
 def test_what_cannot_be_played_is_said_and_the_closed_form_stands(strategy, reason):
@@ -108,7 +111,7 @@ def test_asking_for_a_trace_keeps_torch_out_of_this_process():
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from orchestrator.cli import main\n"
-        "main(['estimate', '--model', 'opt-125m', '--cluster', 'a100-80gb-1x8', '--tensor', '2', '--trace', '--json'])"
+        "main(['estimate', '--model', 'gpt3-13b', '--cluster', 'a100-80gb-1x8', '--tensor', '2', '--trace', '--json'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert '"built": false' in done.stdout, done.stderr
