@@ -90,15 +90,15 @@ class Bounds:
         """Tensor neighbours are next to each other whatever the other degrees, so their messages cost the same."""
 
     def layouts(self, pipeline: int) -> tuple[tuple[Schedule, int], ...]:
-        """Schedules of which one holds the fewest bytes: 1F1B; zbv, whose first rank has the head as well; and where layers
-        are not dealt out evenly or only some are recomputed, every number of stages a rank can have."""
+        """Schedules of which one holds the fewest bytes: 1F1B; zbv, whose first rank has the head as well; gpipe; and where
+        layers are not dealt out evenly or only some are recomputed, every number of stages a rank can have."""
         if pipeline not in self._layouts:
             layers = self.problem.arch.num_layers
             partly = "num_checkpointed_layers_per_stage" in self.space.pins
-            kept: dict[tuple[int, bool], tuple[Schedule, int]] = {}
+            kept: dict[tuple[int, str], tuple[Schedule, int]] = {}
             for schedule, virtual in self.space.schedules(pipeline, accumulation=pipeline):
                 even = layers % pipeline == 0 and layers % (pipeline * virtual) == 0 and not partly
-                key = (1 if even and schedule != "zbv" else virtual, schedule == "zbv")
+                key = (1 if even and schedule != "zbv" else virtual, schedule if schedule in ("zbv", "gpipe") else "")
                 if key not in kept or schedule == "1f1b":
                     kept[key] = schedule, virtual
             self._layouts[pipeline] = tuple(kept.values()) or (("1f1b", 1),)
@@ -197,7 +197,8 @@ class Bounds:
     ) -> Least | None:
         """What must be recomputed at least for the first pipeline rank to hold the activations of so many micro batches; None
         where nothing can."""
-        held = fixed.first_rank_bytes + fixed.gradient_bytes * (zero < 2 or batch.accumulation > 1)
+        waiting = zero < 2 or (batch.accumulation > 1 and shape.pipeline == 1)
+        held = fixed.first_rank_bytes + fixed.gradient_bytes * waiting
         micro = batch.micro
         kinds, counts = self.space.recomputes(shape.pipeline, 1)
         partly = "num_checkpointed_layers_per_stage" in self.space.pins
@@ -242,11 +243,18 @@ class Bounds:
         widest = max(sharding.group for sharding in batch.shardings[zero])
         shardings = [sharding for sharding in batch.shardings[zero] if sharding.group == widest]
         if widest > 1 and self.rank_layers(shape.pipeline)[0] > FEW_LAYERS:
-            talks = lambda s: (s.gather == PER_MICRO_BATCH, s.reduce == PER_MICRO_BATCH)  # noqa: E731
-            shardings = [max(shardings, key=talks)]
+            often = any(sharding.gather == PER_MICRO_BATCH for sharding in shardings)
+            shardings = [one for one in shardings if not often or one.gather == PER_MICRO_BATCH]
+            if (
+                shape.pipeline == 1
+            ):  # a pipeline's gradients that are reduced once a step are not there in all of forward
+                shardings = [max(shardings, key=lambda one: one.reduce == PER_MICRO_BATCH)]
+        layouts = self.layouts(shape.pipeline)
+        if zero < 2 and len(layouts) > 1:  # gpipe is lean where no gradients of ZeRO 2 and 3 wait in forward
+            layouts = tuple(layout for layout in layouts if layout[0] != "gpipe")
         return [
             Leanest(Core(shape, sequence_parallel, batch.micro, schedule, virtual), sharding)
-            for schedule, virtual in self.layouts(shape.pipeline)
+            for schedule, virtual in layouts
             for sharding in shardings
         ]
 

@@ -221,7 +221,6 @@ class _Ledger:
             strategy.micro_batch_size,
             strategy.tensor_parallel_degree,
             strategy.pipeline_parallel_degree > 1,
-            _splits(strategy),
             strategy.sequence_parallel,
             strategy.activation_checkpointing,
             strategy.attention,
@@ -300,7 +299,7 @@ def _micro_batch(
             kept = min(layer, kept)
         again = recompute.selective_again_bytes(work, strategy, tokens=tokens, element=element)
     if work.native:
-        working = native_working(work, strategy, tokens, element, split=_splits(strategy))
+        working = native_working(work, strategy, tokens, element)
     else:
         working = constants.working_elements * hidden
         if kind == "full":
@@ -349,20 +348,16 @@ def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroByt
     if strategy.offload.activations == "host":
         # A block at work and the one that comes back from the host meanwhile.
         one = min(one, 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed))
-        return Saved(one, one, one, 0.0, one + final, 0.0, True)
+        return Saved(one, one, 0.0, one + final, 0.0, True)
     flights = pipeline.in_flight(strategy, rank)
     numbers = micro.numbers * flights * share.embedding
     steady = strategy.gradient_accumulation_steps > flights
-    if not _splits(strategy):
-        kept = one * flights + final * (pipeline.heads_in_flight(strategy) - 1)
-        return Saved(kept, kept, kept, kept - one, kept + final, numbers, steady)
-    waits, virtual = share.layers * micro.pending, strategy.num_virtual_stages
-    turned = max(0.0, waits - one) / virtual * (1 - virtual / share.layers)
-    ever, at_work, at_head = (
-        max((forward * one + inputs * waits for forward, inputs in points), default=0.0)
-        for points in pipeline.flights(strategy, rank)
-    )
-    return Saved(ever, at_work, at_work + turned, ever, at_head + final, numbers, steady)
+    if _splits(strategy):
+        waits = share.layers * micro.pending
+        ever = max(forward * one + inputs * waits for forward, inputs in pipeline.split_flights(strategy, rank))
+        return Saved(ever, ever, ever, ever + final, numbers, steady)
+    kept = one * flights + final * (pipeline.heads_in_flight(strategy) - 1)
+    return Saved(kept, kept, kept - one, kept + final, numbers, steady)
 
 
 class _Fill(NamedTuple):

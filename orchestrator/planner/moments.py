@@ -71,8 +71,6 @@ class Saved(NamedTuple):
     """At their most."""
     at_work: float
     """At their most, when a stage begins to go backward."""
-    turned: float
-    """And at its first layer: of a split pass the others wait for their weights."""
     others: float
     """And behind it."""
     at_head: float
@@ -87,13 +85,12 @@ def size_of(moment: Moment) -> float:
     return moment[1] + moment[2] + moment[3] + moment[4] + moment[5] + moment[6]
 
 
-def native_working(work: Workload, strategy: Strategy, tokens: int, element: int, *, split: bool) -> float:
+def native_working(work: Workload, strategy: Strategy, tokens: int, element: int) -> float:
     """The feed-forward's backward pass: gradients of ReLU's output and input, of the residual stream and of the norm's
-    output; or, where weights are larger than activations, one of its weight gradients in place of the second, unless these are
-    `split` from the pass."""
+    output; or, where weights are larger than activations, one of its weight gradients in place of the second."""
     tensor_degree = strategy.tensor_parallel_degree
     wide = tokens * work.ffn_size / tensor_degree
-    weight = 0.0 if split else work.ffn_size * work.hidden_size / tensor_degree
+    weight = work.ffn_size * work.hidden_size / tensor_degree
     vectors = 4 * work.hidden_size  # gradients of norms and biases
     return element * (wide + max(wide, weight) + 2 * tokens * work.hidden_size + vectors)
 
@@ -204,7 +201,7 @@ def _whole_moments(
     return (
         ("forward", at_head, grads, saved.at_head, parts.logits, ahead, parts.chunk),
         ("backward", at_head, grads, saved.at_head, parts.copy, ahead, parts.head_table + parts.hiddens),
-        ("backward", gathered, grads, saved.turned, parts.piled, ahead, at_work),
+        ("backward", gathered, grads, saved.at_work, parts.piled, ahead, at_work),
         ("backward", gathered, grads, saved.ever, parts.piled, ahead, waiting + 2 * micro.hidden),
         ("backward", gathered, grads, reduced, 0.0, ahead + buckets, at_work),
         ("backward", gathered, grads, saved.others, 0.0, buckets, parts.tables + 2 * micro.hidden),
@@ -250,8 +247,7 @@ def _sharded_moments(
     working = (
         parts.head_table * (not piped or parts.shared) + whole_gradients * (not piped) + micro.working + parts.again
     )
-    if not (piped and strategy.pipeline_schedule in SPLIT_BACKWARD):
-        working += min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
+    working += min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
     several = share.layers > 1
     if piped and waits:
         # A unit is let go when it has gone backward, and gathered again by the next pass through it.
@@ -265,7 +261,7 @@ def _sharded_moments(
             ("forward", at_head, 0.0, saved.at_head, parts.logits, more, before + parts.chunk),
             ("backward", at_head, 0.0, saved.at_head, parts.copy, ahead + more, whole_gradients * late + head),
             ("backward", in_block, 0.0, saved.at_work, parts.piled, ahead * several + more, working + before),
-            ("backward", one_block, 0.0, saved.turned, parts.piled, ahead * several + more, working + whole_gradients),
+            ("backward", one_block, 0.0, saved.at_work, parts.piled, ahead * several + more, working + whole_gradients),
             ("backward", in_block, 0.0, saved.ever, parts.piled, more, before + 2 * micro.hidden),
             ("backward", root, 0.0, saved.others, 0.0, more, parts.tables + whole_gradients + 2 * micro.hidden),
             ("backward", at_end, 0.0, 0.0, 0.0, 0.0, whole_gradients + unit),

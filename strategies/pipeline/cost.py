@@ -5,12 +5,10 @@ Source: GPipe arXiv:1811.06965; 1F1B and interleaving arXiv:2104.04473, section 
 from __future__ import annotations
 
 from collections import Counter
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from strategies.links import Message
-from strategies.pipeline.schedules import orders
 from strategies.sizes import FIRST, Place, table
 from strategies.strategy import SPLIT_BACKWARD, Schedule, Stage, Strategy
 from strategies.workload import Workload
@@ -102,66 +100,24 @@ def in_flight(strategy: Strategy, pipeline_rank: int) -> float:
         return 1.0
     if strategy.pipeline_schedule == "gpipe":
         return float(micro_batches)
+    if strategy.pipeline_schedule == "zbv":
+        return float(min(micro_batches, degree))
     virtual = strategy.num_virtual_stages
-    if strategy.pipeline_schedule in SPLIT_BACKWARD:
-        return flights(strategy, pipeline_rank).ever[0][0]
     if virtual == 1:
         return float(min(micro_batches, degree - pipeline_rank))
     warm_up = 2 * (degree - pipeline_rank - 1) + (virtual - 1) * degree + 1
     return min(micro_batches, warm_up / virtual)
 
 
-class Flights(NamedTuple):
-    """Micro batches that a pipeline rank holds at once, in whole shares of its layers: (between forward and backward, between
-    the halves of a split backward pass), of each moment that no other exceeds in both."""
-
-    ever: tuple[tuple[float, float], ...]
-    at_work: tuple[tuple[float, float], ...]
-    """When a backward pass begins."""
-    at_head: tuple[tuple[float, float], ...]
-    """While the head's logits are there."""
-
-
-def flights(strategy: Strategy, pipeline_rank: int) -> Flights:
-    """Of one pipeline rank."""
-    degree, virtual = strategy.pipeline_parallel_degree, strategy.num_virtual_stages
-    if degree == 1 or strategy.pipeline_schedule not in SPLIT_BACKWARD:
-        whole = ((in_flight(strategy, pipeline_rank), 0.0),)
-        return Flights(whole, whole, whole)
-    # Beyond two rounds of the pipeline nothing more is held.
-    count = min(strategy.gradient_accumulation_steps, 2 * degree)
-    return _split(strategy.pipeline_schedule, degree, virtual, count)[pipeline_rank]
-
-
-@lru_cache(maxsize=4096)
-def _split(schedule: Schedule, degree: int, virtual: int, count: int) -> tuple[Flights, ...]:
-    """Of each rank, read off the schedule itself."""
-    result = []
-    for actions in orders(schedule, degree, virtual, count):
-        forward = inputs = 0
-        ever, at_work, at_head = set(), set(), set()
-        for action in actions:
-            if action.kind == "forward":
-                forward += 1
-            ever.add((forward / virtual, inputs / virtual))
-            if action.stage == degree * virtual - 1 and action.kind != "weights":
-                at_head.add((forward / virtual, inputs / virtual))
-            if action.kind == "inputs":
-                at_work.add((forward / virtual, inputs / virtual))
-                forward, inputs = forward - 1, inputs + 1
-                ever.add((forward / virtual, inputs / virtual))
-            elif action.kind == "weights":
-                inputs -= 1
-        result.append(Flights(_most(ever), _most(at_work), _most(at_head)))
-    return tuple(result)
-
-
-def _most(held: set[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    most: list[tuple[float, float]] = []
-    for each in sorted(held, reverse=True):
-        if not most or each[1] > most[-1][1]:
-            most.append(each)
-    return tuple(most)
+def split_flights(strategy: Strategy, pipeline_rank: int) -> tuple[tuple[float, float], ...]:
+    """Micro batches that a rank of a split schedule holds at once, in whole shares of its layers: (between forward and
+    backward, between the halves of backward), the moments that can be fullest. Under zero-bubble a rank's weights wait for as
+    many micro batches as it stands behind the first; under zbv both together are never more than the ranks (held against the
+    schedules themselves by a test)."""
+    forward, virtual = in_flight(strategy, pipeline_rank), strategy.num_virtual_stages
+    if strategy.pipeline_schedule == "zbv":
+        return (forward, 0.0), (0.0, forward)
+    return (forward, pipeline_rank / virtual), (forward - 1 / virtual, (pipeline_rank + 1) / virtual)
 
 
 def pending_elements(work: Workload, strategy: Strategy) -> float:

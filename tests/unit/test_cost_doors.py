@@ -16,8 +16,9 @@ from orchestrator.planner.time import price, price_time
 from strategies.constants import MEMORY, TIME
 from strategies.links import Links, Message, all_reduce_s, blocking_s, half_s, ring
 from strategies.offload.cost import exposed_s, offloaded
-from strategies.pipeline.cost import bubble_fraction, bubble_s, in_flight, shared_message, shares
+from strategies.pipeline.cost import bubble_fraction, bubble_s, in_flight, shared_message, shares, split_flights
 from strategies.pipeline.cost import messages as pipeline_messages
+from strategies.pipeline.schedules import orders
 from strategies.strategy import Offload, Strategy
 from strategies.tensor.cost import gradient_message, logit_bytes
 from strategies.tensor.cost import messages as tensor_messages
@@ -116,6 +117,38 @@ def test_a_ring_moves_each_byte_once_less_its_own_part():
 def test_micro_batches_in_flight(schedule, virtual, micro_batches, rank, held):
     split = strategy(pipeline=4, virtual=virtual, pipeline_schedule=schedule, gradient_accumulation_steps=micro_batches)
     assert in_flight(split, rank) == held
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "virtual", "rounds"), [(2, 1, 1), (2, 2, 2), (4, 1, 4), (4, 2, 2), (4, 4, 1), (8, 2, 2)]
+)
+def test_what_waits_between_the_halves_of_backward_is_what_the_schedule_leaves_waiting(pipeline, virtual, rounds):
+    name, times = "interleaved_zero_bubble", pipeline * rounds
+    split = strategy(pipeline=pipeline, virtual=virtual, pipeline_schedule=name, gradient_accumulation_steps=times)
+    for rank, actions in enumerate(orders(name, pipeline, virtual, times)):
+        played = set(_held(actions, virtual))
+        named = set(split_flights(split, rank))
+        assert rounds == 1 or named <= played
+        assert all(any(f <= most_f and f + i <= most_f + most_i for most_f, most_i in named) for f, i in played)
+
+
+@pytest.mark.parametrize(("pipeline", "times"), [(2, 2), (2, 8), (4, 8), (8, 16)])
+def test_under_zbv_no_more_micro_batches_are_held_than_ranks(pipeline, times):
+    split = replace(
+        strategy(pipeline=pipeline, gradient_accumulation_steps=times), pipeline_schedule="zbv", num_virtual_stages=2
+    )
+    for rank, actions in enumerate(orders("zbv", pipeline, 2, times)):
+        (most, _), _ = split_flights(split, rank)
+        assert max(forward + inputs for forward, inputs in _held(actions, 2)) <= most
+
+
+def _held(actions, virtual):
+    """(between forward and backward, between the halves of backward) after each action, in whole shares."""
+    forward = inputs = 0
+    for action in actions:
+        forward += {"forward": 1, "inputs": -1}.get(action.kind, 0)
+        inputs += {"inputs": 1, "weights": -1}.get(action.kind, 0)
+        yield forward / virtual, inputs / virtual
 
 
 def test_the_bubble_is_p_less_1_over_m_v_where_stages_are_equal():
