@@ -348,16 +348,16 @@ def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroByt
     if strategy.offload.activations == "host":
         # A block at work and the one that comes back from the host meanwhile.
         one = min(one, 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed))
-        return Saved(one, one, 0.0, one + final, 0.0, True)
+        return Saved(one, 0.0, one + final, 0.0, True)
     flights = pipeline.in_flight(strategy, rank)
     numbers = micro.numbers * flights * share.embedding
     steady = strategy.gradient_accumulation_steps > flights
     if _splits(strategy):
         waits = share.layers * micro.pending
         ever = max(forward * one + inputs * waits for forward, inputs in pipeline.split_flights(strategy, rank))
-        return Saved(ever, ever, ever, ever + final, numbers, steady)
+        return Saved(ever, ever, ever + final, numbers, steady)
     kept = one * flights + final * (pipeline.heads_in_flight(strategy) - 1)
-    return Saved(kept, kept, kept - one, kept + final, numbers, steady)
+    return Saved(kept, kept - one, kept + final, numbers, steady)
 
 
 class _Fill(NamedTuple):

@@ -69,8 +69,6 @@ class Saved(NamedTuple):
 
     ever: float
     """At their most."""
-    at_work: float
-    """At their most, when a stage begins to go backward."""
     others: float
     """And behind it."""
     at_head: float
@@ -195,14 +193,13 @@ def _whole_moments(
     at_work = waiting + micro.working + parts.again
     # The first bucket is full, and goes, when its blocks are through.
     through = int(max(0.0, BUCKET_BYTES / gradient - largest) / held.block)
-    reduced = max(0.0, saved.at_work - through * min(micro.layer, micro.checkpointed))
+    reduced = max(0.0, saved.ever - through * min(micro.layer, micro.checkpointed))
     # What comes for the next pass; half a backward pass holds what came in and what goes out until it is done.
     ahead = micro.boundary * (3 if strategy.pipeline_schedule in SPLIT_BACKWARD else 1) + saved.numbers
     return (
         ("forward", at_head, grads, saved.at_head, parts.logits, ahead, parts.chunk),
         ("backward", at_head, grads, saved.at_head, parts.copy, ahead, parts.head_table + parts.hiddens),
-        ("backward", gathered, grads, saved.at_work, parts.piled, ahead, at_work),
-        ("backward", gathered, grads, saved.ever, parts.piled, ahead, waiting + 2 * micro.hidden),
+        ("backward", gathered, grads, saved.ever, parts.piled, ahead, at_work),
         ("backward", gathered, grads, reduced, 0.0, ahead + buckets, at_work),
         ("backward", gathered, grads, saved.others, 0.0, buckets, parts.tables + 2 * micro.hidden),
         ("optimizer", 0.0, grads, 0.0, 0.0, buckets, widened + STEP_BYTES),
@@ -240,7 +237,7 @@ def _sharded_moments(
     in_block = parameters * element if keeps else root + min(block, parameters - outside) * element
     ahead = 0.0 if keeps or not ENGINES[strategy.engine].gathers_ahead else block * element * (1 + 1 / group)
     last = micro.checkpointed if share.checkpointed == share.layers else min(micro.layer, micro.checkpointed)
-    one_less = max(0.0, saved.at_work - last)
+    one_less = max(0.0, saved.ever - last)
     block_gradients = block * element + wide_block * (1 + 1 / group)
     root_gradients = outside * element + wide_root * (1 + 1 / group)
     # The block's own weight gradients stay until it is scattered.
@@ -260,9 +257,8 @@ def _sharded_moments(
         return (
             ("forward", at_head, 0.0, saved.at_head, parts.logits, more, before + parts.chunk),
             ("backward", at_head, 0.0, saved.at_head, parts.copy, ahead + more, whole_gradients * late + head),
-            ("backward", in_block, 0.0, saved.at_work, parts.piled, ahead * several + more, working + before),
-            ("backward", one_block, 0.0, saved.at_work, parts.piled, ahead * several + more, working + whole_gradients),
-            ("backward", in_block, 0.0, saved.ever, parts.piled, more, before + 2 * micro.hidden),
+            ("backward", in_block, 0.0, saved.ever, parts.piled, ahead * several + more, working + before),
+            ("backward", one_block, 0.0, saved.ever, parts.piled, ahead * several + more, working + whole_gradients),
             ("backward", root, 0.0, saved.others, 0.0, more, parts.tables + whole_gradients + 2 * micro.hidden),
             ("backward", at_end, 0.0, 0.0, 0.0, 0.0, whole_gradients + unit),
             ("optimizer", 0.0, left.gpu.gradients, 0.0, 0.0, 0.0, STEP_BYTES),
