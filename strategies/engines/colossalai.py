@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.catalog import unbuilt, wrong_precision
 from strategies.engines.collectives import all_gather
 from strategies.engines.engine import Build, MicroBatch, OptimizerSettings
-from strategies.engines.held import Held, HeldSession, Owned, Place, fill
+from strategies.engines.held import Held, HeldSession, Owned, Place, fill, refuse_unbuilt, refuse_world
 from strategies.engines.installed import engine_module
 from strategies.engines.mesh import NAMES, Mesh, lay
 from strategies.pipeline.runner import PlainRunner, counted_loss
@@ -80,11 +79,7 @@ def _kind(strategy: Strategy, *, split: bool) -> tuple[type[Boosted], type[Boost
 
 
 def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
-    if limit := unbuilt(strategy):
-        value = getattr(strategy, limit.field)
-        raise ValueError(f"{limit.field} {value} cannot run: {limit.reason}; set it otherwise, or engine: native")
-    if wrong := wrong_precision(strategy, precision):
-        raise ValueError(wrong)
+    refuse_unbuilt(strategy, precision)
     states = "mixed" if precision in ("bf16", "fp16") else "full"
     if strategy.states != states:
         raise ValueError(f"states {strategy.states!r} in {precision}: ColossalAI keeps {states}; set that")
@@ -92,12 +87,7 @@ def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
         raise ValueError(
             "deterministic: ColossalAI's buckets are reduced in the order of arrival; set it to false, or engine: native"
         )
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if not dist.is_initialized() or world_size != strategy.num_gpus:
-        raise ValueError(
-            f"{strategy.num_gpus} GPUs of the strategy want a process group of {strategy.num_gpus}, this one has "
-            f"{world_size}; start as many workers as the strategy has GPUs"
-        )
+    refuse_world(strategy, f"{strategy.num_gpus} GPUs of the strategy want")
 
 
 class BoosterRunner(PlainRunner):

@@ -10,12 +10,10 @@ import contextlib
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.catalog import unbuilt, wrong_precision
 from strategies.engines.engine import Build, OptimizerSettings
-from strategies.engines.held import Held, HeldSession, Owned, Place, fill
+from strategies.engines.held import Held, HeldSession, Owned, Place, fill, refuse_unbuilt, refuse_world
 from strategies.engines.installed import engine_module
 from strategies.engines.mesh import NAMES, Mesh
 from strategies.pipeline.runner import PlainRunner
@@ -57,11 +55,7 @@ def build_session(
 
 
 def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
-    if limit := unbuilt(strategy):
-        value = getattr(strategy, limit.field)
-        raise ValueError(f"{limit.field} {value} cannot run: {limit.reason}; set it otherwise, or engine: native")
-    if wrong := wrong_precision(strategy, precision):
-        raise ValueError(wrong)
+    refuse_unbuilt(strategy, precision)
     low = precision in ("bf16", "fp16")
     states = ("sharded_fp32" if strategy.zero_stage == 3 else "mixed") if low else "full"
     if strategy.states != states:
@@ -72,12 +66,7 @@ def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:
         raise ValueError(
             "deterministic: fairscale and DDP reduce in the order of arrival; set it to false, or engine: native"
         )
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    if not dist.is_initialized() or world_size != strategy.num_gpus:
-        raise ValueError(
-            f"data_parallel_degree {strategy.data_parallel_degree} wants a process group of {strategy.num_gpus}, this one has "
-            f"{world_size}; start as many workers as the strategy has GPUs"
-        )
+    refuse_world(strategy, f"data_parallel_degree {strategy.data_parallel_degree} wants")
 
 
 class FairscaleStates(Held):

@@ -14,8 +14,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Split
 
+from strategies.catalog import unbuilt, wrong_precision
 from strategies.engines.engine import Build, Layout
 from strategies.engines.native import NativeSession
+from strategies.strategy import Strategy
 from strategies.zero.states import Adam, Shard, rows
 
 KINDS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
@@ -43,6 +45,25 @@ class Place:
         into = flat[self.start : self.stop]
         into.copy_(local.reshape(-1)[: into.numel()])
         part.copy_(flat.view_as(part))
+
+
+def refuse_unbuilt(strategy: Strategy, precision: str) -> None:
+    """ValueError for what the table of engines rules out."""
+    if limit := unbuilt(strategy):
+        value = getattr(strategy, limit.field)
+        raise ValueError(f"{limit.field} {value} cannot run: {limit.reason}; set it otherwise, or engine: native")
+    if wrong := wrong_precision(strategy, precision):
+        raise ValueError(wrong)
+
+
+def refuse_world(strategy: Strategy, what: str) -> None:
+    """ValueError where the process group is not as large as `what`, in the strategy's words, wants it."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    if not dist.is_initialized() or world_size != strategy.num_gpus:
+        raise ValueError(
+            f"{what} a process group of {strategy.num_gpus}, this one has {world_size}; start as many workers as the "
+            "strategy has GPUs"
+        )
 
 
 class HeldSession(NativeSession):
