@@ -18,8 +18,8 @@ from strategies.tensor import cost as tensor
 from strategies.workload import Workload
 from strategies.zero import cost as zero
 
-STEP_BYTES = 16
-"""A step's own numbers: its loss and its count."""
+STEP_BYTES = 24
+"""A step's own numbers: its loss, the gradient of that, its count."""
 Moment = tuple[str, float, float, float, float, float, float]
 
 
@@ -220,96 +220,91 @@ def _sharded_moments(
     batch, and gathers a block ahead."""
     left, parameters, block, outside, (root_padding, block_padding) = held
     wide = max(4, element)
-    group, times = strategy.zero_group_size, strategy.gradient_accumulation_steps
-    keeps = strategy.zero_stage == 2 or strategy.gather == "per_step"
-    root = outside * element
-    late, piped = times > 1, strategy.pipeline_parallel_degree > 1
+    group, layers = strategy.zero_group_size, share.layers
+    late, piped = strategy.gradient_accumulation_steps > 1, strategy.pipeline_parallel_degree > 1
+    per_step = strategy.gather == "per_step"
+    keeps = strategy.zero_stage == 2 or per_step
     # Gradients that are reduced once a step wait whole for the last micro batch, or under a pipeline for the step's end.
     waits = strategy.reduce == "per_step" and (late or piped)
-    early = left.gpu.gradients if late and not waits else 0.0
     # Gathered and scattered, every rank's part is as long as the longest.
-    parameters += group * (root_padding + share.layers * block_padding)
+    parameters += group * (root_padding + layers * block_padding)
     outside, block = outside + group * root_padding, block + group * block_padding
+    root, unit = outside * element, min(block, parameters - outside) * element
     wide_root, wide_block = wide * outside, wide * block
-    whole_gradients = wide * parameters if waits else 0.0
-    behind_root = wide_root if late and not whole_gradients else 0.0
     at_head = parameters * element if keeps else root
-    in_block = parameters * element if keeps else root + min(block, parameters - outside) * element
-    ahead = 0.0 if keeps or not ENGINES[strategy.engine].gathers_ahead else block * element * (1 + 1 / group)
-    last = micro.checkpointed if share.checkpointed == share.layers else min(micro.layer, micro.checkpointed)
-    one_less = max(0.0, saved.ever - last)
-    block_gradients = block * element + wide_block * (1 + 1 / group)
-    root_gradients = outside * element + wide_root * (1 + 1 / group)
-    # The block's own weight gradients stay until it is scattered.
-    working = (
-        parts.head_table * (not piped or parts.shared) + whole_gradients * (not piped) + micro.working + parts.again
-    )
-    working += min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
-    several = share.layers > 1
+    in_block = parameters * element if keeps else root + unit
+    # One rank alone copies its shards where others gather them.
+    ahead = unit if layers > 1 and group > 1 and not keeps and ENGINES[strategy.engine].gathers_ahead else 0.0
+    all_checkpointed = share.checkpointed == layers
+    last = micro.checkpointed if all_checkpointed else min(micro.layer, micro.checkpointed)
+    # The feed-forward, of whose weights one has its gradient; or the end of attention, where all have: four gradients of the
+    # residual stream's size, the norm's output and what came in are there, the rest of what was saved is gone.
+    weight = min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
+    attention = unit + 6 * micro.hidden - (micro.hidden if all_checkpointed else last)
+    working = max(weight + micro.working + parts.again, attention)
+    # Ids and positions, the step's own numbers, gradients of the norms that lie between two units; what a pipeline brought for
+    # this pass and brings for the next.
+    small = saved.numbers + STEP_BYTES + 2 * work.hidden_size * element + 2 * micro.boundary
+    gradients, whole = left.gpu.gradients, wide * parameters if waits else 0.0
+    head_table, at_end = parts.head_table, ("optimizer", 0.0, gradients, 0.0, 0.0, 0.0, STEP_BYTES)
+    # One rank alone divides into a copy what it scatters.
+    copies = 2 if group == 1 else 1
     if piped and waits:
+        before = whole * saved.steady
+        working += head_table * parts.shared
         # A unit is let go when it has gone backward, and gathered again by the next pass through it.
-        one_block = at_head if strategy.gather == "per_step" else root + min(block, parameters - outside) * element
-        before = whole_gradients * saved.steady
-        unit = max(wide_root, wide_block) * (1 + 1 / group)
-        at_end = at_head if strategy.gather == "per_step" else 0.0
-        # What came in for this pass, and what comes for the next.
-        more, head = 2 * micro.boundary + saved.numbers, parts.head_table + parts.hiddens
+        one_block = at_head if per_step else root + unit
+        scatter = max(wide_root, wide_block) * copies
         return (
-            ("forward", at_head, 0.0, saved.at_head, parts.logits, more, before + parts.chunk),
-            ("backward", at_head, 0.0, saved.at_head, parts.copy, ahead + more, whole_gradients * late + head),
-            ("backward", in_block, 0.0, saved.ever, parts.piled, ahead * several + more, working + before),
-            ("backward", one_block, 0.0, saved.ever, parts.piled, ahead * several + more, working + whole_gradients),
-            ("backward", root, 0.0, saved.others, 0.0, more, parts.tables + whole_gradients + 2 * micro.hidden),
-            ("backward", at_end, 0.0, 0.0, 0.0, 0.0, whole_gradients + unit),
-            ("optimizer", 0.0, left.gpu.gradients, 0.0, 0.0, 0.0, STEP_BYTES),
+            ("forward", at_head, 0.0, saved.at_head, parts.logits, small, before + parts.chunk),
+            (
+                "backward",
+                at_head,
+                0.0,
+                saved.at_head,
+                parts.copy,
+                ahead + small,
+                whole * late + head_table + parts.hiddens,
+            ),
+            ("backward", in_block, 0.0, saved.ever, parts.piled, ahead + small, working + before),
+            ("backward", one_block, 0.0, saved.ever, parts.piled, ahead + small, working + whole),
+            ("backward", root, 0.0, saved.others, 0.0, small, parts.tables + whole + 2 * micro.hidden),
+            ("backward", at_head if per_step else 0.0, 0.0, 0.0, 0.0, small, whole + scatter),
+            at_end,
         )
+    early = gradients if late and not waits else 0.0
+    behind_root, behind = (0.0, 0.0) if waits else (wide_root * late, wide_block * (layers > 1))
+    # Blocks that are through have let go their activations and left their gradients, if they had none of a micro batch before.
+    # Those that live on the host come back two at a time to the end.
+    shard, gone = 0.0 if early else wide_block / group, last * (strategy.offload.activations == "none")
+    through = max(1, layers - 1 - (ahead > 0)) if shard > gone and not waits else 1
+    kept, reduced = max(0.0, saved.ever - through * gone), early + through * shard
+    # A unit lets go its parameters, then its gradients when the reduce-scatter has its input.
+    stays = per_step and late
+    in_scatter = in_block if stays else in_block - unit
+    scattered, scattered_root = copies * wide_block / group, copies * wide_root / group
+    if waits:
+        scatter, last_scatter = max(wide_block, scattered), wide_root + max(wide_root, scattered_root)
+        tables = parts.tables + max(whole, wide_root + wide_block + gradients)
+    else:
+        scatter, last_scatter = wide_block + max(unit, scattered), wide_root + max(root, scattered_root)
+        tables = parts.tables + wide_block + gradients
+    at_work = head_table * (parts.shared or not piped) + whole
     return (
-        (
-            "forward",
-            at_head,
-            early,
-            saved.at_head,
-            parts.logits,
-            0.0,
-            behind_root + whole_gradients + parts.chunk,
-        ),
+        ("forward", at_head, early, saved.at_head, parts.logits, small, behind_root + whole + parts.chunk),
         (
             "backward",
             at_head,
             early,
             saved.at_head,
             parts.copy,
-            ahead,
-            parts.head_table + behind_root + whole_gradients + parts.hiddens,
+            ahead + small,
+            behind_root + whole + head_table + parts.hiddens,
         ),
-        (
-            "backward",
-            in_block,
-            early,
-            saved.ever,
-            parts.piled,
-            (ahead if several else 0.0),
-            working + behind_root,
-        ),
-        ("backward", in_block, early, one_less, parts.piled, ahead, working + wide_block * several),
-        (
-            "backward",
-            in_block,
-            early,
-            one_less,
-            0.0,
-            ahead if several else 0.0,
-            parts.head_table + whole_gradients + micro.hidden + block_gradients,
-        ),
-        (
-            "backward",
-            root,
-            left.gpu.gradients,
-            0.0,
-            0.0,
-            0.0,
-            parts.tables + whole_gradients + 2 * micro.hidden + wide_block,
-        ),
-        ("backward", root, left.gpu.gradients, 0.0, 0.0, 0.0, root_gradients + whole_gradients),
-        ("optimizer", 0.0, left.gpu.gradients, 0.0, 0.0, 0.0, STEP_BYTES),
+        ("backward", in_block, early, saved.ever, parts.piled, ahead + small, behind_root + at_work + working),
+        ("backward", in_block, reduced, kept, parts.piled, ahead + small, behind + at_work + working),
+        ("backward", in_scatter, reduced, kept, parts.piled, ahead + small, at_work + micro.hidden + scatter),
+        ("backward", root, 0.0, saved.others, 0.0, small, tables + 2 * micro.hidden),
+        ("backward", root * stays, gradients, saved.others, 0.0, small, last_scatter),
+        at_end,
     )
