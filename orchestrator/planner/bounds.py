@@ -26,10 +26,10 @@ from orchestrator.planner.groups import Fixed, Kept, Leanest, Least, Pass, Row
 from orchestrator.planner.memory import MemoryPrice, reserve_bytes
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.roofline import ELEMENT, roofline
-from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Space, point
-from orchestrator.planner.time import TimePrice, tensor_s, tied_s
+from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, Space, point
+from orchestrator.planner.time import TimePrice, sent_s, tensor_s, tied_s
 from strategies.constants import MEMORY, TIME
-from strategies.pipeline.cost import bubble_fraction, in_flight
+from strategies.pipeline.cost import Share, bubble_fraction, in_flight
 from strategies.recompute.cost import boundary_bytes, saved_bytes
 from strategies.strategy import Offload, Place, Schedule, Strategy
 
@@ -82,6 +82,7 @@ class Bounds:
         self.added: dict[tuple[int, bool, int, str], float] = {}
         self.fixed_seconds: dict[tuple[Shape, int, Place, Place], float] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
+        self.exposed: dict[tuple[Shape, Sharding], tuple[float, float]] = {}
         self.carries: dict[tuple[int, bool, int, tuple[str, ...]], tuple[float, float]] = {}
         self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
         self._least_of: dict[tuple[int, tuple[tuple[Schedule, int], ...], int], tuple[float, float]] = {}
@@ -181,9 +182,35 @@ class Bounds:
         return self.problem.accumulation(shape.data, micro) * (one.compute_s / shape.pipeline + one.messages_s * fewest)
 
     def shape_s(self, shape: Shape) -> float:
-        flags = self.space.sequence_parallels(shape.tensor)
-        times = [self.share_s(shape, flag, batch.micro) for batch in self.space.batches(shape) for flag in flags]
+        """Seconds of a step of any strategy of these degrees: the mean pipeline rank at work, and its bubble."""
+        flags, times = self.space.sequence_parallels(shape.tensor), []
+        for batch in self.space.batches(shape):
+            idle, _ = self.least_of(shape.pipeline, batch)
+            times += [self.share_s(shape, flag, batch.micro) * (1 + idle) for flag in flags]
         return min(times, default=0.0)
+
+    def exposed_s(self, shape: Shape, sharding: Sharding, accumulation: int) -> float:
+        """Seconds of gradients and gathers that no compute hides, of a pipeline rank with the fewest layers and neither end of
+        the model. A straight line in the micro batches."""
+        key = shape, sharding
+        if key not in self.exposed:
+            batches = self.space.batches_of(shape, sharding.zero, sharding)
+            ends = {
+                batch.accumulation: self._exposed_s(shape, sharding, batch.micro) for batch in (batches[0], batches[-1])
+            }
+            (most, high), (fewest, low) = max(ends.items()), min(ends.items())
+            each = (high - low) / (most - fewest) if most > fewest else 0.0
+            self.exposed[key] = low - fewest * each, each
+        once, each = self.exposed[key]
+        return once + each * accumulation
+
+    def _exposed_s(self, shape: Shape, sharding: Sharding, micro: int) -> float:
+        if shape.data == 1 or self.problem.cluster.calibration:  # measured rates need not make fewer bytes faster
+            return 0.0
+        problem = self.problem
+        strategy = problem.strategy(point(Core(shape, False, micro, "1f1b", 1), sharding, Offload(), "none", None))
+        roof = roofline(problem.work, problem.cluster, problem.precision)
+        return sent_s(roof, strategy, Share(self.rank_layers(shape.pipeline)[1], 0, False, False))[1]
 
     def least(
         self,
@@ -219,14 +246,14 @@ class Bounds:
 
     # Bytes ----------------------------------------------------------------------------------------------------------
 
-    def smallest(self, shape: Shape, zero: int, offload: Offload) -> list[Choice]:
-        """The members of a family of which one holds the fewest bytes, the likeliest first."""
+    def smallest(self, shape: Shape, zero: int, offload: Offload, only: Sharding | None = None) -> list[Choice]:
+        """The members of a family, or those with one sharding, of which one holds the fewest bytes, the likeliest first."""
         space, flag = self.space, any(self.space.sequence_parallels(shape.tensor))
-        batches = [batch for batch in space.batches(shape) if zero in batch.shardings]
+        batches = self.space.batches_of(shape, zero, only)
+        leanest = self._leanest_of(shape, batches[0], zero, only, flag)
         once = next((batch for batch in batches if batch.accumulation == 1), batches[0])
-        leanest = self.leanest(shape, zero, batches[0], flag)
         if zero >= 2 and once is not batches[0]:  # one micro batch: no gradients wait in forward
-            leanest = [*leanest, *self.leanest(shape, zero, once, flag)]
+            leanest = [*leanest, *self._leanest_of(shape, once, zero, only, flag)]
         choices = []
         for core, sharding in leanest:
             kinds, counts = space.recomputes(shape.pipeline, core.virtual)
@@ -237,31 +264,36 @@ class Bounds:
                 choices.append(point(core, sharding, offload, kind, layers))
         return choices
 
-    def leanest(self, shape: Shape, zero: int, batch: Batch, sequence_parallel: bool) -> list[Leanest]:
-        """The schedules and the ZeRO group of which one holds the fewest bytes at a micro batch. Not every schedule here can run
-        this many micro batches: as a bound it holds all the same."""
-        widest = max(sharding.group for sharding in batch.shardings[zero])
-        shardings = [sharding for sharding in batch.shardings[zero] if sharding.group == widest]
+    def _leanest_of(self, shape: Shape, batch: Batch, zero: int, only: Sharding | None, flag: bool) -> list[Leanest]:
+        shardings = self._widest(shape, batch.shardings[zero]) if only is None else [only]
+        return [found for sharding in shardings for found in self.leanest(shape, sharding, batch.micro, flag)]
+
+    def _widest(self, shape: Shape, shardings: tuple[Sharding, ...]) -> list[Sharding]:
+        """Of a ZeRO stage's, those of which one holds the fewest bytes."""
+        widest = max(sharding.group for sharding in shardings)
+        kept = [sharding for sharding in shardings if sharding.group == widest]
         if widest > 1 and self.rank_layers(shape.pipeline)[0] > FEW_LAYERS:
-            often = any(sharding.gather == PER_MICRO_BATCH for sharding in shardings)
-            shardings = [one for one in shardings if not often or one.gather == PER_MICRO_BATCH]
-            if (
-                shape.pipeline == 1
-            ):  # a pipeline's gradients that are reduced once a step are not there in all of forward
-                shardings = [max(shardings, key=lambda one: one.reduce == PER_MICRO_BATCH)]
+            often = any(sharding.gather == PER_MICRO_BATCH for sharding in kept)
+            kept = [one for one in kept if not often or one.gather == PER_MICRO_BATCH]
+            if shape.pipeline == 1:  # a pipeline's gradients reduced once a step are not there in all of forward
+                kept = [max(kept, key=lambda one: one.reduce == PER_MICRO_BATCH)]
+        return kept
+
+    def leanest(self, shape: Shape, sharding: Sharding, micro: int, sequence_parallel: bool) -> list[Leanest]:
+        """The schedules of which one holds the fewest bytes at a micro batch. Not every schedule here can run this many micro
+        batches: as a bound it holds all the same."""
         layouts = self.layouts(shape.pipeline)
-        if zero < 2 and len(layouts) > 1:  # gpipe is lean where no gradients of ZeRO 2 and 3 wait in forward
+        if sharding.zero < 2 and len(layouts) > 1:  # gpipe is lean where no gradients of ZeRO 2 and 3 wait in forward
             layouts = tuple(layout for layout in layouts if layout[0] != "gpipe")
         return [
-            Leanest(Core(shape, sequence_parallel, batch.micro, schedule, virtual), sharding)
-            for schedule, virtual in layouts
-            for sharding in shardings
+            Leanest(Core(shape, sequence_parallel, micro, schedule, virtual), sharding) for schedule, virtual in layouts
         ]
 
     def hungriest(self, shape: Shape, zero: int, activations: Place) -> Choice:
         """The member of a ZeRO stage that puts most into host memory."""
         batch = self.space.batches(shape)[-1]
-        core, sharding = self.leanest(shape, zero, batch, False)[0]
+        sharding = self._widest(shape, batch.shardings[zero])[0]
+        core = self.leanest(shape, sharding, batch.micro, False)[0].core
         offload = Offload(optimizer="host", parameters="host", activations=activations)  # type: ignore[arg-type]
         return point(core, sharding._replace(group=1), offload, "none", None)
 
@@ -329,29 +361,30 @@ class Bounds:
         micro batches."""
         key = shape, zero, offload.optimizer, offload.parameters
         if key not in self.fixed_seconds:
-            last = [batch for batch in self.space.batches(shape) if zero in batch.shardings][-1]
-            core, sharding = self.leanest(shape, zero, last, False)[0]
+            last = self.space.batches_of(shape, zero)[-1]
+            sharding = self._widest(shape, last.shardings[zero])[0]
             if zero == 3:
                 sharding = sharding._replace(gather=PER_STEP)
-            core = core._replace(schedule="1f1b", virtual=1)
+            core = Core(shape, False, last.micro, "1f1b", 1)
             away = replace(offload, activations="none")
             time = self.problem.time(self.problem.strategy(point(core, sharding, away, "none", None)))
             self.fixed_seconds[key] = time.optimizer_s + time.offload_s
         return self.fixed_seconds[key]
 
-    def fixed(self, shape: Shape, zero: int, offload: Offload, memory: Callable[[Choice], MemoryPrice]) -> Fixed:
-        """What every member of the family has: of each layout one is looked at, since micro batch, frequencies and recomputing
-        change no states."""
-        batch = next(batch for batch in self.space.batches(shape) if zero in batch.shardings)
-        seen: dict[tuple[Schedule, int], MemoryPrice] = {}
-        for core, sharding in self.leanest(shape, zero, batch, any(self.space.sequence_parallels(shape.tensor))):
-            layout = core.schedule, core.virtual
-            if layout not in seen:
-                kinds, counts = self.space.recomputes(shape.pipeline, core.virtual)
-                kind, layers = ("full", counts[-1]) if counts else (kinds[-1], self.space.layers_of(kinds[-1]))
-                seen[layout] = memory(point(core, sharding, offload, kind, layers))
-        stages = [price.stages[0] for price in seen.values()]
-        stays = zero < 3  # ZeRO 3 has less gathered in forward than in backward
+    def fixed(
+        self, shape: Shape, sharding: Sharding, offload: Offload, memory: Callable[[Choice], MemoryPrice]
+    ) -> Fixed:
+        """What every member of a family with this sharding has: of each layout one is looked at, since micro batch, recomputing
+        and activations on the host change no states."""
+        micro = self.space.batches_of(shape, sharding.zero, sharding)[0].micro
+        away, prices = replace(offload, activations="none"), []
+        leanest = self.leanest(shape, sharding, micro, any(self.space.sequence_parallels(shape.tensor)))
+        for core, _ in [one for one in leanest if one.core.schedule != "gpipe"] or leanest:  # it holds 1F1B's
+            kinds, counts = self.space.recomputes(shape.pipeline, core.virtual)
+            kind, layers = ("full", counts[-1]) if counts else (kinds[-1], self.space.layers_of(kinds[-1]))
+            prices.append(memory(point(core, sharding, away, kind, layers)))
+        stages = [price.stages[0] for price in prices]
+        stays = sharding.zero < 3  # ZeRO 3 has less gathered in forward than in backward
         states = min(
             s.parameters + s.master_weights + s.optimizer_states + s.gathered_parameters * stays for s in stages
         )
@@ -359,8 +392,8 @@ class Bounds:
         kind = self.problem.cluster.accelerator.kind
         context = reserve_bytes(0, kind)
         grows = (reserve_bytes(LARGE, kind) - context) / LARGE
-        usable = (next(iter(seen.values())).usable_bytes - context) / (1 + grows)
-        return Fixed(states, gradients, usable / SLACK, self.fixed_s(shape, zero, offload))
+        usable = (prices[0].usable_bytes - context) / (1 + grows)
+        return Fixed(states, gradients, usable / SLACK, self.fixed_s(shape, sharding.zero, offload))
 
 
 def _micro_choice(tensor: int, sequence_parallel: bool, micro: int, kind: str) -> Choice:

@@ -24,7 +24,7 @@ class Kept(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What a family adds to any of its members."""
+    """What a family adds to any of its members with one sharding."""
 
     first_rank_bytes: float
     """States and gathered parameters of the first pipeline rank."""
@@ -58,10 +58,10 @@ class Least(NamedTuple):
 
 
 class Lot(NamedTuple):
-    """A micro batch of some degrees and a ZeRO stage, as every offload has it: what needs no price of bytes."""
+    """A micro batch of some degrees and a sharding, as every offload has it: what needs no price of bytes."""
 
     floor_s: float
-    """Busy time and bubble, nothing recomputed."""
+    """Busy time, bubble and what replicas wait for, nothing recomputed."""
     batch: Batch
     sequence_parallel: bool
     size: int
@@ -74,12 +74,12 @@ class Lot(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A micro batch of a family: the group that is opened into ZeRO groups, schedules and recomputing."""
+    """A micro batch of a family with one sharding: the group that is opened into schedules and recomputing."""
 
     shape: Shape
     sequence_parallel: bool
     batch: Batch
-    zero: int
+    sharding: Sharding
     offload: Offload
     size: int
     idle: float
@@ -93,12 +93,12 @@ class Row(NamedTuple):
         return self.batch.micro
 
     @property
-    def shardings(self) -> tuple[Sharding, ...]:
-        return self.batch.shardings[self.zero]
+    def zero(self) -> int:
+        return self.sharding.zero
 
 
 class Rest(NamedTuple):
-    """What the members of a row with one sharding take, without what differs between them."""
+    """What the members of a row take, without what differs between them."""
 
     step_s: float
     """The step without the bubble, and without what is recomputed where that is open."""

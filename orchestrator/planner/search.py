@@ -3,7 +3,7 @@
 A partial choice stands for a named group of candidates and carries seconds that none of them can beat (bounds.py). The group
 with the smallest bound is opened first, in this order:
 
-    degrees -> ZeRO stage, offload -> micro batch, sequence parallel -> ZeRO group, frequencies -> schedule -> recompute
+    degrees -> ZeRO stage, offload -> ZeRO group, frequencies -> micro batch, sequence parallel -> schedule -> recompute
 
 The first complete strategy that fits and comes out on top is the best of the whole space. What is never opened is rejected
 with its size and one reason.
@@ -55,7 +55,8 @@ class _Search:
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
-        self.lots: dict[tuple[Shape, int], list[Lot]] = {}
+        self.lots: dict[tuple[Shape, Sharding], list[Lot]] = {}
+        self.live: dict[tuple[Shape, Sharding], bool] = {}
         self.larger: set[tuple[Any, ...]] = set()
         self.memories: dict[tuple[Any, ...], MemoryPrice] = {}
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
@@ -217,29 +218,52 @@ class _Search:
         self._reject(shape, f"memory {zero}", size, f"ZeRO {zero}: {told_excess(memory)}")
 
     def _open_family(self, size: int, shape: Shape, zero: int, offload: Offload) -> None:
-        """(ZeRO stage, offload) -> micro batches and sequence parallel, one after the other in the order of their bounds."""
+        """(ZeRO stage, offload) -> ZeRO groups and frequencies."""
         if self._is_done(shape, zero, offload, size):
             return
         members = self._smallest(shape, zero, offload)
         if not any(memory.fits for _, memory in members):
             self._too_large(shape, zero, members, size)
             return
-        fixed = self.bounds.fixed(shape, zero, offload, self._memory)
-        self._push_lot(fixed, self._lots(shape, zero), shape, zero, offload)
+        fixed_s = self.bounds.fixed_s(shape, zero, offload)
+        for sharding in self.space.shardings_of(shape, zero):
+            lots = self._lots(shape, sharding)
+            self._push(
+                lots[-1].floor_s + fixed_s, shape, lots[-1].left, self._open_sharding, shape, sharding, offload, lots
+            )
 
-    def _lots(self, shape: Shape, zero: int) -> list[Lot]:
+    def _open_sharding(self, size: int, shape: Shape, sharding: Sharding, offload: Offload, lots: list[Lot]) -> None:
+        """ZeRO group, frequencies -> micro batches and sequence parallel, one after the other in the order of their bounds."""
+        if self._is_done(shape, sharding.zero, offload, size):
+            return
+        if self._any_fits(shape, sharding, offload):
+            self._push_lot(self.bounds.fixed(shape, sharding, offload, self._memory), lots, shape, sharding, offload)
+        else:
+            reason = f"ZeRO {sharding.zero}: what these groups and frequencies keep whole does not fit"
+            self._reject(shape, f"whole {sharding.zero}", size, reason)
+
+    def _any_fits(self, shape: Shape, sharding: Sharding, offload: Offload) -> bool:
+        """Whether a sharding fits at all: with the most offload, asked once, and with this one."""
+
+        def tried(offload: Offload) -> bool:
+            return any(map(self._fits, self.bounds.smallest(shape, sharding.zero, offload, sharding)))
+
+        key = shape, sharding
+        if key not in self.live:
+            self.live[key] = tried(self.space.offloads_of(sharding.zero, shape.data)[-1])
+        return self.live[key] and tried(offload)
+
+    def _lots(self, shape: Shape, sharding: Sharding) -> list[Lot]:
         """Micro batches and sequence parallel of some degrees, the largest bound first."""
-        key = shape, zero
+        key = shape, sharding
         if key not in self.lots:
             lots, left = [], 0
-            for batch in self.space.batches(shape):
-                if zero not in batch.shardings:
-                    continue
+            for batch in self.space.batches_of(shape, sharding.zero, sharding):
                 idle, flights = self.bounds.least_of(shape.pipeline, batch)
-                size = batch.num_recomputes * len(batch.shardings[zero])
+                exposed_s = self.bounds.exposed_s(shape, sharding, batch.accumulation)
                 for flag in self.space.sequence_parallels(shape.tensor):
-                    floor_s = self.bounds.share_s(shape, flag, batch.micro) * (1 + idle)
-                    lots.append(Lot(floor_s, batch, flag, size, 0, idle, flights))
+                    floor_s = self.bounds.share_s(shape, flag, batch.micro) * (1 + idle) + exposed_s
+                    lots.append(Lot(floor_s, batch, flag, batch.num_recomputes, 0, idle, flights))
             lots.sort(key=lambda lot: -lot.floor_s)
             for at, lot in enumerate(lots):
                 left += lot.size
@@ -248,51 +272,39 @@ class _Search:
         return self.lots[key]
 
     def _push_lot(
-        self, fixed: Fixed, lots: list[Lot], shape: Shape, zero: int, offload: Offload, num: int | None = None
+        self, fixed: Fixed, lots: list[Lot], shape: Shape, sharding: Sharding, offload: Offload, num: int | None = None
     ) -> None:
         """The best of the first `num` lots stands in the heap for all of them."""
         num = len(lots) if num is None else num
         if num:
             lot = lots[num - 1]
             floor_s = lot.floor_s + fixed.step_s
-            self._push(floor_s, shape, lot.left, self._open_lot, fixed, lots, shape, zero, offload, num)
+            self._push(floor_s, shape, lot.left, self._open_lot, fixed, lots, shape, sharding, offload, num)
 
     def _open_lot(
-        self, size: int, fixed: Fixed, lots: list[Lot], shape: Shape, zero: int, offload: Offload, num: int
+        self, size: int, fixed: Fixed, lots: list[Lot], shape: Shape, sharding: Sharding, offload: Offload, num: int
     ) -> None:
         """(micro batch, sequence parallel) -> the same, with what must be recomputed counted by a bound."""
-        if self._is_done(shape, zero, offload, size):
+        if self._is_done(shape, sharding.zero, offload, size):
             return
         lot = lots[num - 1]
-        least = self.bounds.least(shape, zero, lot.sequence_parallel, lot.batch, offload, fixed, lot.flights)
+        least = self.bounds.least(shape, sharding.zero, lot.sequence_parallel, lot.batch, offload, fixed, lot.flights)
         if least is None:
             self._reject(shape, "activations", lot.size, "activations do not fit however much is recomputed")
         else:
-            row = Row(shape, lot.sequence_parallel, lot.batch, zero, offload, lot.size, lot.idle, fixed, least)
-            self._push(self._row_s(row) + fixed.step_s, shape, row.size, self._count_row, row)
-        self._push_lot(fixed, lots, shape, zero, offload, num - 1)
+            row = Row(shape, lot.sequence_parallel, lot.batch, sharding, offload, lot.size, lot.idle, fixed, least)
+            self._push(self._row_s(row), shape, row.size, self._time_row, row)
+        self._push_lot(fixed, lots, shape, sharding, offload, num - 1)
 
     def _row_s(self, row: Row) -> float:
         busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
         again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)
-        return busy_s + self.bounds.extra_s(row) + (busy_s + again_s) * row.idle
+        exposed_s = self.bounds.exposed_s(row.shape, row.sharding, row.batch.accumulation)
+        return busy_s + self.bounds.extra_s(row) + (busy_s + again_s) * row.idle + row.fixed.step_s + exposed_s
 
-    def _count_row(self, size: int, row: Row) -> None:
-        """(micro batch, sequence parallel) -> the same, with what must be recomputed counted exactly under the leanest schedule
-        and ZeRO group."""
-        if self._is_done(row.shape, row.zero, row.offload, size):
-            return
-        leanest = self.bounds.leanest(row.shape, row.zero, row.batch, row.sequence_parallel)
-        least = self._least(leanest, row.offload, row.least)
-        if least is None:
-            self._reject(row.shape, "activations", row.size, "activations do not fit however much is recomputed")
-        else:
-            exact = row._replace(least=least)
-            self._push(self._row_s(exact) + row.fixed.step_s, row.shape, row.size, self._open_row, exact)
-
-    def _open_row(self, size: int, row: Row) -> None:
-        """(micro batch, sequence parallel) -> ZeRO groups and frequencies, each priced in time under the first schedule with as
-        little recomputed as is open."""
+    def _time_row(self, size: int, row: Row) -> None:
+        """(micro batch, sequence parallel) -> the same, priced in time under the first schedule with as little recomputed as is
+        open."""
         if self._is_done(row.shape, row.zero, row.offload, size):
             return
         schedule, virtual = row.batch.schedules[0]
@@ -300,18 +312,28 @@ class _Search:
         kinds, counts = self.space.recomputes(row.shape.pipeline, virtual)
         kind, layers = (kinds[0], self.space.layers_of(kinds[0])) if kinds else ("full", counts[0])
         offload = replace(row.offload, activations="none")  # what it costs is in extra_s
-        each = size // len(row.shardings)
-        for sharding in row.shardings:
-            strategy = self.problem.strategy(point(core, sharding, offload, kind, layers))
-            time = self.problem.time(strategy)
-            # The first schedule has the fewest stages a rank, and transfers.
-            rest = Rest(
-                time.step_s - time.pipeline_bubble_s - self.bounds.avoidable_s(strategy, row.batch),
-                self.bounds.hideable_s(time, row.zero),
-                time.compute_s + time.recompute_s + time.tensor_parallel_s,
-            )
-            floor_s = self._floor_s(row, rest, row.least, row.idle)
-            self._push(floor_s, row.shape, each, self._open_sharding, row, sharding, rest)
+        strategy = self.problem.strategy(point(core, row.sharding, offload, kind, layers))
+        time = self.problem.time(strategy)
+        # The first schedule has the fewest stages a rank, and transfers.
+        rest = Rest(
+            time.step_s - time.pipeline_bubble_s - self.bounds.avoidable_s(strategy, row.batch),
+            self.bounds.hideable_s(time, row.zero),
+            time.compute_s + time.recompute_s + time.tensor_parallel_s,
+        )
+        self._push(self._floor_s(row, rest, row.least, row.idle), row.shape, size, self._count_row, row, rest)
+
+    def _count_row(self, size: int, row: Row, rest: Rest) -> None:
+        """(micro batch, sequence parallel) -> the same, with what must be recomputed counted exactly under the leanest
+        schedule."""
+        if self._is_done(row.shape, row.zero, row.offload, size):
+            return
+        leanest = self.bounds.leanest(row.shape, row.sharding, row.micro, row.sequence_parallel)
+        least = self._least(leanest, row.offload, row.least)
+        if least is None:
+            self._reject(row.shape, "activations", size, "activations do not fit however much is recomputed")
+        else:
+            row = row._replace(least=least)
+            self._push(self._floor_s(row, rest, least, row.idle), row.shape, size, self._open_row, row, rest)
 
     def _floor_s(self, row: Row, rest: Rest, least: Least, idle: float) -> float:
         """Bound of a row's members with such a bubble."""
@@ -323,8 +345,8 @@ class _Search:
             busy_s -= max(0.0, rest.slowest_s - busy_s) / (row.shape.pipeline - 1)
         return rest.step_s + extra_s - min(rest.hideable_s, extra_s) + (busy_s + again_s) * idle
 
-    def _open_sharding(self, size: int, row: Row, sharding: Sharding, rest: Rest) -> None:
-        """ZeRO group and frequencies -> schedules, each with its own bubble and micro batches in flight."""
+    def _open_row(self, size: int, row: Row, rest: Rest) -> None:
+        """(micro batch, sequence parallel) -> schedules, each with its own bubble and micro batches in flight."""
         if self._is_done(row.shape, row.zero, row.offload, size):
             return
         shape, flag, batch = row.shape, row.sequence_parallel, row.batch
@@ -339,7 +361,7 @@ class _Search:
             idle = bubble(shape.pipeline, schedule, virtual, batch.accumulation)
             core = Core(shape, flag, batch.micro, schedule, virtual)
             floor_s = self._floor_s(row, rest, least, idle)
-            self._push(floor_s, shape, number, self._open_core, core, sharding, row.offload, least)
+            self._push(floor_s, shape, number, self._open_core, core, row.sharding, row.offload, least)
 
     def _open_core(self, size: int, core: Core, sharding: Sharding, offload: Offload, least: Least) -> None:
         """Finds the least recomputing that fits, from what the leanest schedule and group need."""

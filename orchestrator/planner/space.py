@@ -72,6 +72,7 @@ class Space:
         self.every_size = every_size
         self.engine = self.pins.get("engine", "native")
         self._batches: dict[Shape, tuple[Batch, ...]] = {}
+        self._batches_of: dict[tuple[Shape, int, Sharding | None], list[Batch]] = {}
         self._offloads: dict[int, list[Offload]] = {}
         self._recomputes: dict[tuple[int, int], tuple[list[str], list[int | None]]] = {}
 
@@ -269,6 +270,21 @@ class Space:
         if shape not in self._batches:
             self._batches[shape] = tuple(self._open_batches(shape))
         return self._batches[shape]
+
+    def batches_of(self, shape: Shape, zero: int, sharding: Sharding | None = None) -> list[Batch]:
+        """Those that a ZeRO stage, or one sharding of it, takes."""
+        key = shape, zero, sharding
+        if key not in self._batches_of:
+            self._batches_of[key] = [
+                batch
+                for batch in self.batches(shape)
+                if (sharding in batch.shardings.get(zero, ()) if sharding else zero in batch.shardings)
+            ]
+        return self._batches_of[key]
+
+    def shardings_of(self, shape: Shape, zero: int) -> list[Sharding]:
+        """Those that a ZeRO stage takes at any micro batch."""
+        return list(dict.fromkeys(one for batch in self.batches_of(shape, zero) for one in batch.shardings[zero]))
 
     def _open_batches(self, shape: Shape) -> Iterator[Batch]:
         for micro in self.micros(shape.data):

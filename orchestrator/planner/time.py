@@ -193,12 +193,12 @@ def _gradients_s(
     )
     known = roof.gradients.get(key)
     if known is None:
-        known = roof.gradients[key] = _sent_s(roof, strategy, slowest._replace(embedding=embedding))
+        known = roof.gradients[key] = sent_s(roof, strategy, slowest._replace(embedding=embedding))
     seconds, exposed_s = known
     return seconds, exposed_s if strategy.zero_stage < 2 else max(exposed_s, seconds - compute_s)
 
 
-def _sent_s(roof: Roofline, strategy: Strategy, share: pipeline.Share) -> tuple[float, float]:
+def sent_s(roof: Roofline, strategy: Strategy, share: pipeline.Share) -> tuple[float, float]:
     """(all of it, what no compute hides, however long it is)."""
     work, element, links, num_gpus = roof.work, roof.element, roof.links, strategy.num_gpus
     bucket_bytes = BUCKET_BYTES if work.native else links.constants.bucket_bytes
