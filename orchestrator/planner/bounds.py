@@ -82,7 +82,8 @@ class Bounds:
         self.added: dict[tuple[int, bool, int, str], float] = {}
         self.fixed_seconds: dict[tuple[Shape, int, Place, Place], float] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
-        self.exposed: dict[tuple[Shape, Sharding], tuple[float, float]] = {}
+        self.floors: dict[Shape, float] = {}
+        self.exposed: dict[tuple[Shape, Sharding, int], float] = {}
         self.carries: dict[tuple[int, bool, int, tuple[str, ...]], tuple[float, float]] = {}
         self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
         self._least_of: dict[tuple[int, tuple[tuple[Schedule, int], ...], int], tuple[float, float]] = {}
@@ -183,34 +184,44 @@ class Bounds:
 
     def shape_s(self, shape: Shape) -> float:
         """Seconds of a step of any strategy of these degrees: the mean pipeline rank at work, and its bubble."""
+        if shape not in self.floors:
+            self.floors[shape] = self._shape_s(shape)
+        return self.floors[shape]
+
+    def _shape_s(self, shape: Shape) -> float:
         flags, times = self.space.sequence_parallels(shape.tensor), []
         for batch in self.space.batches(shape):
             idle, _ = self.least_of(shape.pipeline, batch)
             times += [self.share_s(shape, flag, batch.micro) * (1 + idle) for flag in flags]
         return min(times, default=0.0)
 
+    def sharding_s(self, shape: Shape, sharding: Sharding, offload: Offload) -> float:
+        """Seconds of a step of any member of a family with this sharding."""
+        fewest = self.space.batches_of(shape, sharding.zero, sharding)[-1].accumulation
+        return (
+            self.shape_s(shape) + self.fixed_s(shape, sharding.zero, offload) + self.exposed_s(shape, sharding, fewest)
+        )
+
     def exposed_s(self, shape: Shape, sharding: Sharding, accumulation: int) -> float:
         """Seconds of gradients and gathers that no compute hides, of a pipeline rank with the fewest layers and neither end of
-        the model. A straight line in the micro batches."""
-        key = shape, sharding
-        if key not in self.exposed:
-            batches = self.space.batches_of(shape, sharding.zero, sharding)
-            ends = {
-                batch.accumulation: self._exposed_s(shape, sharding, batch.micro) for batch in (batches[0], batches[-1])
-            }
-            (most, high), (fewest, low) = max(ends.items()), min(ends.items())
-            each = (high - low) / (most - fewest) if most > fewest else 0.0
-            self.exposed[key] = low - fewest * each, each
-        once, each = self.exposed[key]
-        return once + each * accumulation
+        the model. A straight line in the micro batches, level where all is sent once a step."""
+        batches = self.space.batches_of(shape, sharding.zero, sharding)
+        low, fewest = self._exposed_s(shape, sharding, batches[-1].micro), batches[-1].accumulation
+        if accumulation == fewest or (sharding.gather == sharding.reduce == PER_STEP) or sharding.zero < 2:
+            return low
+        high = self._exposed_s(shape, sharding, batches[0].micro)
+        return low + (high - low) * (accumulation - fewest) / (batches[0].accumulation - fewest)
 
     def _exposed_s(self, shape: Shape, sharding: Sharding, micro: int) -> float:
-        if shape.data == 1 or self.problem.cluster.calibration:  # measured rates need not make fewer bytes faster
+        key, problem = (shape, sharding, micro), self.problem
+        if shape.data == 1 or problem.cluster.calibration:  # measured rates need not make fewer bytes faster
             return 0.0
-        problem = self.problem
-        strategy = problem.strategy(point(Core(shape, False, micro, "1f1b", 1), sharding, Offload(), "none", None))
-        roof = roofline(problem.work, problem.cluster, problem.precision)
-        return sent_s(roof, strategy, Share(self.rank_layers(shape.pipeline)[1], 0, False, False))[1]
+        if key not in self.exposed:
+            strategy = problem.strategy(point(Core(shape, False, micro, "1f1b", 1), sharding, Offload(), "none", None))
+            roof = roofline(problem.work, problem.cluster, problem.precision)
+            share = Share(self.rank_layers(shape.pipeline)[1], 0, False, False)
+            self.exposed[key] = sent_s(roof, strategy, share)[1]
+        return self.exposed[key]
 
     def least(
         self,

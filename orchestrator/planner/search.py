@@ -56,7 +56,7 @@ class _Search:
         self.order = count()
         self.done: set[Family] = set()
         self.lots: dict[tuple[Shape, Sharding], list[Lot]] = {}
-        self.live: dict[tuple[Shape, Sharding], bool] = {}
+        self.live: dict[tuple[Shape, Sharding, Offload], bool] = {}
         self.larger: set[tuple[Any, ...]] = set()
         self.memories: dict[tuple[Any, ...], MemoryPrice] = {}
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
@@ -158,8 +158,10 @@ class _Search:
             each, offloads = number * sequence, self.space.offloads_of(zero, shape.data)
             if not offloads:  # what is pinned is not built at this stage
                 continue
-            members = self._smallest(shape, zero, offloads[-1])
-            if all(memory.peak_bytes > memory.usable_bytes for _, memory in members):
+            members: list[tuple[Choice, MemoryPrice]] = []
+            for most in self._most(shape, zero):
+                members += self._smallest(shape, zero, most) if not _one_fits_gpu(members) else []
+            if not _one_fits_gpu(members):
                 self._too_large(shape, zero, members, each * len(offloads))
                 continue
             for offload in offloads:
@@ -221,37 +223,41 @@ class _Search:
         """(ZeRO stage, offload) -> ZeRO groups and frequencies."""
         if self._is_done(shape, zero, offload, size):
             return
-        members = self._smallest(shape, zero, offload)
-        if not any(memory.fits for _, memory in members):
-            self._too_large(shape, zero, members, size)
+        shardings = self.space.shardings_of(shape, zero)
+        if not any(self._fits_at_all(shape, sharding, offload) for sharding in shardings):
+            self._too_large(shape, zero, self._smallest(shape, zero, offload), size)
             return
-        fixed_s = self.bounds.fixed_s(shape, zero, offload)
-        for sharding in self.space.shardings_of(shape, zero):
-            lots = self._lots(shape, sharding)
-            self._push(
-                lots[-1].floor_s + fixed_s, shape, lots[-1].left, self._open_sharding, shape, sharding, offload, lots
+        for sharding in shardings:
+            floor_s = self.bounds.sharding_s(shape, sharding, offload)
+            number = len(self.space.sequence_parallels(shape.tensor)) * sum(
+                batch.num_recomputes for batch in self.space.batches_of(shape, zero, sharding)
             )
+            self._push(floor_s, shape, number, self._open_sharding, shape, sharding, offload)
 
-    def _open_sharding(self, size: int, shape: Shape, sharding: Sharding, offload: Offload, lots: list[Lot]) -> None:
+    def _open_sharding(self, size: int, shape: Shape, sharding: Sharding, offload: Offload) -> None:
         """ZeRO group, frequencies -> micro batches and sequence parallel, one after the other in the order of their bounds."""
         if self._is_done(shape, sharding.zero, offload, size):
             return
-        if self._any_fits(shape, sharding, offload):
-            self._push_lot(self.bounds.fixed(shape, sharding, offload, self._memory), lots, shape, sharding, offload)
+        if any(self._fits_at_all(shape, sharding, most) for most in self._most(shape, sharding.zero)):
+            fixed = self.bounds.fixed(shape, sharding, offload, self._memory)
+            self._push_lot(fixed, self._lots(shape, sharding), shape, sharding, offload)
         else:
             reason = f"ZeRO {sharding.zero}: what these groups and frequencies keep whole does not fit"
             self._reject(shape, f"whole {sharding.zero}", size, reason)
 
-    def _any_fits(self, shape: Shape, sharding: Sharding, offload: Offload) -> bool:
-        """Whether a sharding fits at all: with the most offload, asked once, and with this one."""
-
-        def tried(offload: Offload) -> bool:
-            return any(map(self._fits, self.bounds.smallest(shape, sharding.zero, offload, sharding)))
-
-        key = shape, sharding
+    def _fits_at_all(self, shape: Shape, sharding: Sharding, offload: Offload) -> bool:
+        """Any member of a family with this sharding."""
+        key = shape, sharding, offload
         if key not in self.live:
-            self.live[key] = tried(self.space.offloads_of(sharding.zero, shape.data)[-1])
-        return self.live[key] and tried(offload)
+            self.live[key] = any(map(self._fits, self.bounds.smallest(shape, sharding.zero, offload, sharding)))
+        return self.live[key]
+
+    def _most(self, shape: Shape, zero: int) -> list[Offload]:
+        """The offloads of which one leaves the fewest bytes on a GPU: all that can go; and without activations, which come back
+        two layers at a time where others are already gone."""
+        offloads = self.space.offloads_of(zero, shape.data)
+        stay = [offload for offload in offloads if offload.activations == "none"]
+        return [*offloads[-1:], *stay[-1:]] if offloads[-1:] != stay[-1:] else offloads[-1:]
 
     def _lots(self, shape: Shape, sharding: Sharding) -> list[Lot]:
         """Micro batches and sequence parallel of some degrees, the largest bound first."""
@@ -433,3 +439,7 @@ class _Search:
                 low = middle + 1
             middle = (low + high) // 2
         return found, priced
+
+
+def _one_fits_gpu(members: list[tuple[Choice, MemoryPrice]]) -> bool:
+    return any(memory.peak_bytes <= memory.usable_bytes for _, memory in members)
