@@ -281,7 +281,7 @@ def sensitivity(solution: Solution, *, wanted: Wanted | None = None, slower: flo
         kept = best = problem.price(chosen).time.step_s
         pick = chosen
         if kept > solution.price.time.step_s:
-            other = solve(problem, wanted=wanted)
+            other = solve(problem, wanted=wanted, after=solution.search)
             pick, best = other.strategy, other.price.time.step_s
         rows.append(
             {

@@ -184,7 +184,9 @@ class Plan:
         try:
             plain = Plan(
                 job=self.job,
-                solution=solve(problem.changed(pins={**problem.pins, "offload": Offload()}), wanted=wanted),
+                solution=solve(
+                    problem.changed(pins={**problem.pins, "offload": Offload()}), wanted=wanted, after=self.search
+                ),
             )
         except PlanError:
             return []
@@ -237,7 +239,7 @@ def plan(job: Job, *, cluster: Cluster | None = None, built_only: bool = False, 
     made = Plan(job=job, solution=solution, top=top)
     if not built_only or solution.search is None or not problem.engine.plans_ahead:
         return made
-    everything = solve(problem.changed(built_only=False), wanted=wanted)
+    everything = solve(problem.changed(built_only=False), wanted=wanted, after=solution.search)
     faster = everything.fits and everything.price.time.step_s < solution.price.time.step_s
     if not faster and solution.fits:
         return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from orchestrator.planner.fits import Fits
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice
 from strategies.strategy import Offload
@@ -67,6 +68,8 @@ class SearchResult:
     """Until the best was known."""
     alternatives_seconds: float = 0.0
     """From then until the best of the other families asked for were."""
+    fits: Fits | None = None
+    """What was priced in bytes, for the next search of this job."""
 
 
 @dataclass(frozen=True, kw_only=True)

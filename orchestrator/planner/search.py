@@ -19,27 +19,29 @@ from itertools import count
 from typing import Any
 
 from orchestrator.planner.bounds import SLACK, Bounds, bubble, flights
+from orchestrator.planner.fits import Fits
 from orchestrator.planner.groups import Fixed, Leanest, Least, Lot, Rest, Row
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import Family, Found, Rejection, SearchResult, TooLarge, Wanted, excess, told_excess
 from orchestrator.planner.space import Core, Shape, Sharding, Space, point, simplicity
-from strategies.pipeline.cost import holds_like
 from strategies.strategy import Offload
 
 ONE_GPU = 1e9
 """Seconds that one GPU more weighs when the fewest are wanted: longer than any step."""
 
 
-def search(problem: Problem, *, wanted: Wanted | None = None, num_families: int = 21) -> SearchResult:
-    """The best strategy under the problem's objective, and the best of each of the next families."""
+def search(
+    problem: Problem, *, wanted: Wanted | None = None, num_families: int = 21, fits: Fits | None = None
+) -> SearchResult:
+    """The best strategy under the problem's objective, and the best of each of the next families. `fits`: an earlier search's."""
     started = time.perf_counter()
     wanted = wanted or Wanted()
     space = Space(problem, every_size=problem.objective != "fastest" or wanted.any)
     collects = gc.isenabled()
     gc.disable()  # a search makes values without cycles, and looking for them took a sixth of its time
     try:
-        result = _Search(space, wanted, num_families).run(started)
+        result = _Search(space, wanted, num_families, fits or Fits(problem)).run(started)
     finally:
         if collects:
             gc.enable()
@@ -48,17 +50,15 @@ def search(problem: Problem, *, wanted: Wanted | None = None, num_families: int 
 
 
 class _Search:
-    def __init__(self, space: Space, wanted: Wanted, num_families: int) -> None:
+    def __init__(self, space: Space, wanted: Wanted, num_families: int, fits: Fits) -> None:
         self.space, self.problem, self.wanted, self.num_families = space, space.problem, wanted, num_families
         self.bounds = Bounds(space)
-        self.result = SearchResult()
+        self.fits, self.result = fits, SearchResult(fits=fits)
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
         self.lots: dict[tuple[Shape, Sharding], list[Lot]] = {}
         self.live: dict[tuple[Shape, Sharding, Offload], bool] = {}
-        self.larger: set[tuple[Any, ...]] = set()
-        self.memories: dict[tuple[Any, ...], MemoryPrice] = {}
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
         self.rejected: dict[tuple[Shape, str], tuple[int, str]] = {}
 
@@ -177,37 +177,15 @@ class _Search:
             return False
         key = shape, zero, offload.activations
         if key not in self.host_holds:
-            memory = self._memory(self.bounds.hungriest(shape, zero, offload.activations))
+            memory = self.fits.memory(self.bounds.hungriest(shape, zero, offload.activations))
             self.host_holds[key] = memory.host_bytes_per_node <= memory.host_usable_bytes
         return self.host_holds[key]
-
-    def _memory(self, choice: Choice) -> MemoryPrice:
-        """Bytes of a choice, those of all schedules that hold alike priced once."""
-        key = (*choice[:4], holds_like(choice.schedule, choice.virtual), *choice[5:])
-        known = self.memories.get(key)
-        if known is None:
-            known = self.memories[key] = self.problem.memory(self.problem.strategy(choice))
-        return known
-
-    def _fits(self, choice: Choice) -> bool:
-        """Most do not, and the first rank that is too full says so."""
-        key = (*choice[:4], holds_like(choice.schedule, choice.virtual), *choice[5:])
-        known = self.memories.get(key)
-        if known is not None:
-            return known.fits
-        if key in self.larger:
-            return False
-        strategy = self.problem.strategy(choice)
-        if self.problem.too_large(strategy):
-            self.larger.add(key)
-            return False
-        return self.memories.setdefault(key, self.problem.memory(strategy)).fits
 
     def _smallest(self, shape: Shape, zero: int, offload: Offload) -> list[tuple[Choice, MemoryPrice]]:
         """The first of the smallest members of a family that fits, or else all that might have been."""
         members = []
         for choice in self.bounds.smallest(shape, zero, offload):
-            members.append((choice, self._memory(choice)))
+            members.append((choice, self.fits.memory(choice)))
             if members[-1][1].fits:
                 return members[-1:]
         return members
@@ -239,7 +217,7 @@ class _Search:
         if self._is_done(shape, sharding.zero, offload, size):
             return
         if any(self._fits_at_all(shape, sharding, most) for most in self._most(shape, sharding.zero)):
-            fixed = self.bounds.fixed(shape, sharding, offload, self._memory)
+            fixed = self.bounds.fixed(shape, sharding, offload, self.fits.memory)
             self._push_lot(fixed, self._lots(shape, sharding), shape, sharding, offload)
         else:
             reason = f"ZeRO {sharding.zero}: what these groups and frequencies keep whole does not fit"
@@ -249,7 +227,7 @@ class _Search:
         """Any member of a family with this sharding."""
         key = shape, sharding, offload
         if key not in self.live:
-            self.live[key] = any(map(self._fits, self.bounds.smallest(shape, sharding.zero, offload, sharding)))
+            self.live[key] = any(map(self.fits.fits, self.bounds.smallest(shape, sharding.zero, offload, sharding)))
         return self.live[key]
 
     def _most(self, shape: Shape, zero: int) -> list[Offload]:
@@ -381,7 +359,7 @@ class _Search:
             if kind in least.kinds and not done:
                 priced += 1
                 choice = point(core, sharding, offload, kind, space.layers_of(kind))
-                if self._fits(choice):
+                if self.fits.fits(choice):
                     self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
                     done = kind == "none" and not carried
         if least.layers is not None and not done:
@@ -404,7 +382,7 @@ class _Search:
             for kind in floor.kinds:
                 if kind not in fitting:
                     choice = point(core, sharding, offload, kind, self.space.layers_of(kind))
-                    fitting |= {kind} if self._fits(choice) else set()
+                    fitting |= {kind} if self.fits.fits(choice) else set()
                 if "none" in fitting:
                     return Least(("none", *floor.kinds[1:]), floor.layers)
             if floor.layers is not None:
@@ -430,7 +408,7 @@ class _Search:
         middle = low  # the bound is often exact
         while low <= high:
             priced += 1
-            if self._fits(point(core, sharding, offload, "full", counts[middle])):
+            if self.fits.fits(point(core, sharding, offload, "full", counts[middle])):
                 found, high = middle, middle - 1
             elif found is None and middle != len(counts) - 1:
                 low, middle = middle + 1, len(counts) - 1  # does it fit at all?

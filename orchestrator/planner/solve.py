@@ -35,8 +35,12 @@ class Solution:
         return self.tokens_per_second / self.strategy.num_gpus
 
 
-def solve(problem: Problem, *, wanted: Wanted | None = None, num_families: int = 1) -> Solution:
-    """The strategy to take. Where nothing fits, the one that is over by least. PlanError where nothing can be at all."""
+def solve(
+    problem: Problem, *, wanted: Wanted | None = None, num_families: int = 1, after: SearchResult | None = None
+) -> Solution:
+    """The strategy to take. Where nothing fits, the one that is over by least. PlanError where nothing can be at all.
+
+    `after`: an earlier search for the same job on the same GPUs, whose bytes need no pricing again."""
     check(problem)
     space = Space(problem)
     single = space.single()
@@ -51,7 +55,7 @@ def solve(problem: Problem, *, wanted: Wanted | None = None, num_families: int =
     if problem.built_only:
         _check_built(problem)
     require_candidates(space)
-    found = search(problem, wanted=wanted, num_families=num_families)
+    found = search(problem, wanted=wanted, num_families=num_families, fits=after.fits if after else None)
     choice = found.best.choice if found.best else found.closest.choice if found.closest else None
     assert choice is not None, "a space with candidates has a best or a closest one"
     strategy = problem.strategy(choice)
