@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 TIMEOUT_S = 240.0
-FRESH = 32
-"""Runs of a process: torch leaves some of a destroyed gloo group's threads behind, which poll, and hundreds of them take more
-time than the work."""
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "strategies.engines.native"]
 
 
@@ -27,44 +24,26 @@ class Pool:
 
     def __init__(self, num_processes: int) -> None:
         # The children of a fork server share its imports.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self.folder = tempfile.TemporaryDirectory()
-        self.num_processes, self.num_groups = num_processes, 0
+        self.num_groups = 0
         self.pipes: list[Connection] = []
-        self.processes: list[ForkServerProcess] = []
-        self._start()
-
-    def _start(self) -> None:
-        for _ in range(self.num_processes):
-            ours, theirs = self.context.Pipe()
-            process = self.context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.processes = []
+        for _ in range(num_processes):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def _stop(self, timeout_s: float) -> None:
-        for pipe in self.pipes:
-            pipe.close()
-        for process in self.processes:
-            process.join(timeout=timeout_s)
-            if process.is_alive():
-                process.kill()
-                process.join()
-        self.pipes.clear()
-        self.processes.clear()
-
     def run(self, function: Callable[..., Any], *arguments: Any, world_size: int) -> list[Any]:
-        if self.num_groups and self.num_groups % FRESH == 0:
-            self._stop(30)
-            self._start()
         self.num_groups += 1
         store = str(Path(self.folder.name) / f"store-{self.num_groups}")
         for rank, pipe in enumerate(self.pipes[:world_size]):
             pipe.send((function, arguments, rank, world_size, store))
-        results: list[Any] = []
-        errors: list[str] = []
+        results, errors = [], []
         for rank, pipe in enumerate(self.pipes[:world_size]):
             if not pipe.poll(TIMEOUT_S):
                 raise RuntimeError(f"rank {rank} of {world_size} said nothing for {TIMEOUT_S} s; {errors}")
@@ -82,7 +61,13 @@ class Pool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop(1 if error else 30)
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(timeout=1 if error else 30)
+            if process.is_alive():
+                process.kill()
+                process.join()
         self.folder.cleanup()
 
 
@@ -106,4 +91,5 @@ def _serve(pipe: Connection) -> None:
             error = traceback.format_exc()
         if dist.is_initialized():
             dist.destroy_process_group()
+        gc.collect()  # a group lives, and its threads poll, as long as anything of its run does
         pipe.send((result, error))

@@ -130,9 +130,11 @@ class BucketStates:
         self.shards = [self._fill(bucket, weights) for bucket in self.buckets]
         self.next, self.last = 0, False
         self.flying: deque[tuple[Bucket, Tensor | None, Any]] = deque()
-        for bucket in self.buckets:
-            for index, (_, parameter) in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket, index))
+        self.hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, bucket, index))
+            for bucket in self.buckets
+            for index, (_, parameter) in enumerate(bucket.parameters)
+        ]
 
     @torch.no_grad()
     def _fill(self, bucket: Bucket, weights: Weights) -> list[Shard]:
@@ -281,6 +283,9 @@ class BucketStates:
         return {k: kept.get(k, []) + self.streams.tensors().get(k, []) for k in {**kept, **self.streams.tensors()}}
 
     def close(self) -> None:
+        """Hooks go too: a parameter holds its hook, the hook these states, and no collector sees through autograd."""
+        for hook in self.hooks:
+            hook.remove()
         self.adam.close()
         if self.streams is not None:
             self.streams.close()

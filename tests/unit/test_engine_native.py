@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
 from typing import Any
 
 import pytest
@@ -313,3 +315,14 @@ def test_compiled_blocks_compute_the_same_and_share_one_graph(kind, zero_stage):
         assert step(compiled).loss == pytest.approx(step(plain).loss, abs=1e-10)
     compiled.close()
     assert (counters["stats"]["unique_graphs"], dict(counters["graph_break"])) == (1, {})
+
+
+def test_a_closed_session_leaves_nothing_behind():
+    """Hooks would keep its states, and a group's polling threads with them, as long as the process."""
+    one = session()
+    step(one)
+    states = weakref.ref(one.states)
+    one.close()
+    del one
+    gc.collect()
+    assert states() is None
