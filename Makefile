@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test check fix parity chaos bench gpu oracle collectives trace engine-fairscale engine-colossalai engines switch clean
+.PHONY: install quickstart test check fix parity chaos bench gpu oracle collectives trace memory engine-fairscale engine-colossalai engines switch clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml
@@ -56,6 +56,9 @@ collectives: $(INSTALLED)  ## messages priced against messages sent, on every ra
 
 trace: $(INSTALLED)  ## closed form against the traced step, as a table
 	$(BIN)/python -m benchmarks.trace
+
+memory: $(INSTALLED)  ## bytes planned, traced and allocated by a run on CPU processes, as a table
+	$(BIN)/python -m benchmarks.memory
 
 gpu:  ## native ZeRO, recompute and offload on the GPUs present, one JSON; needs torch, numpy, PyYAML and pydantic alone
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu

@@ -110,7 +110,7 @@ def reference(task: Task, precision: str, num_steps: int) -> tuple[list[float], 
     return losses, {name: p.detach() for name, p in module.named_parameters()}
 
 
-def session_of(case: Case | Run) -> Any:
+def session_of(case: Case | Run, bucket_bytes: int = BUCKET_BYTES) -> Any:
     with torch.device("meta"):
         module = OPT(case.task.arch)
     return build_session(
@@ -119,7 +119,7 @@ def session_of(case: Case | Run) -> Any:
         precision=case.precision,
         weights=initial_weights(case.task.arch, SEED),
         optimizer=OPTIMIZER,
-        bucket_bytes=BUCKET_BYTES,
+        bucket_bytes=bucket_bytes,
     )
 
 

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from clusters.catalog import load_cluster
@@ -65,6 +65,8 @@ class Row:
     planned_bytes: int
     traced_bytes: int
     seconds: float
+    away: Mapping[str, int]
+    """Place (host, nvme) -> bytes traced there."""
 
     @property
     def ratio(self) -> float:
@@ -97,7 +99,9 @@ def compare(case: Case) -> Iterator[Row]:
             pipeline_rank=rank,
             bytes_only=True,
         )
-        yield Row(case, rank, memory.stages[rank].tensor_peak_bytes, played.tensor_peak_bytes, played.seconds)
+        yield Row(
+            case, rank, memory.stages[rank].tensor_peak_bytes, played.tensor_peak_bytes, played.seconds, played.away
+        )
 
 
 def zero_and_recompute(models: str, ranks: str) -> Iterator[Case]:

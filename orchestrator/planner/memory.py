@@ -346,9 +346,9 @@ def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroByt
     one = _kept(share, micro)
     final = micro.final * share.head
     if strategy.offload.activations == "host":
-        # A block at work and the one that comes back from the host meanwhile.
+        # A block at work and the one that comes back from the host meanwhile; at the head none has come yet.
         one = min(one, 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed))
-        return Saved(one, 0.0, one + final, 0.0, True)
+        return Saved(one, 0.0, final, 0.0, True)
     flights = pipeline.in_flight(strategy, rank)
     numbers = micro.numbers * flights * share.embedding
     steady = strategy.gradient_accumulation_steps > flights

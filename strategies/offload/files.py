@@ -18,7 +18,8 @@ from clusters.inventory import scratch
 from clusters.inventory.scratch import VARIABLE
 from strategies.offload.host import placed
 
-PAGE = 4096
+LINE = 64
+"""A tensor begins at whole cache lines: pages (as of a disk read past the cache) would cost half of one a tensor."""
 
 
 def scratch_directory() -> Path:
@@ -34,7 +35,7 @@ def scratch_directory() -> Path:
 
 
 def padded(num_bytes: int) -> int:
-    return -(-num_bytes // PAGE) * PAGE
+    return -(-num_bytes // LINE) * LINE
 
 
 class ScratchFile:
