@@ -103,27 +103,29 @@ def peaks(forest: Iterable[Any]) -> tuple[int, int]:
 def play(rank: int, run: Run) -> Bytes:
     """One rank's second step: the first makes what every later one has."""
     mine, tokens = micro_batches(run, rank), run.task.global_batch_size * run.task.sequence_length
+    others = _nameless_files()
     with reported() as events:
         session = session_of(run, BUCKET_BYTES)
         for name in ("the first step", COUNTED):
             with record_function(name):
                 session.step(mine, num_target_tokens=tokens, learning_rate=LEARNING_RATE)
-        files = _file_bytes()
+        files = sum(size for inode, size in _nameless_files().items() if inode not in others)
         session.close()
         del session
     return Bytes(*peaks(events()), files)
 
 
-def _file_bytes() -> int:
-    """Blocks of this process's files without a name: those of scratch files."""
-    found = []
+def _nameless_files() -> dict[int, int]:
+    """Inode -> bytes on the disk of each file without a name that this process has open: scratch files are such."""
+    found = {}
     for entry in os.scandir("/proc/self/fd"):
         try:
             if os.readlink(entry.path).endswith("(deleted)"):
-                found.append(os.stat(entry.path))
+                status = os.stat(entry.path)
+                found[status.st_ino] = 512 * status.st_blocks
         except FileNotFoundError:  # the folder's own descriptor
             continue
-    return sum(512 * status.st_blocks for status in found)
+    return found
 
 
 @dataclass(frozen=True)
