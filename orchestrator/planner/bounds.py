@@ -17,28 +17,25 @@ tests/unit/test_search.py holds the search against brute force, which needs none
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
 from orchestrator.planner.carried import least_carried_s
-from orchestrator.planner.groups import Fixed, Kept, Leanest, Least, Pass, Row
-from orchestrator.planner.memory import MemoryPrice, reserve_bytes
+from orchestrator.planner.groups import Fixed, Kept, Leanest, Least, Lot, Pass, Row
+from orchestrator.planner.memory import ROUNDING, micro_bytes, standing, tensor_budget
+from orchestrator.planner.moments import MicroBytes
 from orchestrator.planner.problem import Choice
-from orchestrator.planner.roofline import ELEMENT, roofline
+from orchestrator.planner.roofline import roofline
 from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, Space, point
 from orchestrator.planner.time import TimePrice, sent_s, tensor_s, tied_s
-from strategies.constants import MEMORY, TIME
+from strategies.constants import TIME
 from strategies.pipeline.cost import Share, bubble_fraction, in_flight
-from strategies.recompute.cost import boundary_bytes, saved_bytes
 from strategies.strategy import Offload, Place, Schedule, Strategy
 
 INFINITE = float("inf")
 SLACK = 1 - 1e-9
 """Bounds are a hair below, so that rounding never puts one above what it bounds."""
 
-
-LARGE = 2**50
 FEW_LAYERS = 3
 """Of a rank, that what is on its way may outweigh what stays: layers gathered ahead, a layer computed again."""
 
@@ -78,7 +75,7 @@ class Bounds:
     def __init__(self, space: Space) -> None:
         self.space, self.problem = space, space.problem
         self.passes: dict[tuple[int, bool, int], Pass] = {}
-        self.keeps: dict[tuple[int, bool], Kept] = {}
+        self.keeps: dict[tuple[int, bool, int], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
         self.fixed_seconds: dict[tuple[Shape, int, Place, Place], float] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
@@ -137,19 +134,18 @@ class Bounds:
             self.passes[key] = Pass(compute_s, messages_s)
         return self.passes[key]
 
-    def kept(self, tensor: int, sequence_parallel: bool) -> Kept:
-        """Bytes grow with the tokens, so those of one sequence stand for all."""
-        key = tensor, sequence_parallel
+    def kept(self, tensor: int, sequence_parallel: bool, micro: int) -> Kept:
+        key = tensor, sequence_parallel, micro
         if key not in self.keeps:
-            problem, tokens = self.problem, self.problem.sequence_length
-            strategy, element = problem.strategy(_micro_choice(*key, 1, "none")), ELEMENT[problem.precision]
-            ways = {"tokens": tokens, "sequence_length": tokens, "element": element}
-            none, selective = (
-                saved_bytes(problem.work, strategy, MEMORY, selective=kind, **ways) * SLACK for kind in (False, True)
-            )
-            full = boundary_bytes(problem.work, strategy, tokens=tokens, element=element) * SLACK
-            self.keeps[key] = Kept(none, min(none, selective), full)
+            none, selective, full = (self._micro_bytes(*key, kind) for kind in ("none", "selective", "full"))
+            kept = none.layer, selective.checkpointed, full.checkpointed, none.working
+            self.keeps[key] = Kept(*(num_bytes * SLACK for num_bytes in kept))
         return self.keeps[key]
+
+    def _micro_bytes(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> MicroBytes:
+        problem = self.problem
+        strategy = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
+        return micro_bytes(problem.work, strategy, sequence_length=problem.sequence_length, precision=problem.precision)
 
     def added_s(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> float:
         """Seconds that recomputing every layer adds to one micro batch."""
@@ -224,47 +220,52 @@ class Bounds:
         return self.exposed[key]
 
     def least(
-        self,
-        shape: Shape,
-        zero: int,
-        sequence_parallel: bool,
-        batch: Batch,
-        offload: Offload,
-        fixed: Fixed,
-        flights: float,
+        self, shape: Shape, sequence_parallel: bool, batch: Batch, away: Offload, fixed: Fixed, flights: float
     ) -> Least | None:
-        """What must be recomputed at least for the first pipeline rank to hold the activations of so many micro batches; None
-        where nothing can."""
-        waiting = zero < 2 or (batch.accumulation > 1 and shape.pipeline == 1)
-        held = fixed.first_rank_bytes + fixed.gradient_bytes * waiting
-        micro = batch.micro
+        """What must be recomputed at least for the first pipeline rank to hold the activations of so many micro batches,
+        on its GPU or on the host; None where nothing can."""
         kinds, counts = self.space.recomputes(shape.pipeline, 1)
-        partly = "num_checkpointed_layers_per_stage" in self.space.pins
-        # A pinned number of layers may be less than all, and on the host activations hold two layers: left open here.
-        if partly or offload.activations != "none":
+        if "num_checkpointed_layers_per_stage" in self.space.pins:  # may be fewer than all: left open here
             return Least(tuple(kinds), 1 if counts else None)
+        kept = self.kept(shape.tensor, sequence_parallel, batch.micro)
         first = self.rank_layers(shape.pipeline)[0]
-        free = (fixed.usable_bytes - held) / flights / micro
-        kept = self.kept(shape.tensor, sequence_parallel)
-        sizes = {"none": kept.none_bytes, "selective": kept.selective_bytes}
-        fitting = tuple(kind for kind in kinds if first * sizes[kind] <= free)
-        layers = None
-        if counts:
-            missing, saved = first * kept.none_bytes - free, kept.none_bytes - kept.full_bytes
-            needed = missing / saved if saved > 0 else 0.0 if missing <= 0 else INFINITE
-            layers = max(1, math.ceil(needed * SLACK)) if needed <= first / SLACK else None
-        return Least(fitting, layers) if fitting or layers is not None else None
+        free = (fixed.free_late if batch.accumulation > 1 else fixed.free_once) - kept.working
+        if away.activations == "none":
+            return _least(kinds, bool(counts), kept, first, free / flights)
+        # On the host all of them wait; a block at work and the next one are on the GPU.
+        waiting = _least(kinds, bool(counts), kept, first, fixed.free_on_host / flights)
+        here = _least(kinds, bool(counts), kept, min(first, 2), free)
+        if here is None or waiting is None:
+            return None
+        if here.layers is not None and here.layers > 1:
+            few = _least([], True, kept, first, free)  # or the rest is so small that both are more than all
+            here = here._replace(layers=few.layers if few else first)
+        return here.with_floor(waiting)
+
+    def fewest(self, shape: Shape, lots: list[Lot]) -> tuple[float, float, float]:
+        """Lots.stay, here and waiting."""
+        first, (kinds, counts) = self.rank_layers(shape.pipeline)[0], self.space.recomputes(shape.pipeline, 1)
+        partly = "num_checkpointed_layers_per_stage" in self.space.pins
+        stay, here, waiting = [], [], []
+        for lot in lots:
+            kept = self.kept(shape.tensor, lot.sequence_parallel, lot.batch.micro)
+            sizes = [getattr(kept, kind) for kind in [*kinds, *["full"] * bool(counts)]]
+            one = min([kept.none, kept.selective, kept.full] if partly else sizes)
+            waiting.append(first * one * lot.flights)
+            stay.append(waiting[-1] + kept.working)
+            here.append(min(first, 2) * one + kept.working)
+        return min(stay), min(here), min(waiting)
 
     # Bytes ----------------------------------------------------------------------------------------------------------
 
-    def smallest(self, shape: Shape, zero: int, offload: Offload, only: Sharding | None = None) -> list[Choice]:
-        """The members of a family, or those with one sharding, of which one holds the fewest bytes, the likeliest first."""
+    def smallest(self, shape: Shape, zero: int, offload: Offload) -> list[Choice]:
+        """The members of a family of which one holds the fewest bytes, the likeliest first."""
         space, flag = self.space, any(self.space.sequence_parallels(shape.tensor))
-        batches = self.space.batches_of(shape, zero, only)
-        leanest = self._leanest_of(shape, batches[0], zero, only, flag)
+        batches = self.space.batches_of(shape, zero)
+        leanest = self._leanest_of(shape, batches[0], zero, flag)
         once = next((batch for batch in batches if batch.accumulation == 1), batches[0])
         if zero >= 2 and once is not batches[0]:  # one micro batch: no gradients wait in forward
-            leanest = [*leanest, *self._leanest_of(shape, once, zero, only, flag)]
+            leanest = [*leanest, *self._leanest_of(shape, once, zero, flag)]
         choices = []
         for core, sharding in leanest:
             kinds, counts = space.recomputes(shape.pipeline, core.virtual)
@@ -275,8 +276,8 @@ class Bounds:
                 choices.append(point(core, sharding, offload, kind, layers))
         return choices
 
-    def _leanest_of(self, shape: Shape, batch: Batch, zero: int, only: Sharding | None, flag: bool) -> list[Leanest]:
-        shardings = self._widest(shape, batch.shardings[zero]) if only is None else [only]
+    def _leanest_of(self, shape: Shape, batch: Batch, zero: int, flag: bool) -> list[Leanest]:
+        shardings = self._widest(shape, batch.shardings[zero])
         return [found for sharding in shardings for found in self.leanest(shape, sharding, batch.micro, flag)]
 
     def _widest(self, shape: Shape, shardings: tuple[Sharding, ...]) -> list[Sharding]:
@@ -382,29 +383,26 @@ class Bounds:
             self.fixed_seconds[key] = time.optimizer_s + time.offload_s
         return self.fixed_seconds[key]
 
-    def fixed(
-        self, shape: Shape, sharding: Sharding, offload: Offload, memory: Callable[[Choice], MemoryPrice]
-    ) -> Fixed:
-        """What every member of a family with this sharding has: of each layout one is looked at, since micro batch, recomputing
-        and activations on the host change no states."""
-        micro = self.space.batches_of(shape, sharding.zero, sharding)[0].micro
-        away, prices = replace(offload, activations="none"), []
-        leanest = self.leanest(shape, sharding, micro, any(self.space.sequence_parallels(shape.tensor)))
-        for core, _ in [one for one in leanest if one.core.schedule != "gpipe"] or leanest:  # it holds 1F1B's
-            kinds, counts = self.space.recomputes(shape.pipeline, core.virtual)
-            kind, layers = ("full", counts[-1]) if counts else (kinds[-1], self.space.layers_of(kinds[-1]))
-            prices.append(memory(point(core, sharding, away, kind, layers)))
-        stages = [price.stages[0] for price in prices]
-        stays = sharding.zero < 3  # ZeRO 3 has less gathered in forward than in backward
-        states = min(
-            s.parameters + s.master_weights + s.optimizer_states + s.gathered_parameters * stays for s in stages
-        )
-        gradients = min(stage.gradients for stage in stages)
-        kind = self.problem.cluster.accelerator.kind
-        context = reserve_bytes(0, kind)
-        grows = (reserve_bytes(LARGE, kind) - context) / LARGE
-        usable = (prices[0].usable_bytes - context) / (1 + grows)
-        return Fixed(states, gradients, usable / SLACK, self.fixed_s(shape, sharding.zero, offload))
+    def fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
+        problem, cluster, pipeline = self.problem, self.problem.cluster, shape.pipeline
+        strategy = problem.strategy(point(Core(shape, False, 1, "1f1b", 1), sharding, away, "none", None))
+        share = Share(self.rank_layers(pipeline)[0], 0, True, pipeline == 1)
+        budget, length = tensor_budget(cluster), problem.sequence_length
+        stands = standing(problem.work, strategy, share, cluster, sequence_length=length, precision=problem.precision)
+        on_host = cluster.host.memory_bytes / min(cluster.gpus_per_node, shape.num_gpus) + ROUNDING
+        step_s = self.fixed_s(shape, sharding.zero, away)
+        return Fixed(budget - stands.once, budget - stands.late, on_host - stands.host, step_s)
+
+
+def _least(kinds: list[str], full: bool, kept: Kept, layers: int, free: float) -> Least | None:
+    """What must be recomputed of so many layers to leave no more bytes."""
+    fitting = tuple(kind for kind in kinds if layers * getattr(kept, kind) <= free)
+    needed = None
+    if full:
+        missing, saved = layers * kept.none - free, kept.none - kept.full
+        number = missing / saved if saved > 0 else 0.0 if missing <= 0 else INFINITE
+        needed = max(1, math.ceil(number * SLACK)) if number <= layers / SLACK else None
+    return Least(fitting, needed) if fitting or needed is not None else None
 
 
 def _micro_choice(tensor: int, sequence_parallel: bool, micro: int, kind: str) -> Choice:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.planner.problem import Choice, PlanError, Problem
 from orchestrator.planner.render import offload_told
-from orchestrator.planner.result import Found, SearchResult, TooLarge, Wanted, told_excess
+from orchestrator.planner.result import Found, SearchResult, Wanted, told_excess
 from orchestrator.planner.solve import Solution, solve
 from orchestrator.planner.time import Price
 from strategies.strategy import Strategy, without_effect
@@ -115,9 +115,9 @@ def _slower(solution: Solution, found: Found) -> Loser:
     return _loser(solution, strategy, price, True, _because(solution, strategy, price))
 
 
-def _larger(solution: Solution, found: TooLarge) -> Loser:
+def _larger(solution: Solution, choice: Choice) -> Loser:
     """What does not fit, with the chosen strategy's other fields where it has the same degrees: "the same, with ZeRO 1"."""
-    choice, best = found.choice, solution.search.best if solution.search else None
+    best = solution.search.best if solution.search else None
     if best is not None and choice[:3] == best.choice[:3]:
         same = ("sequence_parallel", "schedule", "virtual", "micro", "recompute", "layers")
         choice = choice._replace(**{name: getattr(best.choice, name) for name in same})
@@ -127,18 +127,17 @@ def _larger(solution: Solution, found: TooLarge) -> Loser:
     return _loser(solution, strategy, price, False, f"ZeRO {strategy.zero_stage}{away}: {told_excess(price.memory)}")
 
 
-def _closest(solution: Solution, found: SearchResult) -> list[TooLarge]:
+def _closest(solution: Solution, found: SearchResult) -> list[Choice]:
     """Of what was too large, the families that look most like the chosen one: the same degrees, then the nearest ZeRO stage."""
     chosen = solution.strategy
-    rows: dict[Any, TooLarge] = {}
+    rows: dict[Any, Choice] = {}
 
-    def distance(row: TooLarge) -> tuple[int, int, int]:
-        c: Choice = row.choice
+    def distance(c: Choice) -> tuple[int, int, int]:
         degrees = abs(c.tensor - chosen.tensor_parallel_degree) + abs(c.pipeline - chosen.pipeline_parallel_degree)
         return degrees, abs(c.zero - chosen.zero_stage), c.offload != chosen.offload
 
     for row in sorted(found.too_large, key=distance):
-        rows.setdefault((row.choice.tensor, row.choice.pipeline, row.choice.zero, row.choice.offload), row)
+        rows.setdefault((row.tensor, row.pipeline, row.zero, row.offload), row)
     return list(rows.values())
 
 

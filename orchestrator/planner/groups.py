@@ -16,22 +16,24 @@ class Pass(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Bytes that a layer of one sequence leaves for backward, by what is recomputed."""
+    """Bytes that a layer of one micro batch leaves for backward, by what is recomputed, and what a block needs beside them."""
 
-    none_bytes: float
-    selective_bytes: float
-    full_bytes: float
+    none: float
+    selective: float
+    full: float
+    working: float
 
 
 class Fixed(NamedTuple):
-    """What a family adds to any of its members with one sharding."""
+    """What the members of a family with one sharding have in common, whatever their activations: bytes that are free on the first
+    pipeline rank, and seconds."""
 
-    first_rank_bytes: float
-    """States and gathered parameters of the first pipeline rank."""
-    gradient_bytes: float
-    """Gradients of the first rank, held in forward where there is more than one micro batch or they are not sharded."""
-    usable_bytes: float
-    """What is left for tensors: the reserve grows with them."""
+    free_once: float
+    """Of a GPU, where a step has one micro batch."""
+    free_late: float
+    """Where it has more."""
+    free_on_host: float
+    """Of a rank's part of host memory."""
     step_s: float
     """Optimizer and offload at the fewest micro batches."""
 
@@ -58,7 +60,7 @@ class Least(NamedTuple):
 
 
 class Lot(NamedTuple):
-    """A micro batch of some degrees and a sharding, as every offload has it: what needs no price of bytes."""
+    """A micro batch of some degrees and a sharding, as every offload has it."""
 
     floor_s: float
     """Busy time, bubble and what replicas wait for, nothing recomputed."""
@@ -71,6 +73,27 @@ class Lot(NamedTuple):
     """The smallest bubble of the schedules."""
     flights: float
     """The fewest micro batches in flight."""
+
+
+class Lots(NamedTuple):
+    """All of some degrees and a sharding, and the fewest bytes that the activations of one of them take on the first rank."""
+
+    each: list[Lot]
+    """The largest bound first."""
+    size: int
+    once: bool
+    """One of them has one micro batch a step."""
+    stay: float
+    """On the GPU, with `working`."""
+    here: float
+    """On the GPU where they are carried to the host, with `working`."""
+    waiting: float
+    """On the host where they are carried."""
+
+    def missing(self, fixed: Fixed, *, carried: bool) -> float:
+        """Bytes that every one of them is over at least."""
+        free = fixed.free_once if self.once else fixed.free_late
+        return max(self.here - free, self.waiting - fixed.free_on_host) if carried else self.stay - free
 
 
 class Row(NamedTuple):

@@ -22,6 +22,7 @@ from orchestrator.planner.moments import (
     native_working,
     published_moments,
     size_of,
+    standing_bytes,
 )
 from orchestrator.planner.roofline import ELEMENT
 from strategies.constants import MEMORY, MemoryConstants
@@ -41,6 +42,8 @@ COMMUNICATOR_BYTES = 64 * 2**20
 """NCCL's buffers of one communicator beyond the first."""
 MEMORY_ERROR = 0.05
 """Margin kept of what the driver reports as total."""
+ROUNDING = 16
+"""More than what is lost where components are cut to whole bytes."""
 LARGEST_MARGIN = 0.25
 """However wrong runs have shown the bytes to be: small models, whose runs tell least, would leave no memory to plan with."""
 
@@ -185,6 +188,40 @@ def too_large(work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_
         if tensors + int(tensors * added + kept) > usable:
             return True
     return False
+
+
+class Standing(NamedTuple):
+    """What a pipeline rank holds at least while it goes back through a block, beside activations and `working`: bytes."""
+
+    once: float
+    """Where a step has one micro batch."""
+    late: float
+    """Where it has more."""
+    host: float
+    """In host memory, a checkpoint's copy among them."""
+
+
+def standing(
+    work: Workload, strategy: Strategy, share: pipeline.Share, cluster: Cluster, *, sequence_length: int, precision: str
+) -> Standing:
+    """Of what price_memory counts, a lower bound that no micro batch's size and no recomputing changes."""
+    ledger = _ledger(work, precision, sequence_length, MEMORY)
+    held, _, states = ledger.held(strategy, share)
+    once, late = (
+        states + standing_bytes(work, strategy, share, held, ledger.element, late=late) for late in (False, True)
+    )
+    return Standing(once, late, held.left.host_bytes + states * (cluster.accelerator.kind == "cuda"))
+
+
+def micro_bytes(work: Workload, strategy: Strategy, *, sequence_length: int, precision: str) -> MicroBytes:
+    """One micro batch on any pipeline rank."""
+    return _ledger(work, precision, sequence_length, MEMORY).micro(strategy)
+
+
+def tensor_budget(cluster: Cluster) -> float:
+    """Of an accelerator's usable bytes, what is left for tensors: the reserve grows with them."""
+    added, kept = _reserve(MEMORY, cluster.accelerator.kind)
+    return (_usable_bytes(cluster) + ROUNDING - kept) / (1 + added)
 
 
 def _splits(strategy: Strategy) -> bool:

@@ -123,6 +123,24 @@ def _streamed(strategy: Strategy, held: Held, element: int) -> float:
     return (min(2 * held.block, held.parameters - held.outside) + held.outside) * element
 
 
+def standing_bytes(work: Workload, strategy: Strategy, share: Share, held: Held, element: int, *, late: bool) -> float:
+    """What a rank holds at least while it goes back through a block, beside its states, the activations of its micro batches and
+    `working`: gradients and gathered parameters. `late`: there is more than one micro batch. A bound, for a search."""
+    gradients, parameters, outside = held.left.gpu.gradients, held.parameters, held.outside
+    if not zero.gathers(strategy):
+        return gradients + _streamed(strategy, held, element)
+    piped = strategy.pipeline_parallel_degree > 1
+    one_block = (outside + min(held.block, parameters - outside)) * element
+    keeps = strategy.zero_stage == 2 or strategy.gather == "per_step"
+    in_block = parameters * element if keeps else one_block
+    if not (work.native and strategy.reduce == "per_step" and (late or piped)):
+        return in_block + gradients * late
+    whole = max(4, element) * parameters
+    if piped and strategy.gather != "per_step":
+        return max(in_block, one_block + whole)
+    return in_block + whole
+
+
 def native_moments(
     work: Workload, strategy: Strategy, share: Share, held: Held, micro: MicroBytes, saved: Saved, element: int
 ) -> tuple[Moment, ...]:

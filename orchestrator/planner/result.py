@@ -56,7 +56,8 @@ class SearchResult:
     """The best under the objective, whatever the targets."""
     families: list[Found] = field(default_factory=list)
     """The best of each family, best first, the chosen one's among them."""
-    too_large: list[TooLarge] = field(default_factory=list)
+    too_large: list[Choice] = field(default_factory=list)
+    """The smallest member of each family of which none fits, as far as it was looked at."""
     closest: TooLarge | None = None
     """Where nothing fits: the candidate that is over by least."""
     num_candidates: int = 0

@@ -18,12 +18,22 @@ from dataclasses import replace
 from itertools import count
 from typing import Any
 
-from orchestrator.planner.bounds import SLACK, Bounds, bubble, flights
+from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, bubble, flights
 from orchestrator.planner.fits import Fits
-from orchestrator.planner.groups import Fixed, Leanest, Least, Lot, Rest, Row
+from orchestrator.planner.groups import Fixed, Leanest, Least, Lot, Lots, Rest, Row
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice, Problem
-from orchestrator.planner.result import Family, Found, Rejection, SearchResult, TooLarge, Wanted, excess, told_excess
+from orchestrator.planner.result import (
+    GIB,
+    Family,
+    Found,
+    Rejection,
+    SearchResult,
+    TooLarge,
+    Wanted,
+    excess,
+    told_excess,
+)
 from orchestrator.planner.space import Core, Shape, Sharding, Space, point, simplicity
 from strategies.strategy import Offload
 
@@ -57,8 +67,10 @@ class _Search:
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
-        self.lots: dict[tuple[Shape, Sharding], list[Lot]] = {}
-        self.live: dict[tuple[Shape, Sharding, Offload], bool] = {}
+        self.lots: dict[tuple[Shape, Sharding], Lots] = {}
+        self.rests: dict[tuple[Any, ...], Rest] = {}
+        self.full: set[tuple[Shape, int, Offload]] = set()
+        """Families of which some members do not fit, or none."""
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
         self.rejected: dict[tuple[Shape, str], tuple[int, str]] = {}
 
@@ -81,6 +93,10 @@ class _Search:
                 action(size, *arguments)
         result.seconds = result.seconds or time.perf_counter() - started
         best = result.best or result.fastest
+        if best is None:
+            for shape, zero, offload in self.full:
+                for member in self._smallest(shape, zero, offload):
+                    self._note_closest(*member)
         than = f"the best takes {best.step_s:.3g}" if best else "no use"
         for _, is_leaf, _, _, shape, size, (step_s, _, _) in self.heap:
             if not is_leaf:
@@ -144,6 +160,13 @@ class _Search:
         self._reject(shape, "slower", size, "slower than the best of its family")
         return True
 
+    def _undone(self, shape: Shape, zero: int, offloads: tuple[Offload, ...], size: int) -> tuple[Offload, ...]:
+        """Those of which the best of the family is not known. `size`: candidates of all of them, each the same."""
+        if self.result.best is None:
+            return offloads
+        each = size // len(offloads)
+        return tuple(offload for offload in offloads if not self._is_done(shape, zero, offload, each))
+
     # Opening a group ------------------------------------------------------------------------------------------------
 
     def _open_shape(self, size: int, shape: Shape) -> None:
@@ -164,12 +187,16 @@ class _Search:
             if not _one_fits_gpu(members):
                 self._too_large(shape, zero, members, each * len(offloads))
                 continue
+            families: dict[Offload, tuple[Offload, ...]] = {}
             for offload in offloads:
                 if self._host_holds(shape, zero, offload):
                     self._reject(shape, "nvme", each, "host memory holds what would go to NVMe, which is slower")
                 else:
-                    floor_s = floor + self.bounds.fixed_s(shape, zero, offload)
-                    self._push(floor_s, shape, each, self._open_family, shape, zero, offload)
+                    away = replace(offload, activations="none")
+                    families[away] = (*families.get(away, ()), offload)
+            for away, kept in families.items():
+                floor_s = floor + self.bounds.fixed_s(shape, zero, away)
+                self._push(floor_s, shape, each * len(kept), self._open_family, shape, zero, away, kept)
 
     def _host_holds(self, shape: Shape, zero: int, offload: Offload) -> bool:
         """What would go to NVMe fits in host memory as well, whatever else is chosen."""
@@ -192,43 +219,48 @@ class _Search:
 
     def _too_large(self, shape: Shape, zero: int, members: list[tuple[Choice, MemoryPrice]], size: int) -> None:
         choice, memory = min(members, key=lambda member: excess(member[1]))
-        self.result.too_large.append(TooLarge(choice, memory))
-        if self.result.closest is None or excess(memory) < excess(self.result.closest.memory):
-            self.result.closest = TooLarge(choice, memory)
+        self.result.too_large.append(choice)
+        self._note_closest(choice, memory)
         self._reject(shape, f"memory {zero}", size, f"ZeRO {zero}: {told_excess(memory)}")
 
-    def _open_family(self, size: int, shape: Shape, zero: int, offload: Offload) -> None:
-        """(ZeRO stage, offload) -> ZeRO groups and frequencies."""
-        if self._is_done(shape, zero, offload, size):
-            return
-        shardings = self.space.shardings_of(shape, zero)
-        if not any(self._fits_at_all(shape, sharding, offload) for sharding in shardings):
-            self._too_large(shape, zero, self._smallest(shape, zero, offload), size)
-            return
-        for sharding in shardings:
-            floor_s = self.bounds.sharding_s(shape, sharding, offload)
-            number = len(self.space.sequence_parallels(shape.tensor)) * sum(
-                batch.num_recomputes for batch in self.space.batches_of(shape, zero, sharding)
-            )
-            self._push(floor_s, shape, number, self._open_sharding, shape, sharding, offload)
+    def _note_closest(self, choice: Choice, memory: MemoryPrice) -> None:
+        closest = self.result.closest
+        if closest is None or excess(memory) < excess(closest.memory):
+            self.result.closest = TooLarge(choice, memory)
 
-    def _open_sharding(self, size: int, shape: Shape, sharding: Sharding, offload: Offload) -> None:
+    def _open_family(self, size: int, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> None:
+        """(ZeRO stage, offload but for activations) -> ZeRO groups and frequencies."""
+        offloads = self._undone(shape, zero, offloads, size)
+        if not offloads:
+            return
+        over = dict.fromkeys(offloads, INFINITE)
+        for sharding in self.space.shardings_of(shape, zero):
+            lots, fixed = self._lots(shape, sharding), self.bounds.fixed(shape, sharding, away)
+            holding = []
+            for offload in offloads:
+                missing = lots.missing(fixed, carried=offload.activations != "none")
+                over[offload] = min(over[offload], missing)
+                if missing <= 0:
+                    holding.append(offload)
+                else:
+                    told = f"ZeRO {zero}: at least {missing / GIB:.1f} GiB over on the first stage, or in host memory"
+                    self._reject(shape, f"whole {zero}", lots.size, told)
+            if holding:
+                floor_s = self.bounds.sharding_s(shape, sharding, away)
+                arguments = fixed, lots, shape, sharding, tuple(holding)
+                self._push(floor_s, shape, lots.size * len(holding), self._open_sharding, *arguments)
+        for offload, missing in over.items():
+            if missing > 0:
+                self.full.add((shape, zero, offload))
+                self.result.too_large.append(self.bounds.smallest(shape, zero, offload)[0])
+
+    def _open_sharding(
+        self, size: int, fixed: Fixed, lots: Lots, shape: Shape, sharding: Sharding, offloads: tuple[Offload, ...]
+    ) -> None:
         """ZeRO group, frequencies -> micro batches and sequence parallel, one after the other in the order of their bounds."""
-        if self._is_done(shape, sharding.zero, offload, size):
-            return
-        if any(self._fits_at_all(shape, sharding, most) for most in self._most(shape, sharding.zero)):
-            fixed = self.bounds.fixed(shape, sharding, offload, self.fits.memory)
-            self._push_lot(fixed, self._lots(shape, sharding), shape, sharding, offload)
-        else:
-            reason = f"ZeRO {sharding.zero}: what these groups and frequencies keep whole does not fit"
-            self._reject(shape, f"whole {sharding.zero}", size, reason)
-
-    def _fits_at_all(self, shape: Shape, sharding: Sharding, offload: Offload) -> bool:
-        """Any member of a family with this sharding."""
-        key = shape, sharding, offload
-        if key not in self.live:
-            self.live[key] = any(map(self.fits.fits, self.bounds.smallest(shape, sharding.zero, offload, sharding)))
-        return self.live[key]
+        offloads = self._undone(shape, sharding.zero, offloads, size)
+        if offloads:
+            self._push_lot(fixed, lots, shape, sharding, offloads, len(lots.each))
 
     def _most(self, shape: Shape, zero: int) -> list[Offload]:
         """The offloads of which one leaves the fewest bytes on a GPU: all that can go; and without activations, which come back
@@ -237,7 +269,7 @@ class _Search:
         stay = [offload for offload in offloads if offload.activations == "none"]
         return [*offloads[-1:], *stay[-1:]] if offloads[-1:] != stay[-1:] else offloads[-1:]
 
-    def _lots(self, shape: Shape, sharding: Sharding) -> list[Lot]:
+    def _lots(self, shape: Shape, sharding: Sharding) -> Lots:
         """Micro batches and sequence parallel of some degrees, the largest bound first."""
         key = shape, sharding
         if key not in self.lots:
@@ -252,33 +284,43 @@ class _Search:
             for at, lot in enumerate(lots):
                 left += lot.size
                 lots[at] = lot._replace(left=left)
-            self.lots[key] = lots
+            self.lots[key] = Lots(
+                lots, left, any(lot.batch.accumulation == 1 for lot in lots), *self.bounds.fewest(shape, lots)
+            )
         return self.lots[key]
 
     def _push_lot(
-        self, fixed: Fixed, lots: list[Lot], shape: Shape, sharding: Sharding, offload: Offload, num: int | None = None
+        self, fixed: Fixed, lots: Lots, shape: Shape, sharding: Sharding, offloads: tuple[Offload, ...], num: int
     ) -> None:
         """The best of the first `num` lots stands in the heap for all of them."""
-        num = len(lots) if num is None else num
         if num:
-            lot = lots[num - 1]
-            floor_s = lot.floor_s + fixed.step_s
-            self._push(floor_s, shape, lot.left, self._open_lot, fixed, lots, shape, sharding, offload, num)
+            lot = lots.each[num - 1]
+            arguments = fixed, lots, shape, sharding, offloads, num
+            self._push(lot.floor_s + fixed.step_s, shape, lot.left * len(offloads), self._open_lot, *arguments)
 
     def _open_lot(
-        self, size: int, fixed: Fixed, lots: list[Lot], shape: Shape, sharding: Sharding, offload: Offload, num: int
+        self,
+        size: int,
+        fixed: Fixed,
+        lots: Lots,
+        shape: Shape,
+        sharding: Sharding,
+        offloads: tuple[Offload, ...],
+        num: int,
     ) -> None:
-        """(micro batch, sequence parallel) -> the same, with what must be recomputed counted by a bound."""
-        if self._is_done(shape, sharding.zero, offload, size):
+        """(micro batch, sequence parallel) -> the same of one family, with what must be recomputed counted by a bound."""
+        offloads = self._undone(shape, sharding.zero, offloads, size)
+        if not offloads:
             return
-        lot = lots[num - 1]
-        least = self.bounds.least(shape, sharding.zero, lot.sequence_parallel, lot.batch, offload, fixed, lot.flights)
-        if least is None:
-            self._reject(shape, "activations", lot.size, "activations do not fit however much is recomputed")
-        else:
-            row = Row(shape, lot.sequence_parallel, lot.batch, sharding, offload, lot.size, lot.idle, fixed, least)
-            self._push(self._row_s(row), shape, row.size, self._time_row, row)
-        self._push_lot(fixed, lots, shape, sharding, offload, num - 1)
+        lot = lots.each[num - 1]
+        for offload in offloads:
+            least = self.bounds.least(shape, lot.sequence_parallel, lot.batch, offload, fixed, lot.flights)
+            if least is None:
+                self._reject(shape, "activations", lot.size, "activations do not fit however much is recomputed")
+            else:
+                row = Row(shape, lot.sequence_parallel, lot.batch, sharding, offload, lot.size, lot.idle, fixed, least)
+                self._push(self._row_s(row), shape, row.size, self._time_row, row)
+        self._push_lot(fixed, lots, shape, sharding, offloads, num - 1)
 
     def _row_s(self, row: Row) -> float:
         busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
@@ -291,20 +333,26 @@ class _Search:
         open."""
         if self._is_done(row.shape, row.zero, row.offload, size):
             return
-        schedule, virtual = row.batch.schedules[0]
-        core = Core(row.shape, row.sequence_parallel, row.micro, schedule, virtual)
-        kinds, counts = self.space.recomputes(row.shape.pipeline, virtual)
-        kind, layers = (kinds[0], self.space.layers_of(kinds[0])) if kinds else ("full", counts[0])
-        offload = replace(row.offload, activations="none")  # what it costs is in extra_s
-        strategy = self.problem.strategy(point(core, row.sharding, offload, kind, layers))
-        time = self.problem.time(strategy)
-        # The first schedule has the fewest stages a rank, and transfers.
-        rest = Rest(
-            time.step_s - time.pipeline_bubble_s - self.bounds.avoidable_s(strategy, row.batch),
-            self.bounds.hideable_s(time, row.zero),
-            time.compute_s + time.recompute_s + time.tensor_parallel_s,
-        )
+        rest = self._rest(row)
         self._push(self._floor_s(row, rest, row.least, row.idle), row.shape, size, self._count_row, row, rest)
+
+    def _rest(self, row: Row) -> Rest:
+        away = replace(row.offload, activations="none")  # what they cost is in extra_s
+        key = row.shape, row.sequence_parallel, row.micro, row.sharding, away
+        if key not in self.rests:
+            schedule, virtual = row.batch.schedules[0]
+            core = Core(row.shape, row.sequence_parallel, row.micro, schedule, virtual)
+            kinds, counts = self.space.recomputes(row.shape.pipeline, virtual)
+            kind, layers = (kinds[0], self.space.layers_of(kinds[0])) if kinds else ("full", counts[0])
+            strategy = self.problem.strategy(point(core, row.sharding, away, kind, layers))
+            time = self.problem.time(strategy)
+            # The first schedule has the fewest stages a rank, and transfers.
+            self.rests[key] = Rest(
+                time.step_s - time.pipeline_bubble_s - self.bounds.avoidable_s(strategy, row.batch),
+                self.bounds.hideable_s(time, row.zero),
+                time.compute_s + time.recompute_s + time.tensor_parallel_s,
+            )
+        return self.rests[key]
 
     def _count_row(self, size: int, row: Row, rest: Rest) -> None:
         """(micro batch, sequence parallel) -> the same, with what must be recomputed counted exactly under the leanest
@@ -314,6 +362,7 @@ class _Search:
         leanest = self.bounds.leanest(row.shape, row.sharding, row.micro, row.sequence_parallel)
         least = self._least(leanest, row.offload, row.least)
         if least is None:
+            self.full.add((row.shape, row.zero, row.offload))
             self._reject(row.shape, "activations", size, "activations do not fit however much is recomputed")
         else:
             row = row._replace(least=least)
@@ -337,7 +386,7 @@ class _Search:
         for schedule, virtual in batch.schedules:
             number = self.space.num_recomputes(shape.pipeline, virtual)
             held = flights(shape.pipeline, schedule, virtual, batch.accumulation)
-            least = self.bounds.least(shape, row.zero, flag, batch, row.offload, row.fixed, held)
+            least = self.bounds.least(shape, flag, batch, row.offload, row.fixed, held)
             least = least and row.least.with_floor(least)
             if least is None:
                 self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
