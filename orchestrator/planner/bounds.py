@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from orchestrator.planner.carried import least_carried_s
-from orchestrator.planner.groups import Fixed, Kept, Leanest, Least, Lot, Pass, Row
+from orchestrator.planner.groups import Fewest, Fixed, Kept, Leanest, Least, Pass, Row
 from orchestrator.planner.memory import ROUNDING, micro_bytes, standing, tensor_budget
 from orchestrator.planner.moments import MicroBytes
 from orchestrator.planner.problem import Choice
@@ -78,9 +78,10 @@ class Bounds:
         self.keeps: dict[tuple[int, bool, int], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
         self.fixed_seconds: dict[tuple[Shape, int, Place, Place], float] = {}
+        self._fewest: dict[tuple[Shape, int], Fewest] = {}
+        self._fixed: dict[tuple[Shape, Sharding, Offload], Fixed] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
         self.floors: dict[Shape, float] = {}
-        self.exposed: dict[tuple[Shape, Sharding, int], float] = {}
         self.carries: dict[tuple[int, bool, int, tuple[str, ...]], tuple[float, float]] = {}
         self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
         self._least_of: dict[tuple[int, tuple[tuple[Schedule, int], ...], int], tuple[float, float]] = {}
@@ -191,33 +192,26 @@ class Bounds:
             times += [self.share_s(shape, flag, batch.micro) * (1 + idle) for flag in flags]
         return min(times, default=0.0)
 
-    def sharding_s(self, shape: Shape, sharding: Sharding, offload: Offload) -> float:
-        """Seconds of a step of any member of a family with this sharding."""
-        fewest = self.space.batches_of(shape, sharding.zero, sharding)[-1].accumulation
-        return (
-            self.shape_s(shape) + self.fixed_s(shape, sharding.zero, offload) + self.exposed_s(shape, sharding, fewest)
-        )
-
-    def exposed_s(self, shape: Shape, sharding: Sharding, accumulation: int) -> float:
+    def exposed_s(self, shape: Shape, sharding: Sharding, batches: list[Batch]) -> list[float]:
         """Seconds of gradients and gathers that no compute hides, of a pipeline rank with the fewest layers and neither end of
-        the model. A straight line in the micro batches, level where all is sent once a step."""
-        batches = self.space.batches_of(shape, sharding.zero, sharding)
-        low, fewest = self._exposed_s(shape, sharding, batches[-1].micro), batches[-1].accumulation
-        if accumulation == fewest or (sharding.gather == sharding.reduce == PER_STEP) or sharding.zero < 2:
-            return low
-        high = self._exposed_s(shape, sharding, batches[0].micro)
-        return low + (high - low) * (accumulation - fewest) / (batches[0].accumulation - fewest)
+        the model, by batch. A straight line in the micro batches, level where all is sent once a step."""
+        low, fewest, most = (
+            self._exposed_s(shape, sharding, batches[-1].micro),
+            batches[-1].accumulation,
+            batches[0].accumulation,
+        )
+        if fewest == most or (sharding.gather == sharding.reduce == PER_STEP) or sharding.zero < 2:
+            return [low] * len(batches)
+        slope = (self._exposed_s(shape, sharding, batches[0].micro) - low) / (most - fewest)
+        return [low + slope * (batch.accumulation - fewest) for batch in batches]
 
     def _exposed_s(self, shape: Shape, sharding: Sharding, micro: int) -> float:
-        key, problem = (shape, sharding, micro), self.problem
+        problem = self.problem
         if shape.data == 1 or problem.cluster.calibration:  # measured rates need not make fewer bytes faster
             return 0.0
-        if key not in self.exposed:
-            strategy = problem.strategy(point(Core(shape, False, micro, "1f1b", 1), sharding, Offload(), "none", None))
-            roof = roofline(problem.work, problem.cluster, problem.precision)
-            share = Share(self.rank_layers(shape.pipeline)[1], 0, False, False)
-            self.exposed[key] = sent_s(roof, strategy, share)[1]
-        return self.exposed[key]
+        strategy = problem.strategy(point(Core(shape, False, micro, "1f1b", 1), sharding, Offload(), "none", None))
+        roof = roofline(problem.work, problem.cluster, problem.precision)
+        return sent_s(roof, strategy, Share(self.rank_layers(shape.pipeline)[1], 0, False, False))[1]
 
     def least(
         self, shape: Shape, sequence_parallel: bool, batch: Batch, away: Offload, fixed: Fixed, flights: float
@@ -242,21 +236,30 @@ class Bounds:
             here = here._replace(layers=few.layers if few else first)
         return here.with_floor(waiting)
 
-    def fewest(self, shape: Shape, lots: list[Lot]) -> tuple[float, float, float]:
-        """Lots.stay, here and waiting."""
+    # Bytes ----------------------------------------------------------------------------------------------------------
+
+    def fewest(self, shape: Shape, batches: list[Batch]) -> Fewest:
+        """Shardings of some degrees take all micro batches, or those that are not a step's only one."""
+        key = shape, len(batches)
+        if key not in self._fewest:
+            self._fewest[key] = self._find_fewest(shape, batches)
+        return self._fewest[key]
+
+    def _find_fewest(self, shape: Shape, batches: list[Batch]) -> Fewest:
         first, (kinds, counts) = self.rank_layers(shape.pipeline)[0], self.space.recomputes(shape.pipeline, 1)
         partly = "num_checkpointed_layers_per_stage" in self.space.pins
-        stay, here, waiting = [], [], []
-        for lot in lots:
-            kept = self.kept(shape.tensor, lot.sequence_parallel, lot.batch.micro)
-            sizes = [getattr(kept, kind) for kind in [*kinds, *["full"] * bool(counts)]]
-            one = min([kept.none, kept.selective, kept.full] if partly else sizes)
-            waiting.append(first * one * lot.flights)
-            stay.append(waiting[-1] + kept.working)
-            here.append(min(first, 2) * one + kept.working)
-        return min(stay), min(here), min(waiting)
-
-    # Bytes ----------------------------------------------------------------------------------------------------------
+        few, once, stay, here, waiting = min(first, 2), False, INFINITE, INFINITE, INFINITE
+        for batch in batches:
+            once = once or batch.accumulation == 1
+            flights = self.least_of(shape.pipeline, batch)[1]
+            for flag in self.space.sequence_parallels(shape.tensor):
+                kept = self.kept(shape.tensor, flag, batch.micro)
+                sizes = kept[:3] if partly else [getattr(kept, kind) for kind in [*kinds, *["full"] * bool(counts)]]
+                one = min(sizes)
+                waiting = min(waiting, first * one * flights)
+                stay = min(stay, first * one * flights + kept.working)
+                here = min(here, few * one + kept.working)
+        return Fewest(once, stay, here, waiting)
 
     def smallest(self, shape: Shape, zero: int, offload: Offload) -> list[Choice]:
         """The members of a family of which one holds the fewest bytes, the likeliest first."""
@@ -321,12 +324,11 @@ class Bounds:
             options.append(self.added_s(*key, "full") * min(least.layers, fewest) / num_layers)
         return self.problem.accumulation(shape.data, micro) * min(options)
 
-    def extra_s(self, row: Row) -> float:
-        """Seconds that recomputing, and carrying activations to the host and back, add to a step, at least."""
-        shape, micro = row.shape, row.micro
-        again_s = self.again_s(shape, row.sequence_parallel, micro, row.least)
+    def extra_s(self, row: Row, again_s: float) -> float:
+        """Seconds that recomputing, which takes so many, and carrying activations to the host and back add at least."""
         if row.offload.activations == "none":
             return again_s
+        shape, micro = row.shape, row.micro
         kinds, counts = self.space.recomputes(shape.pipeline, 1)
         a_layer, hidden = self.carried_s(shape.tensor, row.sequence_parallel, micro, (*kinds, *["full"] * bool(counts)))
         carried = max(0.0, a_layer * self.rank_layers(shape.pipeline)[1] - hidden)
@@ -384,6 +386,12 @@ class Bounds:
         return self.fixed_seconds[key]
 
     def fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
+        key = shape, sharding, away
+        if key not in self._fixed:
+            self._fixed[key] = self._make_fixed(*key)
+        return self._fixed[key]
+
+    def _make_fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
         problem, cluster, pipeline = self.problem, self.problem.cluster, shape.pipeline
         strategy = problem.strategy(point(Core(shape, False, 1, "1f1b", 1), sharding, away, "none", None))
         share = Share(self.rank_layers(pipeline)[0], 0, True, pipeline == 1)

@@ -75,14 +75,11 @@ class Lot(NamedTuple):
     """The fewest micro batches in flight."""
 
 
-class Lots(NamedTuple):
-    """All of some degrees and a sharding, and the fewest bytes that the activations of one of them take on the first rank."""
+class Fewest(NamedTuple):
+    """The fewest bytes that activations take on the first rank, of some micro batches."""
 
-    each: list[Lot]
-    """The largest bound first."""
-    size: int
     once: bool
-    """One of them has one micro batch a step."""
+    """One of them is a step's only one."""
     stay: float
     """On the GPU, with `working`."""
     here: float
@@ -90,10 +87,10 @@ class Lots(NamedTuple):
     waiting: float
     """On the host where they are carried."""
 
-    def missing(self, fixed: Fixed, *, carried: bool) -> float:
-        """Bytes that every one of them is over at least."""
-        free = fixed.free_once if self.once else fixed.free_late
-        return max(self.here - free, self.waiting - fixed.free_on_host) if carried else self.stay - free
+    def over(self, fixed: Fixed, *, carried: bool) -> tuple[float, float]:
+        """Bytes that each of them has too many at least: (on a GPU, of its part of the host)."""
+        here, waiting = (self.here, self.waiting) if carried else (self.stay, 0.0)
+        return here - (fixed.free_once if self.once else fixed.free_late), waiting - fixed.free_on_host
 
 
 class Row(NamedTuple):
@@ -110,6 +107,8 @@ class Row(NamedTuple):
     fixed: Fixed
     least: Least
     """What must be recomputed at least."""
+    floor_s: float
+    """The lot's, with what the family adds."""
 
     @property
     def micro(self) -> int:

@@ -3,7 +3,8 @@
 A partial choice stands for a named group of candidates and carries seconds that none of them can beat (bounds.py). The group
 with the smallest bound is opened first, in this order:
 
-    degrees -> ZeRO stage, offload -> ZeRO group, frequencies -> micro batch, sequence parallel -> schedule -> recompute
+    degrees -> ZeRO stage, offload -> ZeRO group, frequencies -> micro batch, sequence parallel, activations on the host
+    -> schedule -> recompute
 
 The first complete strategy that fits and comes out on top is the best of the whole space. What is never opened is rejected
 with its size and one reason.
@@ -14,14 +15,15 @@ from __future__ import annotations
 import gc
 import heapq
 import time
+from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
 from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, bubble, flights
 from orchestrator.planner.fits import Fits
-from orchestrator.planner.groups import Fixed, Leanest, Least, Lot, Lots, Rest, Row
-from orchestrator.planner.memory import MemoryPrice
+from orchestrator.planner.groups import Fixed, Leanest, Least, Lot, Rest, Row
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import (
     GIB,
@@ -32,7 +34,6 @@ from orchestrator.planner.result import (
     TooLarge,
     Wanted,
     excess,
-    told_excess,
 )
 from orchestrator.planner.space import Core, Shape, Sharding, Space, point, simplicity
 from strategies.strategy import Offload
@@ -67,7 +68,7 @@ class _Search:
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
-        self.lots: dict[tuple[Shape, Sharding], Lots] = {}
+        self.lots: dict[tuple[Shape, Sharding], list[Lot]] = {}
         self.rests: dict[tuple[Any, ...], Rest] = {}
         self.full: set[tuple[Shape, int, Offload]] = set()
         """Families of which some members do not fit, or none."""
@@ -94,9 +95,7 @@ class _Search:
         result.seconds = result.seconds or time.perf_counter() - started
         best = result.best or result.fastest
         if best is None:
-            for shape, zero, offload in self.full:
-                for member in self._smallest(shape, zero, offload):
-                    self._note_closest(*member)
+            self._find_closest()
         than = f"the best takes {best.step_s:.3g}" if best else "no use"
         for _, is_leaf, _, _, shape, size, (step_s, _, _) in self.heap:
             if not is_leaf:
@@ -107,6 +106,14 @@ class _Search:
             for (s, _), (number, reason) in self.rejected.items()
         ]
         return result
+
+    def _find_closest(self) -> None:
+        """Nothing fits: of the families' smallest members the one that is over by least."""
+        for shape, zero, offload in self.full:
+            for choice in self.bounds.smallest(shape, zero, offload):
+                memory, closest = self.fits.memory(choice), self.result.closest
+                if closest is None or excess(memory) < excess(closest.memory):
+                    self.result.closest = TooLarge(choice, memory)
 
     def _enough(self) -> bool:
         return self.result.best is not None and len(self.result.families) >= self.num_families
@@ -181,18 +188,18 @@ class _Search:
             each, offloads = number * sequence, self.space.offloads_of(zero, shape.data)
             if not offloads:  # what is pinned is not built at this stage
                 continue
-            members: list[tuple[Choice, MemoryPrice]] = []
-            for most in self._most(shape, zero):
-                members += self._smallest(shape, zero, most) if not _one_fits_gpu(members) else []
-            if not _one_fits_gpu(members):
-                self._too_large(shape, zero, members, each * len(offloads))
+            most = self._most(offloads)
+            over = self._least_over(shape, zero, most)
+            if over > 0:
+                self._none_fits(shape, zero, most)
+                self._reject(shape, f"memory {zero}", each * len(offloads), f"ZeRO {zero}: {_told_over(over)}")
                 continue
             families: dict[Offload, tuple[Offload, ...]] = {}
             for offload in offloads:
                 if self._host_holds(shape, zero, offload):
                     self._reject(shape, "nvme", each, "host memory holds what would go to NVMe, which is slower")
                 else:
-                    away = replace(offload, activations="none")
+                    away = _stays(offload)
                     families[away] = (*families.get(away, ()), offload)
             for away, kept in families.items():
                 floor_s = floor + self.bounds.fixed_s(shape, zero, away)
@@ -208,75 +215,63 @@ class _Search:
             self.host_holds[key] = memory.host_bytes_per_node <= memory.host_usable_bytes
         return self.host_holds[key]
 
-    def _smallest(self, shape: Shape, zero: int, offload: Offload) -> list[tuple[Choice, MemoryPrice]]:
-        """The first of the smallest members of a family that fits, or else all that might have been."""
-        members = []
-        for choice in self.bounds.smallest(shape, zero, offload):
-            members.append((choice, self.fits.memory(choice)))
-            if members[-1][1].fits:
-                return members[-1:]
-        return members
+    def _least_over(self, shape: Shape, zero: int, offloads: list[Offload]) -> float:
+        """Bytes that a GPU has too many at least in any of these families; not above 0 where one may fit."""
+        over = INFINITE
+        for offload in offloads:
+            for sharding in self.space.shardings_of(shape, zero):
+                over = min(over, self._over(shape, sharding, offload)[0])
+                if over <= 0:
+                    return over
+        return over
 
-    def _too_large(self, shape: Shape, zero: int, members: list[tuple[Choice, MemoryPrice]], size: int) -> None:
-        choice, memory = min(members, key=lambda member: excess(member[1]))
-        self.result.too_large.append(choice)
-        self._note_closest(choice, memory)
-        self._reject(shape, f"memory {zero}", size, f"ZeRO {zero}: {told_excess(memory)}")
+    def _over(self, shape: Shape, sharding: Sharding, offload: Offload) -> tuple[float, float]:
+        """Fewest.over of a family with this sharding."""
+        fixed = self.bounds.fixed(shape, sharding, _stays(offload))
+        fewest = self.bounds.fewest(shape, self.space.batches_of(shape, sharding.zero, sharding))
+        return fewest.over(fixed, carried=offload.activations != "none")
 
-    def _note_closest(self, choice: Choice, memory: MemoryPrice) -> None:
-        closest = self.result.closest
-        if closest is None or excess(memory) < excess(closest.memory):
-            self.result.closest = TooLarge(choice, memory)
+    def _none_fits(self, shape: Shape, zero: int, offloads: Iterable[Offload]) -> None:
+        """No member of these families does."""
+        for offload in offloads:
+            self.full.add((shape, zero, offload))
+            self.result.too_large.append(self.bounds.smallest(shape, zero, offload)[0])
 
     def _open_family(self, size: int, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> None:
         """(ZeRO stage, offload but for activations) -> ZeRO groups and frequencies."""
-        offloads = self._undone(shape, zero, offloads, size)
-        if not offloads:
-            return
-        over = dict.fromkeys(offloads, INFINITE)
-        for sharding in self.space.shardings_of(shape, zero):
-            lots, fixed = self._lots(shape, sharding), self.bounds.fixed(shape, sharding, away)
-            holding = []
+        offloads, some = self._undone(shape, zero, offloads, size), set[Offload]()
+        flags = len(self.space.sequence_parallels(shape.tensor))
+        for sharding in self.space.shardings_of(shape, zero) if offloads else []:
+            fits, batches = [], self.space.batches_of(shape, zero, sharding)
+            number = flags * sum(batch.num_recomputes for batch in batches)
             for offload in offloads:
-                missing = lots.missing(fixed, carried=offload.activations != "none")
-                over[offload] = min(over[offload], missing)
-                if missing <= 0:
-                    holding.append(offload)
+                on_gpu, on_host = self._over(shape, sharding, offload)
+                if max(on_gpu, on_host) <= 0:
+                    fits.append(offload)
                 else:
-                    told = f"ZeRO {zero}: at least {missing / GIB:.1f} GiB over on the first stage, or in host memory"
-                    self._reject(shape, f"whole {zero}", lots.size, told)
-            if holding:
-                floor_s = self.bounds.sharding_s(shape, sharding, away)
-                arguments = fixed, lots, shape, sharding, tuple(holding)
-                self._push(floor_s, shape, lots.size * len(holding), self._open_sharding, *arguments)
-        for offload, missing in over.items():
-            if missing > 0:
-                self.full.add((shape, zero, offload))
-                self.result.too_large.append(self.bounds.smallest(shape, zero, offload)[0])
+                    where = _told_over(on_gpu) if on_gpu > 0 else f"{_told_over(on_host)} in host memory"
+                    self._reject(shape, f"memory {zero}", number, f"ZeRO {zero}: {where}")
+            some.update(fits)
+            if fits:
+                fixed = self.bounds.fixed(shape, sharding, away)
+                lots = self._lots(shape, sharding)
+                self._push_lot(fixed, lots, shape, sharding, tuple(fits), len(lots))
+        self._none_fits(shape, zero, [offload for offload in offloads if offload not in some])
 
-    def _open_sharding(
-        self, size: int, fixed: Fixed, lots: Lots, shape: Shape, sharding: Sharding, offloads: tuple[Offload, ...]
-    ) -> None:
-        """ZeRO group, frequencies -> micro batches and sequence parallel, one after the other in the order of their bounds."""
-        offloads = self._undone(shape, sharding.zero, offloads, size)
-        if offloads:
-            self._push_lot(fixed, lots, shape, sharding, offloads, len(lots.each))
-
-    def _most(self, shape: Shape, zero: int) -> list[Offload]:
+    def _most(self, offloads: list[Offload]) -> list[Offload]:
         """The offloads of which one leaves the fewest bytes on a GPU: all that can go; and without activations, which come back
         two layers at a time where others are already gone."""
-        offloads = self.space.offloads_of(zero, shape.data)
         stay = [offload for offload in offloads if offload.activations == "none"]
         return [*offloads[-1:], *stay[-1:]] if offloads[-1:] != stay[-1:] else offloads[-1:]
 
-    def _lots(self, shape: Shape, sharding: Sharding) -> Lots:
+    def _lots(self, shape: Shape, sharding: Sharding) -> list[Lot]:
         """Micro batches and sequence parallel of some degrees, the largest bound first."""
         key = shape, sharding
         if key not in self.lots:
             lots, left = [], 0
-            for batch in self.space.batches_of(shape, sharding.zero, sharding):
+            batches = self.space.batches_of(shape, sharding.zero, sharding)
+            for batch, exposed_s in zip(batches, self.bounds.exposed_s(shape, sharding, batches), strict=True):
                 idle, flights = self.bounds.least_of(shape.pipeline, batch)
-                exposed_s = self.bounds.exposed_s(shape, sharding, batch.accumulation)
                 for flag in self.space.sequence_parallels(shape.tensor):
                     floor_s = self.bounds.share_s(shape, flag, batch.micro) * (1 + idle) + exposed_s
                     lots.append(Lot(floor_s, batch, flag, batch.num_recomputes, 0, idle, flights))
@@ -284,17 +279,15 @@ class _Search:
             for at, lot in enumerate(lots):
                 left += lot.size
                 lots[at] = lot._replace(left=left)
-            self.lots[key] = Lots(
-                lots, left, any(lot.batch.accumulation == 1 for lot in lots), *self.bounds.fewest(shape, lots)
-            )
+            self.lots[key] = lots
         return self.lots[key]
 
     def _push_lot(
-        self, fixed: Fixed, lots: Lots, shape: Shape, sharding: Sharding, offloads: tuple[Offload, ...], num: int
+        self, fixed: Fixed, lots: list[Lot], shape: Shape, sharding: Sharding, offloads: tuple[Offload, ...], num: int
     ) -> None:
         """The best of the first `num` lots stands in the heap for all of them."""
         if num:
-            lot = lots.each[num - 1]
+            lot = lots[num - 1]
             arguments = fixed, lots, shape, sharding, offloads, num
             self._push(lot.floor_s + fixed.step_s, shape, lot.left * len(offloads), self._open_lot, *arguments)
 
@@ -302,7 +295,7 @@ class _Search:
         self,
         size: int,
         fixed: Fixed,
-        lots: Lots,
+        lots: list[Lot],
         shape: Shape,
         sharding: Sharding,
         offloads: tuple[Offload, ...],
@@ -312,21 +305,21 @@ class _Search:
         offloads = self._undone(shape, sharding.zero, offloads, size)
         if not offloads:
             return
-        lot = lots.each[num - 1]
+        lot = lots[num - 1]
         for offload in offloads:
             least = self.bounds.least(shape, lot.sequence_parallel, lot.batch, offload, fixed, lot.flights)
             if least is None:
                 self._reject(shape, "activations", lot.size, "activations do not fit however much is recomputed")
             else:
-                row = Row(shape, lot.sequence_parallel, lot.batch, sharding, offload, lot.size, lot.idle, fixed, least)
-                self._push(self._row_s(row), shape, row.size, self._time_row, row)
+                floor_s, flag = lot.floor_s + fixed.step_s, lot.sequence_parallel
+                row = Row(shape, flag, lot.batch, sharding, offload, lot.size, lot.idle, fixed, least, floor_s)
+                self._push(floor_s + self._added_s(row, least), shape, row.size, self._time_row, row)
         self._push_lot(fixed, lots, shape, sharding, offloads, num - 1)
 
-    def _row_s(self, row: Row) -> float:
-        busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
-        again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, row.least)
-        exposed_s = self.bounds.exposed_s(row.shape, row.sharding, row.batch.accumulation)
-        return busy_s + self.bounds.extra_s(row) + (busy_s + again_s) * row.idle + row.fixed.step_s + exposed_s
+    def _added_s(self, row: Row, least: Least) -> float:
+        """Seconds that recomputing, carrying activations, and the bubble of both add to a row's floor at least."""
+        again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, least)
+        return self.bounds.extra_s(row, again_s) + again_s * row.idle
 
     def _time_row(self, size: int, row: Row) -> None:
         """(micro batch, sequence parallel) -> the same, priced in time under the first schedule with as little recomputed as is
@@ -337,7 +330,7 @@ class _Search:
         self._push(self._floor_s(row, rest, row.least, row.idle), row.shape, size, self._count_row, row, rest)
 
     def _rest(self, row: Row) -> Rest:
-        away = replace(row.offload, activations="none")  # what they cost is in extra_s
+        away = _stays(row.offload)  # what they cost is in extra_s
         key = row.shape, row.sequence_parallel, row.micro, row.sharding, away
         if key not in self.rests:
             schedule, virtual = row.batch.schedules[0]
@@ -372,7 +365,7 @@ class _Search:
         """Bound of a row's members with such a bubble."""
         again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, least)
         is_open = "none" in self.space.recomputes(row.shape.pipeline, 1)[0]
-        extra_s = self.bounds.extra_s(row._replace(least=least)) if is_open else 0.0
+        extra_s = self.bounds.extra_s(row, again_s) if is_open else 0.0
         busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
         if row.shape.pipeline > 1:  # the bubble is the other ranks', which have so much less than the mean
             busy_s -= max(0.0, rest.slowest_s - busy_s) / (row.shape.pipeline - 1)
@@ -468,5 +461,11 @@ class _Search:
         return found, priced
 
 
-def _one_fits_gpu(members: list[tuple[Choice, MemoryPrice]]) -> bool:
-    return any(memory.peak_bytes <= memory.usable_bytes for _, memory in members)
+@lru_cache(maxsize=256)
+def _stays(offload: Offload) -> Offload:
+    """The same without activations."""
+    return replace(offload, activations="none")
+
+
+def _told_over(num_bytes: float) -> str:
+    return f"at least {num_bytes / GIB:.1f} GiB over"

@@ -302,10 +302,9 @@ class Space:
 
     def shape_size(self, shape: Shape) -> int:
         """Candidates that share these degrees."""
-        total = 0
+        total, offloads = 0, [len(self.offloads_of(zero, shape.data)) for zero in range(4)]
         for batch in self.batches(shape):
-            for zero, shardings in batch.shardings.items():
-                total += batch.num_recomputes * len(shardings) * len(self.offloads_of(zero, shape.data))
+            total += batch.num_recomputes * sum(len(kept) * offloads[zero] for zero, kept in batch.shardings.items())
         return total * len(self.sequence_parallels(shape.tensor))
 
     def __iter__(self) -> Iterator[Choice]:
