@@ -73,6 +73,8 @@ class Space:
         self.engine = self.pins.get("engine", "native")
         self._batches: dict[Shape, tuple[Batch, ...]] = {}
         self._batches_of: dict[tuple[Shape, int, Sharding | None], list[Batch]] = {}
+        self._schedules: dict[tuple[int, bool], tuple[tuple[tuple[Schedule, int], ...], int]] = {}
+        self._shardings: dict[tuple[Shape, bool], dict[int, tuple[Sharding, ...]]] = {}
         self._offloads: dict[int, list[Offload]] = {}
         self._recomputes: dict[tuple[int, int], tuple[list[str], list[int | None]]] = {}
 
@@ -292,13 +294,28 @@ class Space:
             fed = {"pipeline_parallel_degree": shape.pipeline, "gradient_accumulation_steps": accumulation}
             if not self._is_built("gradient_accumulation_steps", **fed):
                 continue
-            schedules = tuple(self.schedules(shape.pipeline, accumulation))
-            by_stage: dict[int, tuple[Sharding, ...]] = {}
-            for sharding in self.shardings(shape, accumulation):
-                by_stage[sharding.zero] = (*by_stage.get(sharding.zero, ()), sharding)
+            schedules, recomputes = self._scheduled(shape.pipeline, accumulation)
+            by_stage = self._by_stage(shape, accumulation)
             if schedules and by_stage:
-                recomputes = sum(self.num_recomputes(shape.pipeline, virtual) for _, virtual in schedules)
                 yield Batch(micro, accumulation, schedules, by_stage, recomputes)
+
+    def _scheduled(self, pipeline: int, accumulation: int) -> tuple[tuple[tuple[Schedule, int], ...], int]:
+        """(schedules, recomputes over all of them), the same for all numbers of micro batches that divide alike."""
+        key = pipeline, accumulation % pipeline == 0
+        if key not in self._schedules:
+            schedules = tuple(self.schedules(pipeline, accumulation))
+            self._schedules[key] = schedules, sum(self.num_recomputes(pipeline, virtual) for _, virtual in schedules)
+        return self._schedules[key]
+
+    def _by_stage(self, shape: Shape, accumulation: int) -> dict[int, tuple[Sharding, ...]]:
+        """Shardings by ZeRO stage, the same for all numbers of micro batches but one."""
+        key = shape, accumulation > 1
+        if key not in self._shardings:
+            found: dict[int, tuple[Sharding, ...]] = {}
+            for sharding in self.shardings(shape, accumulation):
+                found[sharding.zero] = (*found.get(sharding.zero, ()), sharding)
+            self._shardings[key] = found
+        return self._shardings[key]
 
     def shape_size(self, shape: Shape) -> int:
         """Candidates that share these degrees."""
