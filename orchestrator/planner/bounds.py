@@ -21,13 +21,13 @@ from dataclasses import replace
 from functools import lru_cache
 
 from orchestrator.planner.carried import least_carried_s
-from orchestrator.planner.groups import Fewest, Fixed, Kept, Leanest, Least, Pass, Row
+from orchestrator.planner.groups import Fewest, Fixed, Kept, Leanest, Least, Lot, Pass, Row
 from orchestrator.planner.memory import ROUNDING, micro_bytes, standing, tensor_budget
 from orchestrator.planner.moments import MicroBytes
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.roofline import roofline
 from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, Space, point
-from orchestrator.planner.time import TimePrice, sent_s, tensor_s, tied_s
+from orchestrator.planner.time import TimePrice, again_s, optimizer_s, sent_s, stepped, tensor_s, tied_s
 from strategies.constants import TIME
 from strategies.pipeline.cost import Share, bubble_fraction, in_flight
 from strategies.strategy import Offload, Place, Schedule, Strategy
@@ -77,7 +77,6 @@ class Bounds:
         self.passes: dict[tuple[int, bool, int], Pass] = {}
         self.keeps: dict[tuple[int, bool, int], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
-        self.fixed_seconds: dict[tuple[Shape, int, Place, Place], float] = {}
         self._fewest: dict[tuple[Shape, int], Fewest] = {}
         self._fixed: dict[tuple[Shape, Sharding, Offload], Fixed] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
@@ -159,10 +158,14 @@ class Bounds:
 
     def _seconds(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> tuple[float, float, float]:
         """(compute, messages, recompute) of one micro batch on one tensor group."""
-        strategy = self.problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
-        time, times = self.problem.time(strategy), strategy.gradient_accumulation_steps
-        messages_s = time.tensor_parallel_s if self.messages_count else 0.0
-        return time.compute_s / times, messages_s / times, time.recompute_s / times
+        problem, layers = self.problem, self.problem.arch.num_layers
+        strategy = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
+        roof, tokens = roofline(problem.work, problem.cluster, problem.precision), micro * problem.sequence_length
+        layer = roof.layer(strategy, tokens, problem.sequence_length)
+        checkpointed = layers * (kind != "none")
+        talk = tensor_s(roof, strategy, tokens).of(Share(layers, checkpointed, True, True))
+        compute_s = layers * (layer.forward_s + layer.backward_s) + roof.head(tokens, tensor)
+        return compute_s, talk * self.messages_count, checkpointed * again_s(strategy, layer)
 
     # Seconds --------------------------------------------------------------------------------------------------------
 
@@ -213,18 +216,16 @@ class Bounds:
         roof = roofline(problem.work, problem.cluster, problem.precision)
         return sent_s(roof, strategy, Share(self.rank_layers(shape.pipeline)[1], 0, False, False))[1]
 
-    def least(
-        self, shape: Shape, sequence_parallel: bool, batch: Batch, away: Offload, fixed: Fixed, flights: float
-    ) -> Least | None:
+    def least(self, shape: Shape, lot: Lot, offload: Offload, fixed: Fixed, flights: float) -> Least | None:
         """What must be recomputed at least for the first pipeline rank to hold the activations of so many micro batches,
         on its GPU or on the host; None where nothing can."""
         kinds, counts = self.space.recomputes(shape.pipeline, 1)
         if "num_checkpointed_layers_per_stage" in self.space.pins:  # may be fewer than all: left open here
             return Least(tuple(kinds), 1 if counts else None)
-        kept = self.kept(shape.tensor, sequence_parallel, batch.micro)
+        kept = self.kept(shape.tensor, lot.sequence_parallel, lot.batch.micro)
         first = self.rank_layers(shape.pipeline)[0]
-        free = (fixed.free_late if batch.accumulation > 1 else fixed.free_once) - kept.working
-        if away.activations == "none":
+        free = (fixed.free_late if lot.batch.accumulation > 1 else fixed.free_once) - kept.working
+        if offload.activations == "none":
             return _least(kinds, bool(counts), kept, first, free / flights)
         # On the host all of them wait; a block at work and the next one are on the GPU.
         waiting = _least(kinds, bool(counts), kept, first, fixed.free_on_host / flights)
@@ -370,20 +371,10 @@ class Bounds:
             self.carries[key] = least_carried_s(self.problem, strategies)
         return self.carries[key]
 
-    def fixed_s(self, shape: Shape, zero: int, offload: Offload) -> float:
-        """Seconds of a step that every member of the family has: the optimizer, and offload without activations, at the fewest
-        micro batches."""
-        key = shape, zero, offload.optimizer, offload.parameters
-        if key not in self.fixed_seconds:
-            last = self.space.batches_of(shape, zero)[-1]
-            sharding = self._widest(shape, last.shardings[zero])[0]
-            if zero == 3:
-                sharding = sharding._replace(gather=PER_STEP)
-            core = Core(shape, False, last.micro, "1f1b", 1)
-            away = replace(offload, activations="none")
-            time = self.problem.time(self.problem.strategy(point(core, sharding, away, "none", None)))
-            self.fixed_seconds[key] = time.optimizer_s + time.offload_s
-        return self.fixed_seconds[key]
+    def fixed_s(self, shape: Shape, zero: int, away: Offload) -> float:
+        """Seconds of a step that every member of the family has."""
+        last = self.space.batches_of(shape, zero)[-1]
+        return self.fixed(shape, self._widest(shape, last.shardings[zero])[0], away).step_s
 
     def fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
         key = shape, sharding, away
@@ -393,12 +384,17 @@ class Bounds:
 
     def _make_fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
         problem, cluster, pipeline = self.problem, self.problem.cluster, shape.pipeline
-        strategy = problem.strategy(point(Core(shape, False, 1, "1f1b", 1), sharding, away, "none", None))
-        share = Share(self.rank_layers(pipeline)[0], 0, True, pipeline == 1)
+        last = self.space.batches_of(shape, sharding.zero, sharding)[-1]
+        core, (first, fewest) = Core(shape, False, last.micro, "1f1b", 1), self.rank_layers(pipeline)
+        strategy = problem.strategy(point(core, sharding, away, "none", None))
+        share = Share(first, 0, True, pipeline == 1)
         budget, length = tensor_budget(cluster), problem.sequence_length
         stands = standing(problem.work, strategy, share, cluster, sequence_length=length, precision=problem.precision)
         on_host = cluster.host.memory_bytes / min(cluster.gpus_per_node, shape.num_gpus) + ROUNDING
-        step_s = self.fixed_s(shape, sharding.zero, away)
+        roof = roofline(problem.work, problem.cluster, problem.precision)
+        ends = [share] if pipeline == 1 else [share, Share(0, 0, False, True)]
+        parameters = min(stepped(problem.work, strategy, end._replace(layers=fewest)) for end in ends)
+        step_s = sum(optimizer_s(roof, strategy, parameters, TIME))
         return Fixed(budget - stands.once, budget - stands.late, on_host - stands.host, step_s)
 
 

@@ -66,13 +66,15 @@ class Lot(NamedTuple):
     """Busy time, bubble and what replicas wait for, nothing recomputed."""
     batch: Batch
     sequence_parallel: bool
-    size: int
-    left: int
-    """Candidates of this lot and of all behind it."""
     idle: float
     """The smallest bubble of the schedules."""
     flights: float
     """The fewest micro batches in flight."""
+
+    @property
+    def size(self) -> int:
+        """Candidates of one family."""
+        return self.batch.num_recomputes
 
 
 class Fewest(NamedTuple):
@@ -94,29 +96,36 @@ class Fewest(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A micro batch of a family with one sharding: the group that is opened into schedules and recomputing."""
+    """A lot of a family with one sharding: the group that is opened into schedules and recomputing."""
 
     shape: Shape
-    sequence_parallel: bool
-    batch: Batch
+    lot: Lot
     sharding: Sharding
     offload: Offload
-    size: int
-    idle: float
-    """The smallest bubble of the schedules."""
     fixed: Fixed
     least: Least
     """What must be recomputed at least."""
-    floor_s: float
-    """The lot's, with what the family adds."""
+
+    @property
+    def batch(self) -> Batch:
+        return self.lot.batch
 
     @property
     def micro(self) -> int:
-        return self.batch.micro
+        return self.lot.batch.micro
+
+    @property
+    def sequence_parallel(self) -> bool:
+        return self.lot.sequence_parallel
 
     @property
     def zero(self) -> int:
         return self.sharding.zero
+
+    @property
+    def floor_s(self) -> float:
+        """Nothing recomputed, no activations carried."""
+        return self.lot.floor_s + self.fixed.step_s
 
 
 class Rest(NamedTuple):

@@ -255,7 +255,7 @@ class _Search:
             if fits:
                 fixed = self.bounds.fixed(shape, sharding, away)
                 lots = self._lots(shape, sharding)
-                self._push_lot(fixed, lots, shape, sharding, tuple(fits), len(lots))
+                self._push_lot(number * len(fits), fixed, lots, shape, sharding, tuple(fits))
         self._none_fits(shape, zero, [offload for offload in offloads if offload not in some])
 
     def _most(self, offloads: list[Offload]) -> list[Offload]:
@@ -268,58 +268,43 @@ class _Search:
         """Micro batches and sequence parallel of some degrees, the largest bound first."""
         key = shape, sharding
         if key not in self.lots:
-            lots, left = [], 0
+            lots: list[Lot] = []
             batches = self.space.batches_of(shape, sharding.zero, sharding)
             for batch, exposed_s in zip(batches, self.bounds.exposed_s(shape, sharding, batches), strict=True):
                 idle, flights = self.bounds.least_of(shape.pipeline, batch)
                 for flag in self.space.sequence_parallels(shape.tensor):
                     floor_s = self.bounds.share_s(shape, flag, batch.micro) * (1 + idle) + exposed_s
-                    lots.append(Lot(floor_s, batch, flag, batch.num_recomputes, 0, idle, flights))
-            lots.sort(key=lambda lot: -lot.floor_s)
-            for at, lot in enumerate(lots):
-                left += lot.size
-                lots[at] = lot._replace(left=left)
-            self.lots[key] = lots
+                    lots.append(Lot(floor_s, batch, flag, idle, flights))
+            self.lots[key] = sorted(lots, key=lambda lot: -lot.floor_s)
         return self.lots[key]
 
-    def _push_lot(
-        self, fixed: Fixed, lots: list[Lot], shape: Shape, sharding: Sharding, offloads: tuple[Offload, ...], num: int
-    ) -> None:
-        """The best of the first `num` lots stands in the heap for all of them."""
-        if num:
-            lot = lots[num - 1]
-            arguments = fixed, lots, shape, sharding, offloads, num
-            self._push(lot.floor_s + fixed.step_s, shape, lot.left * len(offloads), self._open_lot, *arguments)
+    def _push_lot(self, size: int, fixed: Fixed, lots: list[Lot], *group: Any) -> None:
+        """The best of the lots, the last one, stands in the heap for all of them."""
+        if lots:
+            self._push(lots[-1].floor_s + fixed.step_s, group[0], size, self._open_lot, fixed, lots, *group)
 
     def _open_lot(
-        self,
-        size: int,
-        fixed: Fixed,
-        lots: list[Lot],
-        shape: Shape,
-        sharding: Sharding,
-        offloads: tuple[Offload, ...],
-        num: int,
+        self, size: int, fixed: Fixed, lots: list[Lot], shape: Shape, sharding: Sharding, offloads: tuple[Offload, ...]
     ) -> None:
         """(micro batch, sequence parallel) -> the same of one family, with what must be recomputed counted by a bound."""
+        each = size // len(offloads)
         offloads = self._undone(shape, sharding.zero, offloads, size)
         if not offloads:
             return
-        lot = lots[num - 1]
+        lot = lots[-1]
         for offload in offloads:
-            least = self.bounds.least(shape, lot.sequence_parallel, lot.batch, offload, fixed, lot.flights)
+            least = self.bounds.least(shape, lot, offload, fixed, lot.flights)
             if least is None:
                 self._reject(shape, "activations", lot.size, "activations do not fit however much is recomputed")
             else:
-                floor_s, flag = lot.floor_s + fixed.step_s, lot.sequence_parallel
-                row = Row(shape, flag, lot.batch, sharding, offload, lot.size, lot.idle, fixed, least, floor_s)
-                self._push(floor_s + self._added_s(row, least), shape, row.size, self._time_row, row)
-        self._push_lot(fixed, lots, shape, sharding, offloads, num - 1)
+                row = Row(shape, lot, sharding, offload, fixed, least)
+                self._push(row.floor_s + self._added_s(row, least), shape, lot.size, self._time_row, row)
+        self._push_lot((each - lot.size) * len(offloads), fixed, lots[:-1], shape, sharding, offloads)
 
     def _added_s(self, row: Row, least: Least) -> float:
         """Seconds that recomputing, carrying activations, and the bubble of both add to a row's floor at least."""
         again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, least)
-        return self.bounds.extra_s(row, again_s) + again_s * row.idle
+        return self.bounds.extra_s(row, again_s) + again_s * row.lot.idle
 
     def _time_row(self, size: int, row: Row) -> None:
         """(micro batch, sequence parallel) -> the same, priced in time under the first schedule with as little recomputed as is
@@ -327,7 +312,7 @@ class _Search:
         if self._is_done(row.shape, row.zero, row.offload, size):
             return
         rest = self._rest(row)
-        self._push(self._floor_s(row, rest, row.least, row.idle), row.shape, size, self._count_row, row, rest)
+        self._push(self._floor_s(row, rest, row.least, row.lot.idle), row.shape, size, self._count_row, row, rest)
 
     def _rest(self, row: Row) -> Rest:
         away = _stays(row.offload)  # what they cost is in extra_s
@@ -359,7 +344,7 @@ class _Search:
             self._reject(row.shape, "activations", size, "activations do not fit however much is recomputed")
         else:
             row = row._replace(least=least)
-            self._push(self._floor_s(row, rest, least, row.idle), row.shape, size, self._open_row, row, rest)
+            self._push(self._floor_s(row, rest, least, row.lot.idle), row.shape, size, self._open_row, row, rest)
 
     def _floor_s(self, row: Row, rest: Rest, least: Least, idle: float) -> float:
         """Bound of a row's members with such a bubble."""
@@ -375,17 +360,17 @@ class _Search:
         """(micro batch, sequence parallel) -> schedules, each with its own bubble and micro batches in flight."""
         if self._is_done(row.shape, row.zero, row.offload, size):
             return
-        shape, flag, batch = row.shape, row.sequence_parallel, row.batch
+        shape, lot, batch = row.shape, row.lot, row.batch
         for schedule, virtual in batch.schedules:
             number = self.space.num_recomputes(shape.pipeline, virtual)
             held = flights(shape.pipeline, schedule, virtual, batch.accumulation)
-            least = self.bounds.least(shape, flag, batch, row.offload, row.fixed, held)
+            least = self.bounds.least(shape, lot, row.offload, row.fixed, held)
             least = least and row.least.with_floor(least)
             if least is None:
                 self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
                 continue
             idle = bubble(shape.pipeline, schedule, virtual, batch.accumulation)
-            core = Core(shape, flag, batch.micro, schedule, virtual)
+            core = Core(shape, lot.sequence_parallel, batch.micro, schedule, virtual)
             floor_s = self._floor_s(row, rest, least, idle)
             self._push(floor_s, shape, number, self._open_core, core, row.sharding, row.offload, least)
 

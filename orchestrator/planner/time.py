@@ -91,7 +91,7 @@ def step_time(roof: Roofline, strategy: Strategy, sequence_length: int, constant
     tokens = strategy.micro_batch_size * sequence_length
     times = strategy.gradient_accumulation_steps
     layer = roof.layer(strategy, tokens, sequence_length)
-    again = _again_s(strategy, layer)
+    again = again_s(strategy, layer)
     talk = tensor_s(roof, strategy, tokens)
     head = roof.head(tokens, strategy.tensor_parallel_degree)
 
@@ -107,7 +107,7 @@ def step_time(roof: Roofline, strategy: Strategy, sequence_length: int, constant
     bubble = pipeline.bubble_s(strategy, once_s=once, slowest_s=slowest_s)
     transfer = _transfer_s(roof, strategy, shares, tokens)
     data_s, exposed_s = _gradients_s(roof, strategy, slowest, compute_s=times * slowest_s)
-    optimizer_s, offload_s = _optimizer_s(roof, strategy, _parameters(work, strategy, slowest), constants)
+    stepped_s, offload_s = optimizer_s(roof, strategy, stepped(work, strategy, slowest), constants)
     if strategy.offload.activations != "none":
         link = offload.activations_s(
             work, strategy, cluster, slowest, tokens=tokens, sequence_length=sequence_length, element=element
@@ -116,7 +116,7 @@ def step_time(roof: Roofline, strategy: Strategy, sequence_length: int, constant
         offload_s += times * offload.exposed_s(link, forward_s=forward, backward_s=busy - forward)
     compute_s, recompute_s, talk_s = times * busy, times * recompute, times * talk.of(slowest)
     return TimePrice(
-        step_s=compute_s + recompute_s + talk_s + exposed_s + bubble + transfer + offload_s + optimizer_s,
+        step_s=compute_s + recompute_s + talk_s + exposed_s + bubble + transfer + offload_s + stepped_s,
         compute_s=compute_s,
         recompute_s=recompute_s,
         tensor_parallel_s=talk_s,
@@ -125,11 +125,11 @@ def step_time(roof: Roofline, strategy: Strategy, sequence_length: int, constant
         pipeline_bubble_s=bubble,
         pipeline_transfer_s=transfer,
         offload_s=offload_s,
-        optimizer_s=optimizer_s,
+        optimizer_s=stepped_s,
     )
 
 
-def _again_s(strategy: Strategy, layer: Layer) -> float:
+def again_s(strategy: Strategy, layer: Layer) -> float:
     """Seconds that one checkpointed layer adds to its backward pass."""
     kind = strategy.activation_checkpointing
     return 0.0 if kind == "none" else layer.again_full_s if kind == "full" else layer.again_selective_s
@@ -241,8 +241,8 @@ def tied_s(roof: Roofline, strategy: Strategy) -> float:
     return seconds
 
 
-def _parameters(work: Workload, strategy: Strategy, share: pipeline.Share) -> float:
-    """Of the slowest pipeline rank, with the embedding or its tied copy, as the optimizer steps them."""
+def stepped(work: Workload, strategy: Strategy, share: pipeline.Share) -> float:
+    """Parameters of the slowest pipeline rank, with the embedding or its tied copy, as the optimizer steps them."""
     outside = 0.0
     if share.embedding:
         outside += work.embedding_parameters
@@ -254,9 +254,7 @@ def _parameters(work: Workload, strategy: Strategy, share: pipeline.Share) -> fl
     return share.layers * block + outside / strategy.tensor_parallel_degree
 
 
-def _optimizer_s(
-    roof: Roofline, strategy: Strategy, parameters: float, constants: TimeConstants
-) -> tuple[float, float]:
+def optimizer_s(roof: Roofline, strategy: Strategy, parameters: float, constants: TimeConstants) -> tuple[float, float]:
     """(the step on the accelerator with its fixed overhead, what offload adds). By bytes: master weights and moments are
     read and written, gradients read for the norm, read for the step and cleared, parameters written."""
     cluster, element = roof.cluster, roof.element
