@@ -222,8 +222,7 @@ class Bounds:
         kinds, counts = self.space.recomputes(shape.pipeline, 1)
         if "num_checkpointed_layers_per_stage" in self.space.pins:  # may be fewer than all: left open here
             return Least(tuple(kinds), 1 if counts else None)
-        kept = self.kept(shape.tensor, lot.sequence_parallel, lot.batch.micro)
-        first = self.rank_layers(shape.pipeline)[0]
+        kept, first = lot.kept, self.rank_layers(shape.pipeline)[0]
         free = (fixed.free_late if lot.batch.accumulation > 1 else fixed.free_once) - kept.working
         if offload.activations == "none":
             return _least(kinds, bool(counts), kept, first, free / flights)
@@ -400,12 +399,11 @@ class Bounds:
 
 def _least(kinds: list[str], full: bool, kept: Kept, layers: int, free: float) -> Least | None:
     """What must be recomputed of so many layers to leave no more bytes."""
-    fitting = tuple(kind for kind in kinds if layers * getattr(kept, kind) <= free)
+    fitting = tuple([kind for kind in kinds if layers * getattr(kept, kind) <= free])
     needed = None
-    if full:
-        missing, saved = layers * kept.none - free, kept.none - kept.full
-        number = missing / saved if saved > 0 else 0.0 if missing <= 0 else INFINITE
-        needed = max(1, math.ceil(number * SLACK)) if number <= layers / SLACK else None
+    if full and layers * kept.full <= free:
+        missing = layers * kept.none - free
+        needed = max(1, math.ceil(missing / (kept.none - kept.full) * SLACK)) if missing > 0 else 1
     return Least(fitting, needed) if fitting or needed is not None else None
 
 

@@ -70,6 +70,7 @@ class Lot(NamedTuple):
     """The smallest bubble of the schedules."""
     flights: float
     """The fewest micro batches in flight."""
+    kept: Kept
 
     @property
     def size(self) -> int:

@@ -274,7 +274,8 @@ class _Search:
                 idle, flights = self.bounds.least_of(shape.pipeline, batch)
                 for flag in self.space.sequence_parallels(shape.tensor):
                     floor_s = self.bounds.share_s(shape, flag, batch.micro) * (1 + idle) + exposed_s
-                    lots.append(Lot(floor_s, batch, flag, idle, flights))
+                    kept = self.bounds.kept(shape.tensor, flag, batch.micro)
+                    lots.append(Lot(floor_s, batch, flag, idle, flights, kept))
             self.lots[key] = sorted(lots, key=lambda lot: -lot.floor_s)
         return self.lots[key]
 

@@ -75,6 +75,7 @@ class Space:
         self._batches_of: dict[tuple[Shape, int, Sharding | None], list[Batch]] = {}
         self._schedules: dict[tuple[int, bool], tuple[tuple[tuple[Schedule, int], ...], int]] = {}
         self._shardings: dict[tuple[Shape, bool], dict[int, tuple[Sharding, ...]]] = {}
+        self._shardings_of: dict[tuple[Shape, int], list[Sharding]] = {}
         self._offloads: dict[int, list[Offload]] = {}
         self._recomputes: dict[tuple[int, int], tuple[list[str], list[int | None]]] = {}
 
@@ -286,7 +287,11 @@ class Space:
 
     def shardings_of(self, shape: Shape, zero: int) -> list[Sharding]:
         """Those that a ZeRO stage takes at any micro batch."""
-        return list(dict.fromkeys(one for batch in self.batches_of(shape, zero) for one in batch.shardings[zero]))
+        key = shape, zero
+        if key not in self._shardings_of:
+            batches = self.batches_of(shape, zero)
+            self._shardings_of[key] = list(dict.fromkeys(one for batch in batches for one in batch.shardings[zero]))
+        return self._shardings_of[key]
 
     def _open_batches(self, shape: Shape) -> Iterator[Batch]:
         for micro in self.micros(shape.data):
