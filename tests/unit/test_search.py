@@ -12,10 +12,12 @@ import pytest
 from clusters.catalog import load_cluster
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import make_architecture
+from orchestrator.planner.bounds import Bounds
+from orchestrator.planner.groups import Lot
 from orchestrator.planner.problem import Problem
 from orchestrator.planner.result import Wanted
 from orchestrator.planner.search import search
-from orchestrator.planner.space import Space
+from orchestrator.planner.space import Shape, Sharding, Space
 from strategies.catalog import unbuilt
 from strategies.strategy import Offload
 
@@ -165,6 +167,38 @@ def test_the_search_finds_what_brute_force_finds_on_drawn_problems(seed: int) ->
         if found.best is not None:
             times = found.best.choice.num_gpus if asked.objective == "cheapest" else 1
             assert found.best.step_s * times == pytest.approx(best, rel=1e-9), asked.pins
+
+
+@pytest.mark.parametrize("seed", range(100, 104))
+def test_no_bound_of_bytes_rejects_what_fits(seed: int) -> None:
+    random, held = Random(seed), 0
+    for _ in range(12):
+        asked = drawn(random)
+        if asked is None:
+            continue
+        space = Space(asked, every_size=asked.objective != "fastest")
+        bounds = Bounds(space)
+        for choice in space:
+            if not asked.memory(asked.strategy(choice)).fits:
+                continue
+            held += 1
+            shape = Shape(choice.tensor, choice.pipeline, choice.data)
+            sharding = Sharding(choice.zero, choice.group, choice.gather, choice.reduce)
+            batch = next(batch for batch in space.batches(shape) if batch.micro == choice.micro)
+            fixed = bounds.fixed(shape, sharding, replace(choice.offload, activations="none"))
+            fewest = bounds.fewest(shape, space.batches_of(shape, choice.zero, sharding))
+            assert max(fewest.over(fixed, carried=choice.offload.activations != "none")) <= 0, choice
+            kept = bounds.kept(choice.tensor, choice.sequence_parallel, choice.micro)
+            lot = Lot(0.0, batch, choice.sequence_parallel, *bounds.least_of(choice.pipeline, batch), kept)
+            least = bounds.least(shape, lot, choice.offload, fixed, lot.flights)
+            assert least is not None, choice
+            if choice.recompute == "full":
+                layers = choice.virtual * (choice.layers or asked.arch.num_layers)
+                assert least.layers is not None, choice
+                assert layers >= least.layers, choice
+            else:
+                assert choice.recompute in least.kinds, choice
+    assert held
 
 
 @pytest.mark.parametrize("name", CASES)
