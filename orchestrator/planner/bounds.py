@@ -4,14 +4,15 @@ The bounds hold for any model in which
 
 - a step takes at least (micro batches) x (time of one on the mean pipeline rank) x (1 + bubble), and sharding, offload and
   recomputing only add to it;
-- the first pipeline rank holds its share of the states beside the activations of min(m, p) micro batches, or of one where
-  the others' are offloaded;
+- the first pipeline rank, going back through a block, holds its states, what `standing` counts and that block's work beside the
+  activations of min(m, p) micro batches, or of two layers where all others wait on the host;
 - of one (degrees, ZeRO stage, offload) family, the smallest micro batch, or at ZeRO 2 and 3 the smallest that takes one a step,
   with everything recomputed (or nothing, of few layers), sequence parallel, the widest ZeRO group, and talk after every micro
-  batch (or not, of few layers) holds the fewest bytes; of the schedules 1F1B, or one that deals the layers out otherwise;
+  batch (or not, of few layers) holds the fewest bytes; of the schedules 1F1B, or one that deals the layers out otherwise (only
+  where nothing fits, to say what is over by least);
 - more checkpointed layers hold fewer bytes, and take longer where activations stay on the GPU.
 
-tests/unit/test_search.py holds the search against brute force, which needs none of this.
+tests/unit/test_search.py holds the search against brute force, which needs none of this, and the bounds of bytes against prices.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Bounds:
         self.passes: dict[tuple[int, bool, int], Pass] = {}
         self.keeps: dict[tuple[int, bool, int], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
-        self._fewest: dict[tuple[Shape, int], Fewest] = {}
+        self._fewest: dict[tuple[Shape, int, int], Fewest] = {}
         self._fixed: dict[tuple[Shape, Sharding, Offload], Fixed] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
         self.floors: dict[Shape, float] = {}
@@ -239,8 +240,8 @@ class Bounds:
     # Bytes ----------------------------------------------------------------------------------------------------------
 
     def fewest(self, shape: Shape, batches: list[Batch]) -> Fewest:
-        """Shardings of some degrees take all micro batches, or those that are not a step's only one."""
-        key = shape, len(batches)
+        """Shardings of some degrees take all micro batches, or all but one that is a step's only one, or that one."""
+        key = shape, batches[0].micro, len(batches)
         if key not in self._fewest:
             self._fewest[key] = self._find_fewest(shape, batches)
         return self._fewest[key]
