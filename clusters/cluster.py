@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from clusters.hardware import Accelerator, Calibration, Host, Link
 
@@ -34,3 +35,14 @@ class Cluster:
 
     def node_of(self, rank: int) -> int:
         return rank // self.gpus_per_node
+
+
+def weaker_links(cluster: Cluster, factor: float) -> Iterator[tuple[str, str, Cluster]]:
+    """(where, name, the cluster with this one link slower) of each link that it has."""
+    for where in ["intra_node"] * (cluster.gpus_per_node > 1) + ["inter_node"] * (cluster.num_nodes > 1):
+        link = getattr(cluster, where)
+        yield where, link.name, replace(cluster, **{where: replace(link, bytes_per_s=link.bytes_per_s * factor)})
+    gpu = cluster.accelerator
+    if gpu.kind != "cpu":
+        slower = replace(gpu, host_link_bytes_per_s=gpu.host_link_bytes_per_s * factor)
+        yield "host_link", "host link", replace(cluster, accelerator=slower)

@@ -160,7 +160,11 @@ def price_cell(arch: Architecture, cluster: Cluster, question: Question) -> Cell
     plain: Solution | None
     try:
         best = solve(problem, wanted=Wanted())
-        plain = best if not best.strategy.offload.any else solve(problem.changed(pins={"offload": Offload()}))
+        plain = (
+            best
+            if not best.strategy.offload.any
+            else solve(problem.changed(pins={"offload": Offload()}), after=best.search)
+        )
     except PlanError:
         best = plain = None
     return Cell(

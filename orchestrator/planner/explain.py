@@ -6,15 +6,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from clusters.cluster import weaker_links
 from orchestrator.planner.problem import Choice, PlanError, Problem
 from orchestrator.planner.render import offload_told
 from orchestrator.planner.result import Found, SearchResult, Wanted, told_excess
-from orchestrator.planner.solve import Solution, solve
+from orchestrator.planner.solve import SLOWER, Solution, solve
+from orchestrator.planner.space import simplicity
 from orchestrator.planner.time import Price
 from strategies.strategy import Strategy, without_effect
 
 if TYPE_CHECKING:
-    from clusters.cluster import Cluster
+    pass
 
 TOO_LARGE_PART = 4
 """One alternative in so many may be a family that does not fit; the others are strategies that could run."""
@@ -270,38 +272,37 @@ def _larger_clusters(problem: Problem) -> Iterator[dict[str, Any]]:
 # Sensitivity ----------------------------------------------------------------------------------------------------------
 
 
-def sensitivity(solution: Solution, *, wanted: Wanted | None = None, slower: float = 0.9) -> list[dict[str, Any]]:
+def sensitivity(solution: Solution, *, wanted: Wanted | None = None) -> list[dict[str, Any]]:
     """What would be picked if a link had 10 % less bandwidth than stated, and what the plan would then lose by not changing.
 
-    A link that the chosen strategy does not use cannot change the choice: the others only become slower."""
+    A slower link makes nothing faster: only what was not slower than the choice would then be can take its place."""
+    found, problem, wanted = solution.search, solution.problem, wanted or Wanted()
+    assert found is not None
+    assert found.best is not None
     rows = []
-    for where, link, weaker in _weaker(solution.problem.cluster, slower):
-        problem, chosen = solution.problem.changed(cluster=weaker), solution.strategy
-        kept = best = problem.price(chosen).time.step_s
-        pick = chosen
-        if kept > solution.price.time.step_s:
-            other = solve(problem, wanted=wanted, after=solution.search)
-            pick, best = other.strategy, other.price.time.step_s
+    for where, link, weaker in weaker_links(problem.cluster, SLOWER):
+        asked = problem.changed(cluster=weaker)
+
+        def rank(choice: Choice, asked: Problem = asked) -> tuple[Any, ...]:
+            step_s = asked.time(asked.strategy(choice)).step_s
+            missed = not wanted.met(step_s, choice.num_gpus)
+            return missed, asked.key(step_s, choice.num_gpus), simplicity(choice), step_s
+
+        kept, chosen = rank(found.best.choice), found.best.choice
+        pick = (
+            min((near.choice for near in found.near), key=rank, default=chosen)
+            if kept[-1] > found.best.step_s
+            else chosen
+        )
         rows.append(
             {
                 "link": link,
                 "where": where,
-                "bandwidth_factor": slower,
+                "bandwidth_factor": SLOWER,
                 "same_choice": pick == chosen,
-                "strategy": pick,
-                "step_s": kept,
-                "best_step_s": best,
+                "strategy": problem.strategy(pick),
+                "step_s": kept[-1],
+                "best_step_s": rank(pick)[-1],
             }
         )
     return rows
-
-
-def _weaker(cluster: Cluster, factor: float) -> Iterator[tuple[str, str, Cluster]]:
-    """(where, name, the cluster with this one link slower) of each link that it has."""
-    for where in ["intra_node"] * (cluster.gpus_per_node > 1) + ["inter_node"] * (cluster.num_nodes > 1):
-        link = getattr(cluster, where)
-        yield where, link.name, replace(cluster, **{where: replace(link, bytes_per_s=link.bytes_per_s * factor)})
-    gpu = cluster.accelerator
-    if gpu.kind != "cpu":
-        slower = replace(gpu, host_link_bytes_per_s=gpu.host_link_bytes_per_s * factor)
-        yield "host_link", "host link", replace(cluster, accelerator=slower)

@@ -235,11 +235,11 @@ def plan(job: Job, *, cluster: Cluster | None = None, built_only: bool = False, 
     Raises PlanError where no strategy can be what is pinned. One that does not fit is a plan with `fits` false."""
     problem = problem_of(job, cluster=cluster, built_only=built_only)
     wanted = wanted_of(job, problem.cluster.usd_per_gpu_hour)
-    solution = solve(problem, wanted=wanted, num_families=top + 1)
+    solution = solve(problem, wanted=wanted, num_families=top + 1, near=True)
     made = Plan(job=job, solution=solution, top=top)
     if not built_only or solution.search is None or not problem.engine.plans_ahead:
         return made
-    everything = solve(problem.changed(built_only=False), wanted=wanted, after=solution.search)
+    everything = solve(problem.changed(built_only=False), wanted=wanted, after=solution.search, near=True)
     faster = everything.fits and everything.price.time.step_s < solution.price.time.step_s
     if not faster and solution.fits:
         return made

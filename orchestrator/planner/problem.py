@@ -17,6 +17,9 @@ from strategies.catalog import ENGINES, Capability
 from strategies.strategy import MESH_ORDER, Offload, Schedule, States, Strategy, impossible
 from strategies.workload import Workload
 
+ONE_GPU = 1e9
+"""Seconds that one GPU more weighs when the fewest are wanted: longer than any step."""
+
 
 class PlanError(ValueError):
     """A job that no plan can be made for: what, where, and how to fix it."""
@@ -99,6 +102,12 @@ class Problem:
     def accumulation(self, data: int, micro: int) -> int:
         """Micro batches per replica and step: the smallest number that covers the global batch."""
         return -(-self.global_batch_size // (data * micro))
+
+    def key(self, step_s: float, num_gpus: int) -> float:
+        """What the objective makes small."""
+        if self.objective == "cheapest":
+            return step_s * num_gpus
+        return step_s + num_gpus * ONE_GPU if self.objective == "fewest_gpus" else step_s
 
     def states(self, zero: int) -> States:
         """As the engine keeps them: the bytes table is strategies/zero/cost.py."""

@@ -47,7 +47,7 @@ def painted(text: str, code: str) -> str:
 
 
 def render(plan: Plan, *, width: int = 88, sensitivity: bool = False) -> str:
-    """The plan as text; `sensitivity` takes a search for each link that it uses."""
+    """The plan as text."""
     width = max(80, min(100, width))
     sections = [
         _headline(plan),

@@ -56,6 +56,8 @@ class SearchResult:
     """The best under the objective, whatever the targets."""
     families: list[Found] = field(default_factory=list)
     """The best of each family, best first, the chosen one's among them."""
+    near: list[Found] = field(default_factory=list)
+    """All that came out on top until the best, and from there on as far as was asked."""
     too_large: list[Choice] = field(default_factory=list)
     """The smallest member of each family of which none fits, as far as it was looked at."""
     closest: TooLarge | None = None

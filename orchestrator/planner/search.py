@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import heapq
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
@@ -38,21 +38,28 @@ from orchestrator.planner.result import (
 from orchestrator.planner.space import Core, Shape, Sharding, Space, point, simplicity
 from strategies.strategy import Offload
 
-ONE_GPU = 1e9
-"""Seconds that one GPU more weighs when the fewest are wanted: longer than any step."""
-
 
 def search(
-    problem: Problem, *, wanted: Wanted | None = None, num_families: int = 21, fits: Fits | None = None
+    problem: Problem,
+    *,
+    wanted: Wanted | None = None,
+    num_families: int = 21,
+    fits: Fits | None = None,
+    near_s: Callable[[Choice], float] | None = None,
 ) -> SearchResult:
-    """The best strategy under the problem's objective, and the best of each of the next families. `fits`: an earlier search's."""
+    """The best strategy under the problem's objective, and the best of each of the next families.
+
+    Args:
+        fits: an earlier search's.
+        near_s: of the best, seconds of a step up to which all strategies are wanted (SearchResult.near).
+    """
     started = time.perf_counter()
     wanted = wanted or Wanted()
     space = Space(problem, every_size=problem.objective != "fastest" or wanted.any)
     collects = gc.isenabled()
     gc.disable()  # a search makes values without cycles, and looking for them took a sixth of its time
     try:
-        result = _Search(space, wanted, num_families, fits or Fits(problem)).run(started)
+        result = _Search(space, wanted, num_families, fits or Fits(problem), near_s).run(started)
     finally:
         if collects:
             gc.enable()
@@ -61,17 +68,26 @@ def search(
 
 
 class _Search:
-    def __init__(self, space: Space, wanted: Wanted, num_families: int, fits: Fits) -> None:
+    def __init__(
+        self,
+        space: Space,
+        wanted: Wanted,
+        num_families: int,
+        fits: Fits,
+        near_s: Callable[[Choice], float] | None = None,
+    ) -> None:
         self.space, self.problem, self.wanted, self.num_families = space, space.problem, wanted, num_families
-        self.bounds = Bounds(space)
+        self.bounds, self.near_s = Bounds(space), near_s
+        self.key = self.near = 0.0
+        """Of the group that is open, and up to which all strategies are wanted."""
         self.fits, self.result = fits, SearchResult(fits=fits)
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
         self.lots: dict[tuple[Shape, Sharding], list[Lot]] = {}
         self.rests: dict[tuple[Any, ...], Rest] = {}
-        self.full: set[tuple[Shape, int, Offload]] = set()
-        """Families of which some members do not fit, or none."""
+        self.opened: dict[tuple[Shape, int, Offload], None] = {}
+        """Families that were looked at: where nothing fits, all but those that hold more than another one that does not fit."""
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
         self.rejected: dict[tuple[Shape, str], tuple[int, str]] = {}
 
@@ -83,7 +99,7 @@ class _Search:
             if size:
                 self._push(self.bounds.shape_s(shape), shape, size, self._open_shape, shape)
         while self.heap and not self._enough():
-            _, is_leaf, _, _, shape, size, (step_s, action, arguments) = heapq.heappop(self.heap)
+            self.key, is_leaf, _, _, shape, size, (step_s, action, arguments) = heapq.heappop(self.heap)
             if is_leaf:
                 self._take(arguments)
                 if not result.seconds and result.best is not None:
@@ -109,14 +125,15 @@ class _Search:
 
     def _find_closest(self) -> None:
         """Nothing fits: of the families' smallest members the one that is over by least."""
-        for shape, zero, offload in self.full:
+        for shape, zero, offload in self.opened:
             for choice in self.bounds.smallest(shape, zero, offload):
                 memory, closest = self.fits.memory(choice), self.result.closest
                 if closest is None or excess(memory) < excess(closest.memory):
                     self.result.closest = TooLarge(choice, memory)
 
     def _enough(self) -> bool:
-        return self.result.best is not None and len(self.result.families) >= self.num_families
+        wants = len(self.result.families) < self.num_families or self.heap[0][0] <= self.near
+        return self.result.best is not None and not wants
 
     def _hopeless(self, step_s: float, shape: Shape) -> bool:
         """The group cannot meet the targets, and the best without them is known."""
@@ -124,21 +141,15 @@ class _Search:
             return False
         return not self.wanted.met(step_s, shape.num_gpus) and len(self.result.families) >= self.num_families
 
-    def _key(self, step_s: float, num_gpus: int) -> float:
-        objective = self.problem.objective
-        if objective == "cheapest":
-            return step_s * num_gpus
-        return step_s + num_gpus * ONE_GPU if objective == "fewest_gpus" else step_s
-
     def _push(self, step_s: float, shape: Shape, size: int, action: Any, *arguments: Any) -> None:
-        key = self._key(step_s * SLACK, shape.num_gpus)
+        key = self.problem.key(step_s * SLACK, shape.num_gpus)
         heapq.heappush(self.heap, (key, 0, (), next(self.order), shape, size, (step_s, action, arguments)))
 
     def _push_leaf(self, choice: Choice, step_s: float) -> None:
         self.result.num_feasible += 1
         shape = Shape(choice.tensor, choice.pipeline, choice.data)
         entry = (step_s, None, Found(choice, step_s))
-        key = self._key(step_s, choice.num_gpus)
+        key = self.problem.key(step_s, choice.num_gpus)
         heapq.heappush(self.heap, (key, 1, simplicity(choice), next(self.order), shape, 1, entry))
 
     def _reject(self, shape: Shape, kind: str, number: int, reason: str) -> None:
@@ -149,10 +160,14 @@ class _Search:
     def _take(self, found: Found) -> None:
         """A complete strategy came out on top: the best there is, or the best of its family."""
         result = self.result
+        if result.best is None or self.key <= self.near:
+            result.near.append(found)
         if result.fastest is None:
             result.fastest = found
         if result.best is None and (not self.wanted.any or self.wanted.met(found.step_s, found.choice.num_gpus)):
             result.best = found
+            if self.near_s is not None:
+                self.near = self.problem.key(self.near_s(found.choice), found.choice.num_gpus)
             if found.family in self.done:  # an earlier member was better, and missed a target
                 result.families = [other for other in result.families if other.family != found.family]
                 self.done.discard(found.family)
@@ -162,14 +177,16 @@ class _Search:
 
     def _is_done(self, shape: Shape, zero: int, offload: Offload, size: int) -> bool:
         """The best of the family is known, and no target sends for another member."""
-        if self.result.best is None or (shape.tensor, shape.pipeline, zero, offload) not in self.done:
+        if self.result.best is None or self.key <= self.near:
+            return False
+        if (shape.tensor, shape.pipeline, zero, offload) not in self.done:
             return False
         self._reject(shape, "slower", size, "slower than the best of its family")
         return True
 
     def _undone(self, shape: Shape, zero: int, offloads: tuple[Offload, ...], size: int) -> tuple[Offload, ...]:
         """Those of which the best of the family is not known. `size`: candidates of all of them, each the same."""
-        if self.result.best is None:
+        if self.result.best is None or self.key <= self.near:
             return offloads
         each = size // len(offloads)
         return tuple(offload for offload in offloads if not self._is_done(shape, zero, offload, each))
@@ -233,13 +250,13 @@ class _Search:
 
     def _none_fits(self, shape: Shape, zero: int, offloads: Iterable[Offload]) -> None:
         """No member of these families does."""
-        for offload in offloads:
-            self.full.add((shape, zero, offload))
-            self.result.too_large.append(self.bounds.smallest(shape, zero, offload)[0])
+        self.opened |= dict.fromkeys((shape, zero, offload) for offload in offloads)
+        self.result.too_large += [self.bounds.smallest(shape, zero, offload)[0] for offload in offloads]
 
     def _open_family(self, size: int, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> None:
         """(ZeRO stage, offload but for activations) -> ZeRO groups and frequencies."""
         offloads, some = self._undone(shape, zero, offloads, size), set[Offload]()
+        self.opened |= dict.fromkeys((shape, zero, offload) for offload in offloads)
         flags = len(self.space.sequence_parallels(shape.tensor))
         for sharding in self.space.shardings_of(shape, zero) if offloads else []:
             fits, batches = [], self.space.batches_of(shape, zero, sharding)
@@ -341,7 +358,6 @@ class _Search:
         leanest = self.bounds.leanest(row.shape, row.sharding, row.micro, row.sequence_parallel)
         least = self._least(leanest, row.offload, row.least)
         if least is None:
-            self.full.add((row.shape, row.zero, row.offload))
             self._reject(row.shape, "activations", size, "activations do not fit however much is recomputed")
         else:
             row = row._replace(least=least)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from orchestrator.planner.problem import PlanError, Problem, check, check_batch, check_rules
+from clusters.cluster import weaker_links
+from orchestrator.planner.problem import Choice, PlanError, Problem, check, check_batch, check_rules
 from orchestrator.planner.result import SearchResult, Wanted
 from orchestrator.planner.search import search
 from orchestrator.planner.space import Space, require_candidates
 from orchestrator.planner.time import Price
 from strategies.catalog import ENGINES, Limit, unbuilt, wrong_precision
 from strategies.strategy import Strategy
+
+SLOWER = 0.9
+"""Of a link's bandwidth, what is left of it to see how much a choice depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,11 +40,19 @@ class Solution:
 
 
 def solve(
-    problem: Problem, *, wanted: Wanted | None = None, num_families: int = 1, after: SearchResult | None = None
+    problem: Problem,
+    *,
+    wanted: Wanted | None = None,
+    num_families: int = 1,
+    after: SearchResult | None = None,
+    near: bool = False,
 ) -> Solution:
     """The strategy to take. Where nothing fits, the one that is over by least. PlanError where nothing can be at all.
 
-    `after`: an earlier search for the same job on the same GPUs, whose bytes need no pricing again."""
+    Args:
+        after: an earlier search for the same job on the same GPUs, whose bytes need no pricing again.
+        near: find all that a slower link could bring to the top as well (explain.sensitivity).
+    """
     check(problem)
     space = Space(problem)
     single = space.single()
@@ -55,7 +67,13 @@ def solve(
     if problem.built_only:
         _check_built(problem)
     require_candidates(space)
-    found = search(problem, wanted=wanted, num_families=num_families, fits=after.fits if after else None)
+    found = search(
+        problem,
+        wanted=wanted,
+        num_families=num_families,
+        fits=after.fits if after else None,
+        near_s=(lambda choice: _on_slower_links_s(problem, choice)) if near else None,
+    )
     choice = found.best.choice if found.best else found.closest.choice if found.closest else None
     assert choice is not None, "a space with candidates has a best or a closest one"
     strategy = problem.strategy(choice)
@@ -64,6 +82,12 @@ def solve(
         raise _not_built(limit, getattr(strategy, limit.field), strategy.engine)
     _check_precision(strategy, problem)
     return Solution(problem=problem, strategy=strategy, price=problem.price(strategy), search=found)
+
+
+def _on_slower_links_s(problem: Problem, choice: Choice) -> float:
+    """Seconds of a step where the link that matters most is slower."""
+    slower = (problem.changed(cluster=weaker) for _, _, weaker in weaker_links(problem.cluster, SLOWER))
+    return max((each.time(each.strategy(choice)).step_s for each in slower), default=0.0)
 
 
 PINNED_ALONE = (

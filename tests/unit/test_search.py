@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from clusters.catalog import load_cluster
-from clusters.cluster import Cluster
+from clusters.cluster import Cluster, weaker_links
 from orchestrator.models.architecture import make_architecture
 from orchestrator.planner.bounds import Bounds
+from orchestrator.planner.explain import sensitivity
 from orchestrator.planner.groups import Lot
 from orchestrator.planner.problem import Problem
 from orchestrator.planner.result import Wanted
 from orchestrator.planner.search import search
+from orchestrator.planner.solve import SLOWER, solve
 from orchestrator.planner.space import Shape, Sharding, Space
 from strategies.catalog import unbuilt
 from strategies.strategy import Offload
@@ -167,6 +169,23 @@ def test_the_search_finds_what_brute_force_finds_on_drawn_problems(seed: int) ->
         if found.best is not None:
             times = found.best.choice.num_gpus if asked.objective == "cheapest" else 1
             assert found.best.step_s * times == pytest.approx(best, rel=1e-9), asked.pins
+
+
+def test_what_a_slower_link_would_pick_is_what_planning_with_it_finds() -> None:
+    random, changed = Random(201), 0
+    for _ in range(240):
+        asked = drawn(random)
+        if asked is None:
+            continue
+        solution = solve(asked, near=True)
+        if solution.search is None or solution.search.best is None:
+            continue
+        for row, (where, _, weaker) in zip(sensitivity(solution), weaker_links(asked.cluster, SLOWER), strict=True):
+            on_it = solve(asked.changed(cluster=weaker))
+            assert row["where"] == where
+            assert row["best_step_s"] == pytest.approx(on_it.price.time.step_s, rel=1e-9)
+            changed += not row["same_choice"]
+    assert changed
 
 
 @pytest.mark.parametrize("seed", range(100, 104))
