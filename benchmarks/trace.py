@@ -147,6 +147,7 @@ CASES = tuple(
     Case("medium", MEDIUM, Choice(**fields), accumulation, 1024, precision)
     for fields, accumulation, precision in (
         ({"tensor": 4, "sequence_parallel": True, "recompute": "full"}, 1, "bf16"),
+        ({"tensor": 4, "sequence_parallel": True, "micro": 2}, 1, "fp32"),
         ({"tensor": 2, "data": 2, "zero": 3, "group": 2}, 4, "fp32"),
         ({"data": 8, "zero": 1, "group": 8, "recompute": "selective"}, 4, "bf16"),
         ({"data": 8, "zero": 2, "group": 8, "gather": "per_step", "reduce": "per_step"}, 4, "bf16"),

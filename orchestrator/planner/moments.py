@@ -151,8 +151,9 @@ def native_moments(
     # What computes again is the last checkpointed block; those behind it, which kept everything, are through by then.
     again = micro.again if share.checkpointed == share.layers else 0.0
     table = tensor.table_parameters(work, strategy) * element
-    # Whole ones, and the part that is scattered from them.
-    hiddens = 2 * micro.hidden + micro.final / 2 * strategy.sequence_parallel
+    # Whole ones, and the part that is scattered from them; of several samples they are put in the ranks' order in a copy.
+    scatters = strategy.sequence_parallel
+    hiddens = (2 + (scatters and strategy.micro_batch_size > 1)) * micro.hidden + micro.final / 2 * scatters
     shared = share.embedding and share.head and work.tied_embeddings
     # A tied table's gradient waits from the head's backward pass for the embedding's, whose own and their sum come on top.
     tables = 3 * table if shared else table if share.embedding else 0.0

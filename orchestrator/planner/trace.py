@@ -29,7 +29,7 @@ from orchestrator.models.opt import OPT
 from orchestrator.planner.live import LiveBytes
 from strategies.engines.engine import BUCKET_BYTES, MicroBatch
 from strategies.engines.native import NativeSession, build_session
-from strategies.strategy import Offload, Stage, Strategy
+from strategies.strategy import SPLIT_BACKWARD, Offload, Stage, Strategy
 from strategies.zero.cost import IN_FLIGHT
 from strategies.zero.states import DTYPES
 
@@ -223,8 +223,9 @@ def _batches(strategy: Strategy, sequence_length: int, pipeline_rank: int) -> li
     if degree == 1:
         count = min(count, 3)
     elif strategy.pipeline_schedule != "gpipe":
-        single = strategy.num_virtual_stages == 1
-        count = min(count, degree - pipeline_rank + 2 if single else 2 * degree)
+        single = strategy.num_virtual_stages == 1 and strategy.pipeline_schedule not in SPLIT_BACKWARD
+        rounds = 3 if strategy.pipeline_schedule == "zbv" else 2
+        count = min(count, degree - pipeline_rank + 2 if single else rounds * degree)
     batch = MicroBatch(
         input_ids_BS=torch.zeros(shape, dtype=torch.int64),
         target_ids_BS=torch.zeros(shape, dtype=torch.int64),
