@@ -20,6 +20,7 @@ from typing import Any
 
 from benchmarks import runs
 from benchmarks.runs import SMALL, by_shardwise, by_torchrun, make_job
+from strategies.catalog import ENGINES
 
 SHAPES = ((1, 512), (2, 256), (1, 256))
 """Sequences of a micro batch, tokens of a sequence."""
@@ -155,6 +156,51 @@ def prediction(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]
     return rows
 
 
+ENGINE_ROWS = (
+    *(("native", zero, "fp32") for zero in range(4)),
+    *(("fairscale", zero, "fp32") for zero in (1, 2, 3)),
+    *(("colossalai", zero, "fp32") for zero in (0, 1, 2)),
+    ("native", 3, "bf16"),
+    ("colossalai", 3, "bf16"),
+)
+
+
+def engines(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Predicted over measured for each engine, whose plans rest on the native one's cost: two workers, OPT-125M."""
+    rows = []
+    print("engine      ZeRO  precision | tokens/s measured  predicted  ratio | tensor GiB measured  predicted  ratio")
+    for engine, zero, precision in ENGINE_ROWS:
+        job = make_job(
+            folder,
+            f"{engine}-{zero}-{precision}",
+            model=options.model,
+            num_steps=SETTLED + options.steps,
+            global_batch_size=2,
+            sequence_length=256,
+            precision=precision,
+            strategy={
+                "engine": engine,
+                "data_parallel_degree": 2,
+                "zero_stage": zero,
+                "micro_batch_size": 1,
+                "activation_checkpointing": "none",
+            },
+        )
+        row = compared(by_torchrun(job), world=2, micro=1, length=256) | {"engine": engine, "precision": precision}
+        speed, memory = row["tokens_per_second"], row["tensor_peak_bytes"]
+        stated = ENGINES[engine]
+        row["met"] = abs(speed["ratio"] - 1) <= (stated.speed_error or TOKENS_BOUND) and abs(memory["ratio"] - 1) <= (
+            stated.memory_error or BYTES_BOUND
+        )
+        rows.append(row)
+        print(
+            f"{engine:11} {zero:4}  {precision:9} | {speed['measured']:17.1f} {speed['predicted']:10.1f} {speed['ratio']:6.2f} | "
+            f"{memory['measured'] / 2**30:19.3f} {memory['predicted'] / 2**30:10.3f} {memory['ratio']:6.3f}",
+            flush=True,
+        )
+    return rows
+
+
 def compared(run: runs.Run, *, world: int, micro: int, length: int) -> dict[str, Any]:
     found = run.details("memory_measured")
     stage = run.plan.price.memory.stages[0]
@@ -197,6 +243,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace, Path], list[dict[str, Any]]]] 
     "overhead": overhead,
     "startup": startup,
     "prediction": prediction,
+    "engines": engines,
 }
 
 

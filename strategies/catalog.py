@@ -62,8 +62,10 @@ class Capability:
     """At ZeRO 3 it fetches a block while the one before is at work."""
     plans_ahead: bool = False
     """A plan prices what it is not built to do, too."""
-    assumed_error: float = 0.0
-    """Relative error of bytes and seconds, at least, where they are another engine's."""
+    speed_error: float = 0.0
+    """Relative error of tokens per second, at least, where seconds are another engine's (`benchmarks.bench engines`)."""
+    memory_error: float = 0.0
+    """The same of bytes."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the Strategy that a job leaves open and the planner does not vary."""
     package: str = ""
@@ -126,7 +128,8 @@ ENGINES: dict[str, Capability] = {
         whole_until=2,
         buckets=False,
         gathers_ahead=False,
-        assumed_error=0.25,
+        speed_error=0.5,
+        memory_error=0.25,
         fixed={
             "tensor_parallel_degree": 1,
             "pipeline_parallel_degree": 1,
@@ -224,7 +227,8 @@ ENGINES: dict[str, Capability] = {
         states=("mixed", "mixed", "mixed", "sharded_fp32"),
         whole_until=2,
         gathers_ahead=False,
-        assumed_error=0.25,
+        speed_error=0.5,
+        memory_error=0.25,
         fixed={
             "tensor_parallel_degree": 1,
             "pipeline_parallel_degree": 1,

@@ -54,9 +54,11 @@ def notes(solution: Solution) -> list[str]:
 def _notes(solution: Solution) -> Iterator[str]:
     strategy, problem = solution.strategy, solution.problem
     yield from problem.cluster.notes
-    if error := problem.engine.assumed_error:
+    engine = problem.engine
+    if engine.speed_error:
         yield (
-            f"engine {strategy.engine} is priced as {problem.engine.semantics}: bytes and seconds may be {error:.0%} off or more"
+            f"engine {strategy.engine} is priced as {engine.semantics}: bytes may be {engine.memory_error:.0%} off or more, "
+            f"seconds {engine.speed_error:.0%}"
         )
     idle = problem.cluster.num_gpus - strategy.num_gpus
     if idle:

@@ -141,9 +141,9 @@ class Plan:
         memory = measured.memory_error if measured else None
         memory = PRIOR_ERROR["peak_bytes"] if memory is None else memory
         engine = self.solution.problem.engine
-        if engine.assumed_error:
+        if engine.speed_error:
             source = f"{source}; engine {self.strategy.engine} priced as {engine.semantics}"
-            speed, memory = max(speed, 2 * engine.assumed_error), max(memory, engine.assumed_error)
+            speed, memory = max(speed, engine.speed_error), max(memory, engine.memory_error)
         return {"source": source, "throughput_error": speed, "memory_error": memory}
 
     def _speed_error(self) -> tuple[str, float]:

@@ -210,7 +210,8 @@ class TorchDdp(Boosted):
 
     def _plugin(self) -> Any:
         self.num_replicas = self.world_size
-        return engine_module("colossalai", "colossalai.booster.plugin").TorchDDPPlugin(broadcast_buffers=False)
+        plugins = engine_module("colossalai", "colossalai.booster.plugin")
+        return plugins.TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _shard(self, stepped: Tensor) -> Shard:
         return self.adam.shard(self.names[stepped], stepped.shape, stepped.detach(), apart=self.low)  # type: ignore[index]

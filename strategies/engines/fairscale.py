@@ -114,7 +114,7 @@ class Oss(FairscaleStates):
             self.wrapped = sharded(build.module, self.oss, broadcast_buffers=False, auto_refresh_trainable=False)
             self.wrapped.refresh_trainable()
         else:
-            self.wrapped = nn.parallel.DistributedDataParallel(build.module)
+            self.wrapped = nn.parallel.DistributedDataParallel(build.module, gradient_as_bucket_view=True)
         # OSS, and ShardedDataParallel again, move parameters into new buffers: the masters stand where they are now.
         for parameter, shard in zip(self.oss.optim.owned, self.oss.optim.shards, strict=True):
             if not shard.apart:
