@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -156,11 +157,13 @@ class Boosted(Held):
         """Those of this rank, boosted."""
         return self.filled
 
+    @abstractmethod
     def _plugin(self) -> Any:
-        raise NotImplementedError
+        """ColossalAI's own, for these states."""
 
+    @abstractmethod
     def _shard(self, stepped: Tensor) -> Shard:
-        raise NotImplementedError
+        """What this rank steps of a parameter that the library hands to the optimizer."""
 
     @torch.no_grad()
     def _widen(self, weights: Weights) -> None:
@@ -190,11 +193,13 @@ class Boosted(Held):
         for gradient in self.gradients().values():
             gradient.mul_(self.world_size)
 
+    @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """Of this rank's shards, by name."""
 
+    @abstractmethod
     def loaded(self, step: int) -> None:
-        raise NotImplementedError
+        """A checkpoint of so many steps was taken in."""
 
     @torch.no_grad()
     def update(self, *, scale: float, learning_rate: float) -> None:

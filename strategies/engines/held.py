@@ -3,6 +3,7 @@ checkpoints, norms and bytes are read the same way from every engine."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -75,7 +76,7 @@ class HeldSession(NativeSession):
         super().load_state_dict(state)
 
 
-class Held:
+class Held(ABC):
     """The part of States that is the same for every library."""
 
     adam: Adam
@@ -92,18 +93,18 @@ class Held:
         self.mesh = init_device_mesh(build.device.type, (self.world_size,))
         self.wide = torch.float64 if build.precision == "fp64" else torch.float32
 
+    @abstractmethod
     def place(self, shard: Shard) -> Place:
         """Where the shard stands in its parameter."""
-        raise NotImplementedError
 
     def tells(self, shard: Shard) -> bool:
         """It goes into checkpoints from this rank; False where another rank tells the same."""
         return True
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027
         """The libraries let go of what evaluation gathered by themselves."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Frees what was made beside the library's own."""
 
     def _entry(self, local: Tensor | None, shard: Shard | None, name: str) -> DTensor:
