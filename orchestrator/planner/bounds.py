@@ -22,12 +22,28 @@ from dataclasses import replace
 from functools import lru_cache
 
 from orchestrator.planner.carried import least_carried_s
-from orchestrator.planner.groups import Fewest, Fixed, Kept, Leanest, Least, Lot, Pass, Row
+from orchestrator.planner.groups import (
+    PER_MICRO_BATCH,
+    PER_STEP,
+    Batch,
+    Core,
+    Fewest,
+    Fixed,
+    Kept,
+    Leanest,
+    Least,
+    Lot,
+    Pass,
+    Row,
+    Shape,
+    Sharding,
+    point,
+)
 from orchestrator.planner.memory import ROUNDING, micro_bytes, standing, tensor_budget
 from orchestrator.planner.moments import MicroBytes
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.roofline import roofline
-from orchestrator.planner.space import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, Space, point
+from orchestrator.planner.space import Space
 from orchestrator.planner.time import TimePrice, again_s, optimizer_s, sent_s, stepped, tensor_s, tied_s
 from strategies.constants import TIME
 from strategies.pipeline.cost import Share, bubble_fraction, in_flight

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from clusters.cluster import weaker_links
+from orchestrator.planner.groups import simplicity
 from orchestrator.planner.problem import Choice, PlanError, Problem
 from orchestrator.planner.render import offload_told
 from orchestrator.planner.result import Found, SearchResult, Wanted, told_excess
 from orchestrator.planner.solve import SLOWER, Solution, solve
-from orchestrator.planner.space import simplicity
 from orchestrator.planner.time import Price
 from strategies.strategy import Strategy, without_effect
 

@@ -1,11 +1,57 @@
-"""Groups of candidates that the search keeps together, and what bounds them. Values only. Pure."""
+"""Candidates, the groups of them that the search keeps together, and what bounds those. Values only. Pure."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from orchestrator.planner.space import Batch, Core, Shape, Sharding
-from strategies.strategy import Offload
+from orchestrator.planner.problem import Choice
+from strategies.strategy import Offload, Schedule
+
+
+class Shape(NamedTuple):
+    """The degrees."""
+
+    tensor: int
+    pipeline: int
+    data: int
+
+    @property
+    def num_gpus(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+
+class Sharding(NamedTuple):
+    """What the data-parallel ranks share, and how often they talk."""
+
+    zero: int
+    group: int
+    gather: str
+    reduce: str
+
+
+class Core(NamedTuple):
+    """What decides the time of a micro batch and of the pipeline."""
+
+    shape: Shape
+    sequence_parallel: bool
+    micro: int
+    schedule: Schedule
+    virtual: int
+
+
+class Batch(NamedTuple):
+    """A micro batch on some degrees, and what is open with it."""
+
+    micro: int
+    accumulation: int
+    schedules: tuple[tuple[Schedule, int], ...]
+    shardings: dict[int, tuple[Sharding, ...]]
+    """By ZeRO stage."""
+    num_recomputes: int
+    """Over all schedules."""
+
+
+PER_MICRO_BATCH, PER_STEP = "per_micro_batch", "per_step"
 
 
 class Pass(NamedTuple):
@@ -138,3 +184,48 @@ class Rest(NamedTuple):
     """Of the waiting for replicas in there, what recomputing can hide."""
     slowest_s: float
     """Busy time of the slowest pipeline rank in there."""
+
+
+def point(core: Core, sharding: Sharding, offload: Offload, recompute: str, layers: int | None) -> Choice:
+    """One candidate from the parts of the space."""
+    shape = core.shape
+    return Choice(
+        tensor=shape.tensor,
+        pipeline=shape.pipeline,
+        data=shape.data,
+        sequence_parallel=core.sequence_parallel,
+        schedule=core.schedule,
+        virtual=core.virtual,
+        micro=core.micro,
+        zero=sharding.zero,
+        group=sharding.group,
+        gather=sharding.gather,
+        reduce=sharding.reduce,
+        offload=offload,
+        recompute=recompute,
+        layers=layers,
+    )
+
+
+def simplicity(choice: Choice) -> tuple[Any, ...]:
+    """Smaller is simpler; decides between strategies of the same speed."""
+    offload = choice.offload
+    return (
+        (offload.optimizer, offload.parameters, offload.activations).count("none") * -1,
+        (offload.optimizer, offload.parameters, offload.activations).count("nvme"),
+        choice.num_gpus,
+        choice.pipeline,
+        choice.tensor,
+        choice.zero,
+        choice.schedule != "1f1b",
+        choice.virtual,
+        choice.recompute != "none",
+        choice.recompute == "full",
+        choice.sequence_parallel,
+        -choice.group,
+        choice.gather != PER_MICRO_BATCH,
+        choice.reduce != PER_STEP,
+        choice.schedule,
+        -1 if choice.layers is None else choice.layers,
+        choice.micro,
+    )

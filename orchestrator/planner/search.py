@@ -22,8 +22,8 @@ from itertools import count
 from typing import Any
 
 from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, bubble, flights
-from orchestrator.planner.fits import Fits
-from orchestrator.planner.groups import Fixed, Leanest, Least, Lot, Rest, Row
+from orchestrator.planner.fits import Fits, Recomputing
+from orchestrator.planner.groups import Core, Fixed, Least, Lot, Rest, Row, Shape, Sharding, point, simplicity
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import (
     GIB,
@@ -35,7 +35,7 @@ from orchestrator.planner.result import (
     Wanted,
     excess,
 )
-from orchestrator.planner.space import Core, Shape, Sharding, Space, point, simplicity
+from orchestrator.planner.space import Space
 from strategies.strategy import Offload
 
 
@@ -81,6 +81,7 @@ class _Search:
         self.key = self.near = 0.0
         """Of the group that is open, and up to which all strategies are wanted."""
         self.fits, self.result = fits, SearchResult(fits=fits)
+        self.recomputing = Recomputing(space, fits)
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
@@ -356,7 +357,7 @@ class _Search:
         if self._is_done(row.shape, row.zero, row.offload, size):
             return
         leanest = self.bounds.leanest(row.shape, row.sharding, row.micro, row.sequence_parallel)
-        least = self._least(leanest, row.offload, row.least)
+        least = self.recomputing.least(leanest, row.offload, row.least)
         if least is None:
             self._reject(row.shape, "activations", size, "activations do not fit however much is recomputed")
         else:
@@ -407,7 +408,7 @@ class _Search:
                     self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
                     done = kind == "none" and not carried
         if least.layers is not None and not done:
-            found, number = self._fewest(core, sharding, offload, counts, self._place(core, counts, least.layers))
+            found, number = self.recomputing.fewest(core, sharding, offload, least.layers)
             priced += number
             if found is not None:
                 for layers in counts[found:] if carried else counts[found : found + 1]:
@@ -416,51 +417,6 @@ class _Search:
                 priced += len(counts) - found - number if carried else 0
         self.result.num_priced += priced
         self._reject(shape, "recompute", size - priced, "fits with less recomputed, or does not fit with more")
-
-    def _least(self, leanest: list[Leanest], offload: Offload, floor: Least) -> Least | None:
-        """Which recomputing fits at all, under the leanest schedules and ZeRO group; `floor` says where to begin."""
-        fitting: set[str] = set()
-        layers: int | None = None
-        for core, sharding in leanest:
-            _, counts = self.space.recomputes(core.shape.pipeline, core.virtual)
-            for kind in floor.kinds:
-                if kind not in fitting:
-                    choice = point(core, sharding, offload, kind, self.space.layers_of(kind))
-                    fitting |= {kind} if self.fits.fits(choice) else set()
-                if "none" in fitting:
-                    return Least(("none", *floor.kinds[1:]), floor.layers)
-            if floor.layers is not None:
-                found, _ = self._fewest(core, sharding, offload, counts, self._place(core, counts, floor.layers))
-                if found is not None:
-                    needed = found * core.virtual + 1
-                    layers = needed if layers is None else min(layers, needed)
-        if layers is None and not fitting:
-            return None
-        return Least(tuple(kind for kind in floor.kinds if kind in fitting), layers)
-
-    def _place(self, core: Core, counts: list[int | None], layers: int) -> int:
-        """Where in counts (1, 2, ... layers of a stage) a pipeline rank recomputes at least so many."""
-        per_stage = -(-layers // core.virtual) if core.shape.pipeline > 1 else layers
-        return max(0, min(per_stage, len(counts)) - 1)
-
-    def _fewest(
-        self, core: Core, sharding: Sharding, offload: Offload, counts: list[int | None], place: int
-    ) -> tuple[int | None, int]:
-        """(place in counts of the fewest recomputed layers that fit, how many places were priced): halved, since more layers
-        recomputed never hold more."""
-        low, high, found, priced = place, len(counts) - 1, None, 0
-        middle = low  # the bound is often exact
-        while low <= high:
-            priced += 1
-            if self.fits.fits(point(core, sharding, offload, "full", counts[middle])):
-                found, high = middle, middle - 1
-            elif found is None and middle != len(counts) - 1:
-                low, middle = middle + 1, len(counts) - 1  # does it fit at all?
-                continue
-            else:
-                low = middle + 1
-            middle = (low + high) // 2
-        return found, priced
 
 
 @lru_cache(maxsize=256)

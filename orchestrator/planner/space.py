@@ -10,57 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
+from orchestrator.planner.groups import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, point
 from orchestrator.planner.problem import Choice, PlanError, Problem
 from strategies.catalog import unbuilt, wrong_precision
 from strategies.strategy import INTERLEAVED, Offload, Schedule, Strategy
-
-
-class Shape(NamedTuple):
-    """The degrees."""
-
-    tensor: int
-    pipeline: int
-    data: int
-
-    @property
-    def num_gpus(self) -> int:
-        return self.tensor * self.pipeline * self.data
-
-
-class Sharding(NamedTuple):
-    """What the data-parallel ranks share, and how often they talk."""
-
-    zero: int
-    group: int
-    gather: str
-    reduce: str
-
-
-class Core(NamedTuple):
-    """What decides the time of a micro batch and of the pipeline."""
-
-    shape: Shape
-    sequence_parallel: bool
-    micro: int
-    schedule: Schedule
-    virtual: int
-
-
-class Batch(NamedTuple):
-    """A micro batch on some degrees, and what is open with it."""
-
-    micro: int
-    accumulation: int
-    schedules: tuple[tuple[Schedule, int], ...]
-    shardings: dict[int, tuple[Sharding, ...]]
-    """By ZeRO stage."""
-    num_recomputes: int
-    """Over all schedules."""
-
-
-PER_MICRO_BATCH, PER_STEP = "per_micro_batch", "per_step"
 
 
 class Space:
@@ -388,51 +343,6 @@ class Space:
             recompute=pins["activation_checkpointing"],
             layers=pins.get("num_checkpointed_layers_per_stage"),
         )
-
-
-def point(core: Core, sharding: Sharding, offload: Offload, recompute: str, layers: int | None) -> Choice:
-    """One candidate from the parts of the space."""
-    shape = core.shape
-    return Choice(
-        tensor=shape.tensor,
-        pipeline=shape.pipeline,
-        data=shape.data,
-        sequence_parallel=core.sequence_parallel,
-        schedule=core.schedule,
-        virtual=core.virtual,
-        micro=core.micro,
-        zero=sharding.zero,
-        group=sharding.group,
-        gather=sharding.gather,
-        reduce=sharding.reduce,
-        offload=offload,
-        recompute=recompute,
-        layers=layers,
-    )
-
-
-def simplicity(choice: Choice) -> tuple[Any, ...]:
-    """Smaller is simpler; decides between strategies of the same speed."""
-    offload = choice.offload
-    return (
-        (offload.optimizer, offload.parameters, offload.activations).count("none") * -1,
-        (offload.optimizer, offload.parameters, offload.activations).count("nvme"),
-        choice.num_gpus,
-        choice.pipeline,
-        choice.tensor,
-        choice.zero,
-        choice.schedule != "1f1b",
-        choice.virtual,
-        choice.recompute != "none",
-        choice.recompute == "full",
-        choice.sequence_parallel,
-        -choice.group,
-        choice.gather != PER_MICRO_BATCH,
-        choice.reduce != PER_STEP,
-        choice.schedule,
-        -1 if choice.layers is None else choice.layers,
-        choice.micro,
-    )
 
 
 def _tight(batch: int, data: int) -> int:

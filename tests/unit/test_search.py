@@ -14,12 +14,12 @@ from clusters.cluster import Cluster, weaker_links
 from orchestrator.models.architecture import make_architecture
 from orchestrator.planner.bounds import Bounds
 from orchestrator.planner.explain import sensitivity
-from orchestrator.planner.groups import Lot
+from orchestrator.planner.groups import Lot, Shape, Sharding
 from orchestrator.planner.problem import Problem
 from orchestrator.planner.result import Wanted
 from orchestrator.planner.search import search
 from orchestrator.planner.solve import SLOWER, solve
-from orchestrator.planner.space import Shape, Sharding, Space
+from orchestrator.planner.space import Space
 from strategies.catalog import unbuilt
 from strategies.strategy import Offload
 
