@@ -21,7 +21,8 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, bubble, flights
+from orchestrator.planner.bounds import INFINITE, SLACK, Bounds
+from orchestrator.planner.extremes import bubble, flights
 from orchestrator.planner.fits import Fits, Recomputing
 from orchestrator.planner.groups import Core, Fixed, Least, Lot, Rest, Row, Shape, Sharding, point, simplicity
 from orchestrator.planner.problem import Choice, Problem

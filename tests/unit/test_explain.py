@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from orchestrator.planner import explain
-from orchestrator.planner.bounds import bubble
 from orchestrator.planner.capacity import Question, capacity, told
+from orchestrator.planner.extremes import bubble
 from orchestrator.planner.gantt import timeline
 from orchestrator.planner.html import capacity_page, page
 from orchestrator.planner.plan import Plan, plan

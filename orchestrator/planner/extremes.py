@@ -1,0 +1,147 @@
+"""The members of a group that hold the fewest bytes, and the kindest of its schedules. Pure.
+
+Of one (degrees, ZeRO stage, offload) family, the smallest micro batch, or at ZeRO 2 and 3 the smallest that takes one a step,
+with everything recomputed (or nothing, of few layers), sequence parallel, the widest ZeRO group, and talk after every micro batch
+(or not, of few layers) holds the fewest bytes; of the schedules 1F1B, or one that deals the layers out otherwise."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from orchestrator.planner.groups import PER_MICRO_BATCH, Batch, Core, Leanest, Shape, Sharding, point
+from orchestrator.planner.problem import Choice
+from orchestrator.planner.space import Space
+from strategies.pipeline.cost import bubble_fraction, in_flight
+from strategies.strategy import Offload, Place, Schedule, Strategy
+
+FEW_LAYERS = 3
+"""Of a rank, that what is on its way may outweigh what stays: layers gathered ahead, a layer computed again."""
+
+
+@lru_cache(maxsize=65536)
+def bubble(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) -> float:
+    """Idle over busy time of a schedule."""
+    if pipeline == 1:
+        return 0.0
+    return bubble_fraction(
+        Strategy(
+            pipeline_parallel_degree=pipeline,
+            pipeline_schedule=schedule,
+            num_virtual_stages=virtual,
+            gradient_accumulation_steps=accumulation,
+        )
+    )
+
+
+@lru_cache(maxsize=65536)
+def flights(pipeline: int, schedule: Schedule, virtual: int, accumulation: int, rank: int = 0) -> float:
+    """Micro batches that a pipeline rank, the first if none is named, holds at once."""
+    return in_flight(
+        Strategy(
+            pipeline_parallel_degree=pipeline,
+            pipeline_schedule=schedule,
+            num_virtual_stages=virtual,
+            gradient_accumulation_steps=accumulation,
+        ),
+        rank,
+    )
+
+
+class Extremes:
+    """Of one space."""
+
+    def __init__(self, space: Space) -> None:
+        self.space, self.problem = space, space.problem
+        self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
+        self._least_of: dict[tuple[int, tuple[tuple[Schedule, int], ...], int], tuple[float, float]] = {}
+        self._rank_layers: dict[int, tuple[int, int]] = {}
+
+    def layouts(self, pipeline: int) -> tuple[tuple[Schedule, int], ...]:
+        """Schedules of which one holds the fewest bytes: 1F1B; zbv, whose first rank has the head as well; gpipe; and where
+        layers are not dealt out evenly or only some are recomputed, every number of stages a rank can have."""
+        if pipeline not in self._layouts:
+            layers = self.problem.arch.num_layers
+            partly = "num_checkpointed_layers_per_stage" in self.space.pins
+            kept: dict[tuple[int, str], tuple[Schedule, int]] = {}
+            for schedule, virtual in self.space.schedules(pipeline, accumulation=pipeline):
+                even = layers % pipeline == 0 and layers % (pipeline * virtual) == 0 and not partly
+                key = (1 if even and schedule != "zbv" else virtual, schedule if schedule in ("zbv", "gpipe") else "")
+                if key not in kept or schedule == "1f1b":
+                    kept[key] = schedule, virtual
+            self._layouts[pipeline] = tuple(kept.values()) or (("1f1b", 1),)
+        return self._layouts[pipeline]
+
+    def least_of(self, pipeline: int, batch: Batch) -> tuple[float, float]:
+        """(the smallest bubble, the fewest micro batches in flight) of a batch's schedules."""
+        key = pipeline, batch.schedules, batch.accumulation
+        if key not in self._least_of:
+            idle = min(bubble(pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
+            held = min(flights(pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
+            self._least_of[key] = idle, held
+        return self._least_of[key]
+
+    def rank_layers(self, pipeline: int) -> tuple[int, int]:
+        """(layers of the first pipeline rank, of the rank that has the fewest), the least of any layout."""
+        if pipeline not in self._rank_layers:
+            first, fewest = [], []
+            for schedule, virtual in self.layouts(pipeline):
+                held = [0] * pipeline
+                for stage in self.problem.strategy(
+                    Choice(pipeline=pipeline, schedule=schedule, virtual=virtual)
+                ).stages:
+                    held[stage.pipeline_rank] += stage.num_layers
+                first.append(held[0])
+                fewest.append(min(held))
+            self._rank_layers[pipeline] = min(first), min(fewest)
+        return self._rank_layers[pipeline]
+
+    def smallest(self, shape: Shape, zero: int, offload: Offload) -> list[Choice]:
+        """The members of a family of which one holds the fewest bytes, the likeliest first."""
+        space, flag = self.space, any(self.space.sequence_parallels(shape.tensor))
+        batches = self.space.batches_of(shape, zero)
+        leanest = self._leanest_of(shape, batches[0], zero, flag)
+        once = next((batch for batch in batches if batch.accumulation == 1), batches[0])
+        if zero >= 2 and once is not batches[0]:  # one micro batch: no gradients wait in forward
+            leanest = [*leanest, *self._leanest_of(shape, once, zero, flag)]
+        choices = []
+        for core, sharding in leanest:
+            kinds, counts = space.recomputes(shape.pipeline, core.virtual)
+            # One layer computed again can need more than is left out of few.
+            few = self.rank_layers(shape.pipeline)[0] <= FEW_LAYERS or "num_checkpointed_layers_per_stage" in space.pins
+            for kind in [*["full"] * bool(counts), *(kinds if few or not counts else [])]:
+                layers = counts[-1] if kind == "full" else space.layers_of(kind)
+                choices.append(point(core, sharding, offload, kind, layers))
+        return choices
+
+    def _leanest_of(self, shape: Shape, batch: Batch, zero: int, flag: bool) -> list[Leanest]:
+        shardings = self.widest(shape, batch.shardings[zero])
+        return [found for sharding in shardings for found in self.leanest(shape, sharding, batch.micro, flag)]
+
+    def widest(self, shape: Shape, shardings: tuple[Sharding, ...]) -> list[Sharding]:
+        """Of a ZeRO stage's, those of which one holds the fewest bytes."""
+        widest = max(sharding.group for sharding in shardings)
+        kept = [sharding for sharding in shardings if sharding.group == widest]
+        if widest > 1 and self.rank_layers(shape.pipeline)[0] > FEW_LAYERS:
+            often = any(sharding.gather == PER_MICRO_BATCH for sharding in kept)
+            kept = [one for one in kept if not often or one.gather == PER_MICRO_BATCH]
+            if shape.pipeline == 1:  # a pipeline's gradients reduced once a step are not there in all of forward
+                kept = [max(kept, key=lambda one: one.reduce == PER_MICRO_BATCH)]
+        return kept
+
+    def leanest(self, shape: Shape, sharding: Sharding, micro: int, sequence_parallel: bool) -> list[Leanest]:
+        """The schedules of which one holds the fewest bytes at a micro batch. Not every schedule here can run this many micro
+        batches: as a bound it holds all the same."""
+        layouts = self.layouts(shape.pipeline)
+        if sharding.zero < 2 and len(layouts) > 1:  # gpipe is lean where no gradients of ZeRO 2 and 3 wait in forward
+            layouts = tuple(layout for layout in layouts if layout[0] != "gpipe")
+        return [
+            Leanest(Core(shape, sequence_parallel, micro, schedule, virtual), sharding) for schedule, virtual in layouts
+        ]
+
+    def hungriest(self, shape: Shape, zero: int, activations: Place) -> Choice:
+        """The member of a ZeRO stage that puts most into host memory."""
+        batch = self.space.batches(shape)[-1]
+        sharding = self.widest(shape, batch.shardings[zero])[0]
+        core = self.leanest(shape, sharding, batch.micro, False)[0].core
+        offload = Offload(optimizer="host", parameters="host", activations=activations)  # type: ignore[arg-type]
+        return point(core, sharding._replace(group=1), offload, "none", None)
