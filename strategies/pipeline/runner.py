@@ -178,11 +178,16 @@ class PipelineRunner:
         return taken
 
     def _weights(self, pending: Pending, *, done: bool) -> None:
-        """The gradients of weights that a backward pass over the inputs left; autograd's hooks run as in a whole one."""
-        following = [weight for weight, _, _ in pending[1:]]
-        for (weight, gradient, x), after in zip(pending, [*following, None], strict=True):
-            torch.autograd.backward([weight], [weight_gradient(gradient, x)])
-            self.states.deferred(weight, after, done=done)
+        """The gradients of weights that a backward pass over the inputs left; autograd's hooks run as in a whole one. What has
+        been used is let go."""
+        pending.reverse()
+        while pending:
+            weight, gradient, x = pending.pop()
+            of_weight = weight_gradient(gradient, x)
+            del gradient, x
+            torch.autograd.backward([weight], [of_weight])
+            del of_weight
+            self.states.deferred(weight, pending[-1][0] if pending else None, done=done)
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor | None:

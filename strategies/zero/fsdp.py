@@ -96,10 +96,12 @@ class FsdpStates:
 
     def deferred(self, weight: nn.Parameter, following: nn.Parameter | None, *, done: bool) -> None:
         """A block's weights are through when the next one's come."""
-        if self.reduce_per_step:
-            return
         unit = self._unit_of(weight)
-        if following is None or self._unit_of(following) is not unit:
+        if following is not None and self._unit_of(following) is unit:
+            return
+        if self.reduce_per_step:
+            _widen(unit)
+        else:
             unit.set_requires_gradient_sync(True, recurse=False)
             unit.set_requires_all_reduce(done, recurse=False)
             unit.set_reshard_after_backward(False, recurse=False)  # the next micro batch may be between its two passes
@@ -178,15 +180,23 @@ def _groups(unit: Any) -> list[Any]:
     return list(unit._get_fsdp_state()._fsdp_param_groups)
 
 
+def _widen(unit: Any) -> None:
+    """A unit's unsharded gradients to the reduction's dtype, added to what has been."""
+    for group in _groups(unit):
+        for each in group.fsdp_params:
+            if hasattr(each, "_unsharded_param"):
+                each.accumulate_unsharded_grad_if_needed()
+                each.to_accumulated_grad_if_needed()
+
+
 def _scatter(unit: Any, *, whole: bool = False) -> None:
     """A unit's unsharded gradients into its shards. Of a split backward some have been widened to the reduction's dtype and
     others just come: FSDP2 wants them alike. whole: zeros where none came, so that it is the same message each time."""
+    _widen(unit)
     for group in _groups(unit):
         for each in group.fsdp_params:
             if not hasattr(each, "_unsharded_param"):
                 continue
-            each.accumulate_unsharded_grad_if_needed()
-            each.to_accumulated_grad_if_needed()
             parameter = each.unsharded_param
             if whole and each.unsharded_accumulated_grad is None and parameter.grad is None:
                 each.unsharded_accumulated_grad = torch.zeros_like(parameter, dtype=each.reduce_dtype)
