@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import CATALOG, Architecture, make_architecture
@@ -143,11 +144,14 @@ def rooms(count: int, seed: int) -> Iterator[Case]:
             yield case
 
 
+WIDE: dict[str, Any] = {"tensor": 4, "sequence_parallel": True, "micro": 2}
+PAIR: dict[str, Any] = {"data": 2, "group": 2}
+STAGES: dict[str, Any] = {"pipeline": 2, "virtual": 2, "zero": 3, "reduce": "per_step"}
 CASES = tuple(
     Case("medium", MEDIUM, Choice(**fields), accumulation, 1024, precision)
     for fields, accumulation, precision in (
         ({"tensor": 4, "sequence_parallel": True, "recompute": "full"}, 1, "bf16"),
-        ({"tensor": 4, "sequence_parallel": True, "micro": 2}, 1, "fp32"),
+        (WIDE, 1, "fp32"),
         ({"tensor": 2, "data": 2, "zero": 3, "group": 2}, 4, "fp32"),
         ({"data": 8, "zero": 1, "group": 8, "recompute": "selective"}, 4, "bf16"),
         ({"data": 8, "zero": 2, "group": 8, "gather": "per_step", "reduce": "per_step"}, 4, "bf16"),
@@ -156,6 +160,9 @@ CASES = tuple(
         ({"pipeline": 4, "schedule": "interleaved_1f1b", "virtual": 2, "recompute": "selective"}, 8, "fp32"),
         ({"pipeline": 4, "schedule": "interleaved_zero_bubble", "virtual": 2, "recompute": "selective"}, 8, "fp32"),
         ({"pipeline": 2, "schedule": "zbv", "virtual": 2}, 4, "bf16"),
+        ({**STAGES, **WIDE, **PAIR, "schedule": "interleaved_zero_bubble", "gather": "per_step"}, 4, "bf16"),
+        ({**STAGES, **WIDE, "data": 8, "group": 8, "schedule": "zbv"}, 1, "fp32"),
+        ({**STAGES, **PAIR, "pipeline": 4, "zero": 2, "schedule": "interleaved_1f1b"}, 4, "fp32"),
     )
 )
 """What CI plays."""

@@ -160,7 +160,7 @@ class Bounds(Extremes):
         if "num_checkpointed_layers_per_stage" in self.space.pins:  # may be fewer than all: left open here
             return Least(tuple(kinds), 1 if counts else None)
         kept, first = lot.kept, self.rank_layers(shape.pipeline)[0]
-        free = (fixed.free_late if lot.batch.accumulation > 1 else fixed.free_once) - kept.working
+        free = (fixed.free_late if lot.batch.accumulation >= 2 * shape.pipeline else fixed.free_once) - kept.working
         if offload.activations == "none":
             return _least(kinds, bool(counts), kept, first, free / flights)
         # On the host all of them wait; a block at work and the next one are on the GPU.
@@ -187,7 +187,7 @@ class Bounds(Extremes):
         partly = "num_checkpointed_layers_per_stage" in self.space.pins
         few, once, stay, here, waiting = min(first, 2), False, INFINITE, INFINITE, INFINITE
         for batch in batches:
-            once = once or batch.accumulation == 1
+            once = once or batch.accumulation < 2 * shape.pipeline
             flights = self.least_of(shape.pipeline, batch)[1]
             for flag in self.space.sequence_parallels(shape.tensor):
                 kept = self.kept(shape.tensor, flag, batch.micro)

@@ -1,8 +1,9 @@
 """The members of a group that hold the fewest bytes, and the kindest of its schedules. Pure.
 
-Of one (degrees, ZeRO stage, offload) family, the smallest micro batch, or at ZeRO 2 and 3 the smallest that takes one a step,
-with everything recomputed (or nothing, of few layers), sequence parallel, the widest ZeRO group, and talk after every micro batch
-(or not, of few layers) holds the fewest bytes; of the schedules 1F1B, or one that deals the layers out otherwise."""
+Of one (degrees, ZeRO stage, offload) family, the smallest micro batch, or at ZeRO 2 and 3 the smallest of which a step takes no
+more than there are ranks, with everything recomputed (or nothing, of few layers), sequence parallel, the widest ZeRO group, and
+talk after every micro batch (or not, of few layers) holds the fewest bytes; of the schedules 1F1B, or one that deals the layers
+out otherwise or computes the weights apart."""
 
 from __future__ import annotations
 
@@ -57,15 +58,17 @@ class Extremes:
         self._rank_layers: dict[int, tuple[int, int]] = {}
 
     def layouts(self, pipeline: int) -> tuple[tuple[Schedule, int], ...]:
-        """Schedules of which one holds the fewest bytes: 1F1B; zbv, whose first rank has the head as well; gpipe; and where
-        layers are not dealt out evenly or only some are recomputed, every number of stages a rank can have."""
+        """Schedules of which one holds the fewest bytes: 1F1B; zero-bubble, which computes a block's weights apart; zbv, whose
+        first rank has the head as well; gpipe; and where layers are not dealt out evenly or only some are recomputed, every
+        number of stages a rank can have."""
         if pipeline not in self._layouts:
             layers = self.problem.arch.num_layers
             partly = "num_checkpointed_layers_per_stage" in self.space.pins
             kept: dict[tuple[int, str], tuple[Schedule, int]] = {}
             for schedule, virtual in self.space.schedules(pipeline, accumulation=pipeline):
                 even = layers % pipeline == 0 and layers % (pipeline * virtual) == 0 and not partly
-                key = (1 if even and schedule != "zbv" else virtual, schedule if schedule in ("zbv", "gpipe") else "")
+                apart = schedule if schedule in ("zbv", "gpipe", "interleaved_zero_bubble") else ""
+                key = (1 if even and schedule != "zbv" else virtual, apart)
                 if key not in kept or schedule == "1f1b":
                     kept[key] = schedule, virtual
             self._layouts[pipeline] = tuple(kept.values()) or (("1f1b", 1),)
@@ -100,8 +103,8 @@ class Extremes:
         space, flag = self.space, any(self.space.sequence_parallels(shape.tensor))
         batches = self.space.batches_of(shape, zero)
         leanest = self._leanest_of(shape, batches[0], zero, flag)
-        once = next((batch for batch in batches if batch.accumulation == 1), batches[0])
-        if zero >= 2 and once is not batches[0]:  # one micro batch: no gradients wait in forward
+        once = next((batch for batch in batches if batch.accumulation <= shape.pipeline), batches[0])
+        if zero >= 2 and once is not batches[0]:  # no gradients wait while all micro batches are held
             leanest = [*leanest, *self._leanest_of(shape, once, zero, flag)]
         choices = []
         for core, sharding in leanest:
@@ -134,6 +137,12 @@ class Extremes:
         layouts = self.layouts(shape.pipeline)
         if sharding.zero < 2 and len(layouts) > 1:  # gpipe is lean where no gradients of ZeRO 2 and 3 wait in forward
             layouts = tuple(layout for layout in layouts if layout[0] != "gpipe")
+        if sharding.zero >= 2 and self.problem.accumulation(shape.data, micro) == shape.pipeline > 1:
+            # Of many stages a rank the last has its gradients when most activations are gone.
+            most = dict(
+                sorted(self.space.schedules(shape.pipeline, accumulation=shape.pipeline), key=lambda one: one[1])
+            )
+            layouts = tuple(dict.fromkeys((*layouts, *most.items())))
         return [
             Leanest(Core(shape, sequence_parallel, micro, schedule, virtual), sharding) for schedule, virtual in layouts
         ]

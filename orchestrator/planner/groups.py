@@ -75,7 +75,7 @@ class Fixed(NamedTuple):
     pipeline rank, and seconds."""
 
     free_once: float
-    """Of a GPU, where a step has one micro batch."""
+    """Of a GPU, where a step has fewer micro batches than twice the pipeline ranks."""
     free_late: float
     """Where it has more."""
     free_on_host: float
@@ -128,7 +128,7 @@ class Fewest(NamedTuple):
     """The fewest bytes that activations take on the first rank, of some micro batches."""
 
     once: bool
-    """One of them is a step's only one."""
+    """A step takes fewer of one of them than twice the pipeline ranks."""
     stay: float
     """On the GPU, with `working`."""
     here: float

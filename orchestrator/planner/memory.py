@@ -194,7 +194,7 @@ class Standing(NamedTuple):
     """What a pipeline rank holds at least while it goes back through a block, beside activations and `working`: bytes."""
 
     once: float
-    """Where a step has one micro batch."""
+    """Where a step has fewer micro batches than twice the pipeline ranks."""
     late: float
     """Where it has more."""
     host: float
@@ -379,22 +379,32 @@ def _kept(share: pipeline.Share, micro: MicroBytes) -> float:
     return share.checkpointed * micro.checkpointed + (share.layers - share.checkpointed) * micro.layer
 
 
+_CARRIED = pipeline.States(*((pipeline.State(at_once, 0.0, 1.0),) for at_once in (1.0, 0.0, 0.0, 1.0)))
+
+
 def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> Saved:
     one = _kept(share, micro)
     final = micro.final * share.head
     if strategy.offload.activations == "host":
         # A block at work and the one that comes back from the host meanwhile; at the head none has come yet.
         one = min(one, 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed))
-        return Saved(one, 0.0, final, 0.0, True)
-    flights = pipeline.in_flight(strategy, rank)
-    numbers = micro.numbers * flights * share.embedding
-    steady = strategy.gradient_accumulation_steps > flights
-    if _splits(strategy):
-        waits = share.layers * micro.pending
-        ever = max(forward * one + inputs * waits for forward, inputs in pipeline.split_flights(strategy, rank))
-        return Saved(ever, ever, ever + final, numbers, steady)
-    kept = one * flights + final * (pipeline.heads_in_flight(strategy) - 1)
-    return Saved(kept, kept - one, kept + final, numbers, steady)
+        return Saved(one, one, -one, final, final, 0.0, one, 0.0, 0.0, _CARRIED)
+    states = pipeline.states(strategy, rank)
+    numbers = micro.numbers * pipeline.in_flight(strategy, rank) if share.embedding else 0.0
+    turned = -one / strategy.num_virtual_stages
+    if not _splits(strategy):
+        piled = final * (pipeline.heads_in_flight(strategy) - 1)
+        most = states.begin[0].forward * one + piled
+        return Saved(most, most, turned, most + final, final, numbers, one, 0.0, piled, states)
+    waits = share.layers * micro.pending
+    if strategy.pipeline_schedule == "zbv":
+        waits = max(waits, one)  # a search counts on no less (bounds.py)
+    # A pass over the inputs turns what a stage's forward left into what its weights wait for, block by block.
+    turned += waits / strategy.num_virtual_stages
+    last = micro.checkpointed if share.checkpointed == share.layers else min(micro.layer, micro.checkpointed)
+    most = max([forward * one + inputs * waits for forward, inputs, _ in states.begin])
+    ever = most + max(0.0, turned + last - micro.pending)
+    return Saved(most, ever, turned, most + final, final, numbers, one, waits, 0.0, states)
 
 
 class _Fill(NamedTuple):

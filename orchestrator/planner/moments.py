@@ -12,7 +12,7 @@ from strategies.catalog import ENGINES
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.offload.cost import Offloaded
 from strategies.pipeline import cost as pipeline
-from strategies.pipeline.cost import Share
+from strategies.pipeline.cost import Share, State, States
 from strategies.strategy import SPLIT_BACKWARD, Strategy
 from strategies.tensor import cost as tensor
 from strategies.workload import Workload
@@ -67,16 +67,30 @@ class MicroBytes(NamedTuple):
 class Saved(NamedTuple):
     """Activations of all micro batches in flight."""
 
+    most: float
+    """As a backward pass begins."""
     ever: float
-    """At their most."""
-    others: float
-    """And behind it."""
+    """In it."""
+    turned: float
+    """What it adds to them, gone where it is not split."""
     at_head: float
     """At their most, while logits are there, with what the head keeps."""
+    final: float
+    """Of it, what the head keeps of one micro batch."""
     numbers: float
     """What the embedding keeps of them: ids and positions."""
-    steady: bool
-    """A forward pass comes between two backward passes."""
+    one: float
+    """Of one micro batch, between forward and backward."""
+    waits: float
+    """And between the halves of a split backward pass."""
+    piled: float
+    """What the head keeps of the micro batches that wait, of gpipe."""
+    states: States
+
+    @property
+    def others(self) -> float:
+        """When a pass through the first block ends."""
+        return self.most + self.turned
 
 
 def size_of(moment: Moment) -> float:
@@ -125,7 +139,8 @@ def _streamed(strategy: Strategy, held: Held, element: int) -> float:
 
 def standing_bytes(work: Workload, strategy: Strategy, share: Share, held: Held, element: int, *, late: bool) -> float:
     """What a rank holds at least while it goes back through a block, beside its states, the activations of its micro batches and
-    `working`: gradients and gathered parameters. `late`: there is more than one micro batch. A bound, for a search."""
+    `working`: gradients and gathered parameters. `late`: micro batches are twice the pipeline ranks or more: gradients are
+    there while activations are at their most. A bound, for a search."""
     gradients, parameters, outside = held.left.gpu.gradients, held.parameters, held.outside
     if not zero.gathers(strategy):
         return gradients + _streamed(strategy, held, element)
@@ -133,7 +148,7 @@ def standing_bytes(work: Workload, strategy: Strategy, share: Share, held: Held,
     one_block = (outside + min(held.block, parameters - outside)) * element
     keeps = strategy.zero_stage == 2 or strategy.gather == "per_step"
     in_block = parameters * element if keeps else one_block
-    if not (work.native and strategy.reduce == "per_step" and (late or piped)):
+    if not (work.native and strategy.reduce == "per_step" and late):
         return in_block + gradients * late
     whole = max(4, element) * parameters
     if piped and strategy.gather != "per_step":
@@ -154,12 +169,16 @@ def native_moments(
     # Whole ones, and the part that is scattered from them; of several samples they are put in the ranks' order in a copy.
     scatters = strategy.sequence_parallel
     hiddens = (2 + (scatters and strategy.micro_batch_size > 1)) * micro.hidden + micro.final / 2 * scatters
-    shared = share.embedding and share.head and work.tied_embeddings
-    # A tied table's gradient waits from the head's backward pass for the embedding's, whose own and their sum come on top.
+    # A tied table's gradient waits from the head's backward pass for the embedding's, whose own and their sum come on top. Two
+    # stages of a pipeline have a pass each.
+    shared = share.embedding and share.head and work.tied_embeddings and strategy.pipeline_parallel_degree == 1
     tables = 3 * table if shared else table if share.embedding else 0.0
-    parts = _Parts(
-        logits + piled, copy + piled, piled, chunk, again, table if share.head else 0.0, hiddens, shared, tables
-    )
+    # The first product of a block to go backward last: gradients of its input, with what lies beside them in the block.
+    ends = 3 * micro.hidden + 2 * micro.final if scatters else 4 * micro.hidden
+    head_table = table if share.head else 0.0
+    wide = micro.hidden * work.ffn_size / work.hidden_size / strategy.tensor_parallel_degree
+    wide += hiddens - micro.hidden if scatters else micro.hidden
+    parts = _Parts(logits + piled, copy + piled, piled, chunk, again, head_table, hiddens, shared, tables, ends, wide)
     make = _sharded_moments if zero.gathers(strategy) else _whole_moments
     return make(work, strategy, share, held, micro, saved, element, parts)
 
@@ -178,6 +197,10 @@ class _Parts(NamedTuple):
     shared: bool
     tables: float
     """Gradients alive in the embedding's backward pass."""
+    ends: float
+    """And where a block's attention ends, beside what waits for its weights."""
+    wide: float
+    """What a block's forward pass is about to let go: the feed-forward's product, and what comes out."""
 
 
 def _whole_moments(
@@ -210,17 +233,27 @@ def _whole_moments(
     grads = gpu.gradients
     waiting = parts.head_table if parts.shared else 0.0
     at_work = waiting + micro.working + parts.again
+    # Under a pipeline buckets go with the last pass of all, behind which nothing waits; after it, where passes are split.
+    piped = strategy.pipeline_parallel_degree > 1
+    splits = piped and strategy.pipeline_schedule in SPLIT_BACKWARD
+    behind = saved.others if piped else 0.0
+    going = 0.0 if splits else buckets
+    # Where passes are split, the first block's attention ends with all its own products waiting.
+    ends = max(parts.tables + 2 * micro.hidden, (waiting + parts.ends) * splits)
     # The first bucket is full, and goes, when its blocks are through.
     through = int(max(0.0, BUCKET_BYTES / gradient - largest) / held.block)
-    reduced = max(0.0, saved.ever - through * min(micro.layer, micro.checkpointed))
+    reduced = max(0.0, saved.ever - behind - through * min(micro.layer, micro.checkpointed))
     # What comes for the next pass; half a backward pass holds what came in and what goes out until it is done.
-    ahead = micro.boundary * (3 if strategy.pipeline_schedule in SPLIT_BACKWARD else 1) + saved.numbers
+    small = saved.numbers + STEP_BYTES + 4 * work.hidden_size * element
+    ahead = micro.boundary * (3 if splits else 1) + small
+    forward = max([f * saved.one + i * saved.waits for f, i, _ in saved.states.forward])
     return (
+        ("forward", gathered, grads, forward, parts.piled, ahead, parts.wide),
         ("forward", at_head, grads, saved.at_head, parts.logits, ahead, parts.chunk),
         ("backward", at_head, grads, saved.at_head, parts.copy, ahead, parts.head_table + parts.hiddens),
         ("backward", gathered, grads, saved.ever, parts.piled, ahead, at_work),
-        ("backward", gathered, grads, reduced, 0.0, ahead + buckets, at_work),
-        ("backward", gathered, grads, saved.others, 0.0, buckets, parts.tables + 2 * micro.hidden),
+        ("backward", gathered, grads, reduced, 0.0, ahead + going, at_work),
+        ("backward", gathered, grads, saved.others, 0.0, (ahead if splits else small) + max(0.0, going - behind), ends),
         ("optimizer", 0.0, grads, 0.0, 0.0, buckets, widened + STEP_BYTES),
     )
 
@@ -241,6 +274,7 @@ def _sharded_moments(
     wide = max(4, element)
     group, layers = strategy.zero_group_size, share.layers
     late, piped = strategy.gradient_accumulation_steps > 1, strategy.pipeline_parallel_degree > 1
+    splits = piped and strategy.pipeline_schedule in SPLIT_BACKWARD
     per_step = strategy.gather == "per_step"
     keeps = strategy.zero_stage == 2 or per_step
     # Gradients that are reduced once a step wait whole for the last micro batch, or under a pipeline for the step's end.
@@ -258,49 +292,36 @@ def _sharded_moments(
     last = micro.checkpointed if all_checkpointed else min(micro.layer, micro.checkpointed)
     # The feed-forward, of whose weights one has its gradient; or the end of attention, where all have: four gradients of the
     # residual stream's size, the norm's output and what came in are there, the rest of what was saved is gone.
-    weight = min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
-    attention = unit + 6 * micro.hidden - (micro.hidden if all_checkpointed else last)
-    working = max(weight + micro.working + parts.again, attention)
+    working = micro.working + parts.again
+    if not splits:
+        weight = min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
+        attention = unit + 6 * micro.hidden - (micro.hidden if all_checkpointed else last)
+        working = max(weight + working, attention)
     # Ids and positions, the step's own numbers, gradients of the norms that lie between two units; what a pipeline brought for
     # this pass and brings for the next.
-    small = saved.numbers + STEP_BYTES + 2 * work.hidden_size * element + 2 * micro.boundary
+    small = saved.numbers + STEP_BYTES + 4 * work.hidden_size * element + (3 if splits else 2) * micro.boundary
     gradients, whole = left.gpu.gradients, wide * parameters if waits else 0.0
     head_table, at_end = parts.head_table, ("optimizer", 0.0, gradients, 0.0, 0.0, 0.0, STEP_BYTES)
     # One rank alone divides into a copy what it scatters.
     copies = 2 if group == 1 else 1
     if piped and waits:
-        before = whole * saved.steady
-        working += head_table * parts.shared
-        # A unit is let go when it has gone backward, and gathered again by the next pass through it.
-        one_block = at_head if per_step else root + unit
-        scatter = max(wide_root, wide_block) * copies
-        return (
-            ("forward", at_head, 0.0, saved.at_head, parts.logits, small, before + parts.chunk),
-            (
-                "backward",
-                at_head,
-                0.0,
-                saved.at_head,
-                parts.copy,
-                ahead + small,
-                whole * late + head_table + parts.hiddens,
-            ),
-            ("backward", in_block, 0.0, saved.ever, parts.piled, ahead + small, working + before),
-            ("backward", one_block, 0.0, saved.ever, parts.piled, ahead + small, working + whole),
-            ("backward", root, 0.0, saved.others, 0.0, small, parts.tables + whole + 2 * micro.hidden),
-            ("backward", at_head if per_step else 0.0, 0.0, 0.0, 0.0, small, whole + scatter),
-            at_end,
-        )
+        units = _Units(root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, small, whole)
+        return *_waiting_moments(strategy, share, micro, saved, parts, units), at_end
     early = gradients if late and not waits else 0.0
     behind_root, behind = (0.0, 0.0) if waits else (wide_root * late, wide_block * (layers > 1))
     # Blocks that are through have let go their activations and left their gradients, if they had none of a micro batch before.
     # Those that live on the host come back two at a time to the end.
     shard, gone = 0.0 if early else wide_block / group, last * (strategy.offload.activations == "none")
-    through = max(1, layers - 1 - (ahead > 0)) if shard > gone and not waits else 1
-    kept, reduced = max(0.0, saved.ever - through * gone), early + through * shard
     # A unit lets go its parameters, then its gradients when the reduce-scatter has its input.
     stays = per_step and late
-    in_scatter = in_block if stays else in_block - unit
+    goes = unit if keeps and not stays else 0.0
+    through = max(1, layers - 1 - (ahead > 0)) if shard > gone + goes and not waits else 1
+    # Those that are not computed again are the first to be through.
+    behind_last = gone * through + max(0.0, micro.layer - last) * min(through, layers - share.checkpointed) * (gone > 0)
+    kept, reduced = max(0.0, saved.ever - behind_last), early + through * shard
+    computed = micro.again - parts.again if share.checkpointed and through >= layers - share.checkpointed else 0.0
+    in_reduced = in_block - (through - 1) * goes
+    in_scatter = in_reduced if stays else in_reduced - unit
     scattered, scattered_root = copies * wide_block / group, copies * wide_root / group
     if waits:
         scatter, last_scatter = max(wide_block, scattered), wide_root + max(wide_root, scattered_root)
@@ -309,6 +330,9 @@ def _sharded_moments(
         scatter, last_scatter = wide_block + max(unit, scattered), wide_root + max(root, scattered_root)
         tables = parts.tables + wide_block + gradients
     at_work = head_table * (parts.shared or not piped) + whole
+    # Where passes are split, the first block's attention ends with all its own products waiting.
+    ends = at_head if per_step else root + unit
+    ended = (("backward", ends, early, saved.others, 0.0, small, behind_root + at_work + parts.ends),) * splits
     return (
         ("forward", at_head, early, saved.at_head, parts.logits, small, behind_root + whole + parts.chunk),
         (
@@ -321,9 +345,86 @@ def _sharded_moments(
             behind_root + whole + head_table + parts.hiddens,
         ),
         ("backward", in_block, early, saved.ever, parts.piled, ahead + small, behind_root + at_work + working),
-        ("backward", in_block, reduced, kept, parts.piled, ahead + small, behind + at_work + working),
+        ("backward", in_reduced, reduced, kept, parts.piled, ahead + small, behind + at_work + working + computed),
         ("backward", in_scatter, reduced, kept, parts.piled, ahead + small, at_work + micro.hidden + scatter),
         ("backward", root, 0.0, saved.others, 0.0, small, tables + 2 * micro.hidden),
         ("backward", root * stays, gradients, saved.others, 0.0, small, last_scatter),
+        *ended,
         at_end,
+    )
+
+
+class _Units(NamedTuple):
+    """Of ZeRO 2 and 3, bytes: what stands outside the blocks, and one block."""
+
+    root: float
+    unit: float
+    wide_root: float
+    wide_block: float
+    """Gradients, as they are reduced."""
+    at_head: float
+    in_block: float
+    """Gathered parameters."""
+    ahead: float
+    last: float
+    """Activations of a pass's last block."""
+    working: float
+    small: float
+    whole: float
+    """Gradients that wait for the step's end, when all are there."""
+
+
+def _waiting_moments(
+    strategy: Strategy, share: Share, micro: MicroBytes, saved: Saved, parts: _Parts, units: _Units
+) -> tuple[Moment, ...]:
+    """A pipeline's, whose whole gradients wait for the step's end: a stage's come with its first pass, when activations may have
+    begun to go."""
+    root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, small, whole = units
+    blocks, group, piled = whole - wide_root, strategy.zero_group_size, parts.piled
+    per_step, splits = strategy.gather == "per_step", strategy.pipeline_schedule in SPLIT_BACKWARD
+
+    one, waits, states = saved.one, saved.waits, saved.states
+
+    def fullest(states: tuple[State, ...], more: float) -> tuple[float, float]:
+        """(activations, gradients). Those outside the blocks come with the head, or with the embedding, the last stage."""
+        found = -1.0, 0.0
+        for forward, inputs, part in states:
+            kept = forward * one + inputs * waits + more
+            had = part * blocks + wide_root * (part > 0.0 if share.head else part == 1.0)
+            if kept + had > found[0] + found[1]:
+                found = kept, had
+        return found
+
+    now, before = fullest(states.begin, saved.piled)
+    then, after = fullest(states.end, saved.piled)
+    at_heads, by_heads = fullest(states.head, saved.piled + saved.final)
+    come, there = fullest(states.forward, 0.0)
+    # What a block is gathered into is let go when the next one is gathered.
+    flat = unit if group > 1 and not per_step else 0.0
+    # A unit is let go when it has gone backward, and gathered again by the next pass through it.
+    one_block, stays = (at_head, at_head) if per_step else (root + unit, root)
+    turned, rise, table = now + saved.turned, now + saved.ever - saved.most, parts.head_table
+    embedding = parts.tables + 2 * micro.hidden
+    ends: tuple[Moment, ...]
+    if splits:
+        ends = (
+            ("backward", one_block, 0.0, turned, 0.0, small, table + parts.ends + before),
+            ("backward", stays, 0.0, turned, 0.0, small, embedding + before),
+            ("backward", stays, 0.0, then, 0.0, small, unit + after),
+        )
+    else:
+        last_block = then + max(0.0, last - wide_block)
+        ends = (
+            ("backward", one_block, 0.0, last_block, piled, ahead + small, table + working + after),
+            ("backward", stays, 0.0, then, 0.0, small, embedding + after),
+        )
+    # One rank alone divides into a copy what it scatters.
+    scatter = max(wide_root, wide_block) * (2 if group == 1 else 1)
+    return (
+        ("forward", in_block, 0.0, come, piled, small + flat, parts.wide + there),
+        ("forward", at_head, 0.0, at_heads, parts.logits, small, parts.chunk + by_heads),
+        ("backward", at_head, 0.0, at_heads, parts.copy, ahead + small, table + parts.hiddens + by_heads),
+        ("backward", in_block, 0.0, rise, piled, ahead + small, table + working + before),
+        *ends,
+        ("backward", at_head if per_step else 0.0, 0.0, 0.0, 0.0, small, whole + scatter),
     )

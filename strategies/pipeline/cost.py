@@ -5,10 +5,13 @@ Source: GPipe arXiv:1811.06965; 1F1B and interleaving arXiv:2104.04473, section 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 from strategies.links import Message
+from strategies.pipeline.schedules import Action, orders
 from strategies.sizes import FIRST, Place, table
 from strategies.strategy import SPLIT_BACKWARD, Schedule, Stage, Strategy
 from strategies.workload import Workload
@@ -95,29 +98,147 @@ def _share(stages: tuple[Stage, ...], rank: int) -> Share:
 
 def in_flight(strategy: Strategy, pipeline_rank: int) -> float:
     """Micro batches whose activations a pipeline rank holds at once, counted in whole shares of its layers."""
-    degree, micro_batches = strategy.pipeline_parallel_degree, strategy.gradient_accumulation_steps
-    if degree == 1:
+    return _in_flight(
+        strategy.pipeline_schedule,
+        strategy.pipeline_parallel_degree,
+        strategy.num_virtual_stages,
+        strategy.gradient_accumulation_steps,
+        pipeline_rank,
+    )
+
+
+def _in_flight(schedule: Schedule, ranks: int, virtual: int, micro_batches: int, rank: int) -> float:
+    if ranks == 1:
         return 1.0
-    if strategy.pipeline_schedule == "gpipe":
+    if schedule == "gpipe":
         return float(micro_batches)
-    if strategy.pipeline_schedule == "zbv":
-        return float(min(micro_batches, degree))
-    virtual = strategy.num_virtual_stages
+    if schedule == "zbv":
+        return float(min(micro_batches, ranks))
     if virtual == 1:
-        return float(min(micro_batches, degree - pipeline_rank))
-    warm_up = 2 * (degree - pipeline_rank - 1) + (virtual - 1) * degree + 1
+        return float(min(micro_batches, ranks - rank))
+    warm_up = 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
     return min(micro_batches, warm_up / virtual)
 
 
-def split_flights(strategy: Strategy, pipeline_rank: int) -> tuple[tuple[float, float], ...]:
-    """Micro batches that a rank of a split schedule holds at once, in whole shares of its layers: (between forward and
-    backward, between the halves of backward), the moments that can be fullest. Under zero-bubble a rank's weights wait for as
-    many micro batches as it stands behind the first; under zbv both together are never more than the ranks (held against the
-    schedules themselves by a test)."""
-    forward, virtual = in_flight(strategy, pipeline_rank), strategy.num_virtual_stages
-    if strategy.pipeline_schedule == "zbv":
-        return (forward, 0.0), (0.0, forward)
-    return (forward, pipeline_rank / virtual), (forward - 1 / virtual, (pipeline_rank + 1) / virtual)
+class State(NamedTuple):
+    """What a pipeline rank keeps, in whole shares of its layers."""
+
+    forward: float
+    """Micro batches between forward and backward."""
+    inputs: float
+    """And between the halves of a split backward pass."""
+    gradients: float
+    """Part of its stages that have had gradients of weights in this step."""
+
+
+class States(NamedTuple):
+    """Those that can be the fullest, whatever each part weighs."""
+
+    begin: tuple[State, ...]
+    """As a backward pass begins; of a split one, the half over the inputs."""
+    end: tuple[State, ...]
+    """As one ends; of a split one, the half over the weights."""
+    head: tuple[State, ...]
+    """As the head's begins."""
+    forward: tuple[State, ...]
+    """As a forward pass ends."""
+
+
+PLAYED = 4
+"""Ranks up to which zbv, which has no closed form, is read off its schedule; of more, one stage weighs little."""
+
+
+def states(strategy: Strategy, pipeline_rank: int) -> States:
+    """Held against the schedules by a test. With equal states 1F1B, interleaved or not, and gpipe are exact, as is zero-bubble;
+    zbv is on few ranks, a bound on more."""
+    return _states(
+        strategy.pipeline_schedule,
+        strategy.pipeline_parallel_degree,
+        strategy.num_virtual_stages,
+        strategy.gradient_accumulation_steps,
+        pipeline_rank,
+    )
+
+
+@lru_cache(maxsize=65536)
+def _states(schedule: Schedule, ranks: int, virtual: int, micro_batches: int, rank: int) -> States:
+    flights = _in_flight(schedule, ranks, virtual, micro_batches, rank)
+    if schedule == "zbv" and ranks > 1:
+        if ranks <= PLAYED:
+            return _played(orders(schedule, ranks, virtual, min(micro_batches, 3 * ranks))[rank], virtual, 2 * ranks)
+        return _folded(ranks, micro_batches, rank, flights)
+    # Passes in the order of backward: the last that a forward pass comes before, and those whose weights are through by then.
+    stage, last, lag = 1 / virtual, 0, 0
+    if ranks > 1 and schedule != "gpipe":
+        last = max(0, round((micro_batches - flights) * virtual))
+        lag = rank if schedule in SPLIT_BACKWARD else 0
+    waiting, through = min(lag, last) * stage, max(0, last - lag)
+    had = min(virtual, -(-through // ranks))
+    full = State(flights, waiting, had * stage)
+    # Each further stage brings its gradients with its first pass; no forward pass comes in between. On a straight line: its ends.
+    later = [
+        State(flights - (max(0, number * ranks - through) + 1) * stage, waiting, (number + 1) * stage)
+        for number in sorted({min(had, through // ranks, virtual - 1), min(had, virtual - 1), virtual - 1})
+    ]
+    first = [state for state in later if state.gradients == stage and state.forward > 0.0]
+    return States(
+        (full, *(state for state in later if state.forward > 0.0)),
+        tuple(state._replace(forward=max(0.0, state.forward)) for state in later),
+        (full, *first),
+        (full,),
+    )
+
+
+def _played(actions: tuple[Action, ...], virtual: int, num_stages: int) -> States:
+    begin, end, head, ahead = (dict[State, None]() for _ in range(4))
+    forward = inputs = 0
+    had = set[int]()
+
+    def now() -> State:
+        return State(forward / virtual, inputs / virtual, len(had) / virtual)
+
+    for kind, stage, _ in actions:
+        if kind == "forward":
+            forward += 1
+            ahead[now()] = None
+        elif kind == "inputs":
+            begin[now()] = None
+            if stage == num_stages - 1:
+                head[now()] = None
+            forward, inputs = forward - 1, inputs + 1
+        else:
+            inputs -= 1
+            had.add(stage)
+            end[now()] = None
+    fullest = _fullest(begin)
+    return States(fullest, _fullest(end), _fullest(head) or fullest, _fullest(ahead))
+
+
+def _fullest(states: Iterable[State]) -> tuple[State, ...]:
+    """Those that no other covers."""
+    known = tuple(states)
+    return tuple(
+        one
+        for one in known
+        if not any(other != one and all(a >= b for a, b in zip(other, one, strict=True)) for other in known)
+    )
+
+
+def _folded(ranks: int, micro_batches: int, rank: int, flights: float) -> States:
+    """zbv on many ranks: both halves together are never more than the ranks; the most that wait for weights is a bound."""
+    if micro_batches < ranks:
+        waits = max(micro_batches - 1 - rank, 2 * micro_batches - ranks + rank)
+    else:
+        waits = max(ranks - 1 + (2 * rank + 1) // 3, 2 * ranks - micro_batches + rank)
+    most = min(flights, (micro_batches + rank + 1) / 2)
+    halves = (most, flights - most), (flights - waits / 2, waits / 2)
+    # Of no more micro batches than ranks nothing has gone back to the weights while all are held.
+    begin = tuple(State(forward, inputs, float(micro_batches > ranks)) for forward, inputs in halves)
+    end = tuple(State(max(0.0, forward - 0.5), inputs, 1.0) for forward, inputs in halves)
+    end = (*end, State(0.0, max(0.0, flights - 1.0), 1.0))
+    if micro_batches <= ranks:
+        begin = (*begin, *(state for state in end if state.forward))
+    return States(begin, end, begin, begin)
 
 
 def pending_elements(work: Workload, strategy: Strategy) -> float:
