@@ -76,6 +76,7 @@ def _serve(pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    gc.freeze()  # what the imports left is not looked through after every run
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     while True:
         try:
