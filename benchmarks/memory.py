@@ -172,6 +172,7 @@ def judge(pool: Pool, case: Case) -> list[Line]:
 
 HOST, NVME = Offload(optimizer="host"), Offload(optimizer="nvme")
 ACTIVATIONS = Offload(activations="host")
+SHARDS = Offload(optimizer="host", parameters="host")
 ALL = Offload(optimizer="host", parameters="host", activations="host")
 
 
@@ -192,7 +193,7 @@ def rooms() -> Iterator[Case]:
             HOST,
             replace(HOST, optimizer_fraction=0.4),
             NVME,
-            Offload(optimizer="host", parameters="host"),
+            SHARDS,
             Offload(optimizer="nvme", parameters="nvme"),
             ACTIVATIONS,
         )
@@ -211,6 +212,9 @@ def rooms() -> Iterator[Case]:
         ({"pipeline": 2, "tensor": 2, "data": 2, "zero": 1, "group": 2}, 4, "fp32"),
         ({"data": 2, "zero": 1, "group": 2, "offload": ALL, "recompute": "full"}, 2, "bf16"),
         ({"data": 2, "zero": 3, "group": 2, "offload": replace(NVME, activations="host")}, 2, "fp32"),
+        ({"data": 2, "zero": 2, "group": 2, "offload": SHARDS}, 2, "bf16"),
+        ({"data": 2, "zero": 3, "group": 2, "offload": SHARDS}, 2, "fp32"),
+        ({"data": 2, "zero": 3, "group": 2, "offload": ALL, "recompute": "full"}, 2, "bf16"),
         ({"pipeline": 2, "tensor": 2, "offload": ALL}, 4, "fp32"),
     ]
     for fields, accumulation, precision in together:

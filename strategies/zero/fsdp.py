@@ -5,6 +5,7 @@ A unit is a block; what stands outside the blocks is one more. apply.py says wha
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from strategies.engines.engine import Build
+from strategies.offload.host import placed
 from strategies.strategy import SPLIT_BACKWARD, Stage
 from strategies.zero.states import DTYPES, Adam, Weights, as_global, rows
 
@@ -39,20 +41,27 @@ class FsdpStates:
         self.units = [unit for unit in build.module.modules() if isinstance(unit, FSDPModule)]
         policy = build.requests.get("fsdp_offload")
         home = build.device if policy is None else torch.device("cpu")
-        build.module.to_empty(device=home)
+        with self._at_home():
+            build.module.to_empty(device=home)
         self.parameters: dict[str, Any] = dict(build.module.named_parameters())
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 whole = weights(name, parameter.shape)
                 parameter.to_local().copy_(rows(whole, num_shards, rank))
         # Uneven shards move into padded storage at the first use; the optimizer must hold what is there afterwards.
-        self.root._get_fsdp_state()._lazy_init()
+        with self._at_home():
+            self.root._get_fsdp_state()._lazy_init()
         self.locals: list[Tensor] = [parameter.to_local().detach() for parameter in self.parameters.values()]
         self.adam: Adam = build.requests.get("adam", Adam)(build.optimizer, home, self.locals[0].dtype)
-        self.shards = [
-            self.adam.shard(name, parameter.shape, local, apart=False)
-            for (name, parameter), local in zip(self.parameters.items(), self.locals, strict=True)
-        ]
+        with self._at_home():
+            self.shards = [
+                self.adam.shard(name, parameter.shape, local, apart=False)
+                for (name, parameter), local in zip(self.parameters.items(), self.locals, strict=True)
+            ]
+
+    def _at_home(self) -> AbstractContextManager[None]:
+        """Shards are made where they live."""
+        return placed("host") if self.on_host else nullcontext()
 
     def begin(self) -> None:
         for parameter in self.parameters.values():
