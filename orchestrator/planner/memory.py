@@ -384,18 +384,23 @@ _CARRIED = pipeline.States(*((pipeline.State(at_once, 0.0, 1.0),) for at_once in
 
 def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> Saved:
     one = _kept(share, micro)
-    final = micro.final * share.head
+    final, flights = micro.final * share.head, pipeline.in_flight(strategy, rank)
+    numbers = micro.numbers * flights if share.embedding else 0.0
+    sends = pipeline.kept_sends(strategy, rank)
+    sent = sends[0] * micro.boundary, sends[1] * micro.boundary
     if strategy.offload.activations == "host":
         # A block at work and the one that comes back from the host meanwhile; at the head none has come yet.
         one = min(one, 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed))
-        return Saved(one, one, -one, final, final, 0.0, one, 0.0, 0.0, _CARRIED)
+        # What came in from another rank stays, beside its copy.
+        given = micro.boundary * flights * (strategy.num_virtual_stages - share.embedding)
+        most = one + given
+        return Saved(most, most, -one, given + final, final, numbers, one, 0.0, given, _CARRIED, sent)
     states = pipeline.states(strategy, rank)
-    numbers = micro.numbers * pipeline.in_flight(strategy, rank) if share.embedding else 0.0
     turned = -one / strategy.num_virtual_stages
     if not _splits(strategy):
         piled = final * (pipeline.heads_in_flight(strategy) - 1)
         most = states.begin[0].forward * one + piled
-        return Saved(most, most, turned, most + final, final, numbers, one, 0.0, piled, states)
+        return Saved(most, most, turned, most + final, final, numbers, one, 0.0, piled, states, sent)
     waits = share.layers * micro.pending
     if strategy.pipeline_schedule == "zbv":
         waits = max(waits, one)  # a search counts on no less (bounds.py)
@@ -404,7 +409,7 @@ def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroByt
     last = micro.checkpointed if share.checkpointed == share.layers else min(micro.layer, micro.checkpointed)
     most = max([forward * one + inputs * waits for forward, inputs, _ in states.begin])
     ever = most + max(0.0, turned + last - micro.pending)
-    return Saved(most, ever, turned, most + final, final, numbers, one, waits, 0.0, states)
+    return Saved(most, ever, turned, most + final, final, numbers, one, waits, 0.0, states, sent)
 
 
 class _Fill(NamedTuple):

@@ -84,8 +84,10 @@ class Saved(NamedTuple):
     waits: float
     """And between the halves of a split backward pass."""
     piled: float
-    """What the head keeps of the micro batches that wait, of gpipe."""
+    """What else is kept of the micro batches that wait: by the head of gpipe; what came in, where all else is on the host."""
     states: States
+    sent: tuple[float, float]
+    """What other pipeline ranks may not have received yet, (as a forward pass ends, as a backward pass begins)."""
 
     @property
     def others(self) -> float:
@@ -177,7 +179,9 @@ def native_moments(
     ends = 3 * micro.hidden + 2 * micro.final if scatters else 4 * micro.hidden
     head_table = table if share.head else 0.0
     wide = micro.hidden * work.ffn_size / work.hidden_size / strategy.tensor_parallel_degree
-    wide += hiddens - micro.hidden if scatters else micro.hidden
+    if strategy.activation_checkpointing != "none":  # and what a block does not keep
+        wide += wide * (strategy.activation_checkpointing == "full") + micro.hidden * (1 if scatters else 2)
+    wide += hiddens - micro.hidden if scatters else micro.hidden * (1 + (strategy.tensor_parallel_degree > 1))
     parts = _Parts(logits + piled, copy + piled, piled, chunk, again, head_table, hiddens, shared, tables, ends, wide)
     make = _sharded_moments if zero.gathers(strategy) else _whole_moments
     return make(work, strategy, share, held, micro, saved, element, parts)
@@ -215,8 +219,12 @@ def _whole_moments(
 ) -> tuple[Moment, ...]:
     """ZeRO 0 and 1: whole gradients in buckets."""
     gpu = held.left.gpu
-    gathered = _streamed(strategy, held, element)
-    at_head = held.outside * element if gathered else 0.0
+    gathered = in_block = _streamed(strategy, held, element)
+    at_head = at_loss = held.outside * element if gathered else 0.0
+    if strategy.pipeline_parallel_degree > 1:
+        # What stands outside the blocks goes after each pass: it is not there for the loss, and the head's is gone while the
+        # blocks go backward.
+        at_loss, in_block = 0.0, gathered - at_head * (share.head and not share.embedding)
     buckets = widened = 0.0
     split = strategy.tensor_parallel_degree
     table = tensor.table_parameters(work, strategy)
@@ -245,14 +253,16 @@ def _whole_moments(
     reduced = max(0.0, saved.ever - behind - through * min(micro.layer, micro.checkpointed))
     # What comes for the next pass; half a backward pass holds what came in and what goes out until it is done.
     small = saved.numbers + STEP_BYTES + 4 * work.hidden_size * element
+    before, sent = saved.sent
+    small += sent
     ahead = micro.boundary * (3 if splits else 1) + small
     forward = max([f * saved.one + i * saved.waits for f, i, _ in saved.states.forward])
     return (
-        ("forward", gathered, grads, forward, parts.piled, ahead, parts.wide),
-        ("forward", at_head, grads, saved.at_head, parts.logits, ahead, parts.chunk),
+        ("forward", gathered, grads, forward, parts.piled, ahead + before - sent, parts.wide),
+        ("forward", at_loss, grads, saved.at_head, parts.logits, ahead + before - sent, parts.chunk),
         ("backward", at_head, grads, saved.at_head, parts.copy, ahead, parts.head_table + parts.hiddens),
-        ("backward", gathered, grads, saved.ever, parts.piled, ahead, at_work),
-        ("backward", gathered, grads, reduced, 0.0, ahead + going, at_work),
+        ("backward", in_block, grads, saved.ever, parts.piled, ahead, at_work),
+        ("backward", in_block, grads, reduced, 0.0, ahead + going, at_work),
         ("backward", gathered, grads, saved.others, 0.0, (ahead if splits else small) + max(0.0, going - behind), ends),
         ("optimizer", 0.0, grads, 0.0, 0.0, buckets, widened + STEP_BYTES),
     )
@@ -299,13 +309,17 @@ def _sharded_moments(
         working = max(weight + working, attention)
     # Ids and positions, the step's own numbers, gradients of the norms that lie between two units; what a pipeline brought for
     # this pass and brings for the next.
-    small = saved.numbers + STEP_BYTES + 4 * work.hidden_size * element + (3 if splits else 2) * micro.boundary
+    before, sent = saved.sent
+    small = saved.numbers + STEP_BYTES + 4 * work.hidden_size * element + (3 if splits else 2) * micro.boundary + sent
+    forward = small + before - sent
     gradients, whole = left.gpu.gradients, wide * parameters if waits else 0.0
     head_table, at_end = parts.head_table, ("optimizer", 0.0, gradients, 0.0, 0.0, 0.0, STEP_BYTES)
     # One rank alone divides into a copy what it scatters.
     copies = 2 if group == 1 else 1
     if piped and waits:
-        units = _Units(root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, small, whole)
+        units = _Units(
+            root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, small, forward, whole
+        )
         return *_waiting_moments(strategy, share, micro, saved, parts, units), at_end
     early = gradients if late and not waits else 0.0
     behind_root, behind = (0.0, 0.0) if waits else (wide_root * late, wide_block * (layers > 1))
@@ -334,7 +348,7 @@ def _sharded_moments(
     ends = at_head if per_step else root + unit
     ended = (("backward", ends, early, saved.others, 0.0, small, behind_root + at_work + parts.ends),) * splits
     return (
-        ("forward", at_head, early, saved.at_head, parts.logits, small, behind_root + whole + parts.chunk),
+        ("forward", at_head, early, saved.at_head, parts.logits, forward, behind_root + whole + parts.chunk),
         (
             "backward",
             at_head,
@@ -370,6 +384,8 @@ class _Units(NamedTuple):
     """Activations of a pass's last block."""
     working: float
     small: float
+    forward: float
+    """As a forward pass ends, and behind it."""
     whole: float
     """Gradients that wait for the step's end, when all are there."""
 
@@ -379,7 +395,7 @@ def _waiting_moments(
 ) -> tuple[Moment, ...]:
     """A pipeline's, whose whole gradients wait for the step's end: a stage's come with its first pass, when activations may have
     begun to go."""
-    root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, small, whole = units
+    root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, small, forward, whole = units
     blocks, group, piled = whole - wide_root, strategy.zero_group_size, parts.piled
     per_step, splits = strategy.gather == "per_step", strategy.pipeline_schedule in SPLIT_BACKWARD
 
@@ -388,8 +404,8 @@ def _waiting_moments(
     def fullest(states: tuple[State, ...], more: float) -> tuple[float, float]:
         """(activations, gradients). Those outside the blocks come with the head, or with the embedding, the last stage."""
         found = -1.0, 0.0
-        for forward, inputs, part in states:
-            kept = forward * one + inputs * waits + more
+        for flights, inputs, part in states:
+            kept = flights * one + inputs * waits + more
             had = part * blocks + wide_root * (part > 0.0 if share.head else part == 1.0)
             if kept + had > found[0] + found[1]:
                 found = kept, had
@@ -421,8 +437,8 @@ def _waiting_moments(
     # One rank alone divides into a copy what it scatters.
     scatter = max(wide_root, wide_block) * (2 if group == 1 else 1)
     return (
-        ("forward", in_block, 0.0, come, piled, small + flat, parts.wide + there),
-        ("forward", at_head, 0.0, at_heads, parts.logits, small, parts.chunk + by_heads),
+        ("forward", in_block, 0.0, come, piled, forward + flat, parts.wide + there),
+        ("forward", at_head, 0.0, at_heads, parts.logits, forward, parts.chunk + by_heads),
         ("backward", at_head, 0.0, at_heads, parts.copy, ahead + small, table + parts.hiddens + by_heads),
         ("backward", in_block, 0.0, rise, piled, ahead + small, table + working + before),
         *ends,

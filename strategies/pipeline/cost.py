@@ -241,6 +241,29 @@ def _folded(ranks: int, micro_batches: int, rank: int, flights: float) -> States
     return States(begin, end, begin, begin)
 
 
+def kept_sends(strategy: Strategy, pipeline_rank: int) -> tuple[int, int]:
+    """Activations and gradients that a rank has sent and does not yet know as received (schedules.received): (as a forward pass
+    ends, as a backward pass begins) while it holds the most micro batches. Bounds, held against the schedules by a test."""
+    degree, micro_batches = strategy.pipeline_parallel_degree, strategy.gradient_accumulation_steps
+    if degree == 1:
+        return 0, 0
+    behind, schedule = degree - 1 - pipeline_rank, strategy.pipeline_schedule
+    inside = behind > 0 and pipeline_rank > 0
+    if schedule == "zbv":
+        most = min(micro_batches, min(degree, 6) if inside else 2)
+        return most, most
+    # gpipe's have been received by then, but that no schedule holds less than 1F1B is what a search knows.
+    most = 1 + inside
+    if strategy.num_virtual_stages == 1:
+        ahead = micro_batches * (behind > 0) if schedule == "gpipe" else behind
+    else:
+        ahead = max(degree - 1, 2 * behind)
+        often = 4 if micro_batches > degree else min(4, 2 * pipeline_rank - degree + 3)
+        most = max(most, min(often, degree + 1), 0 if behind or schedule in SPLIT_BACKWARD else degree - 1)
+    most = min(most, micro_batches - 1)
+    return max(most, min(ahead, micro_batches - 1)), most
+
+
 def pending_elements(work: Workload, strategy: Strategy) -> float:
     """Elements a token of one layer between the halves of a split backward pass: inputs of the products and gradients of their
     outputs. Whole ones are whole beside sequence parallelism too, gathered for the pass over the inputs."""

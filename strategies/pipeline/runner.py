@@ -8,7 +8,7 @@ B micro batch, S sequence, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from strategies.engines.engine import Build, MicroBatch
 from strategies.engines.loss import IGNORED
-from strategies.pipeline.schedules import Action, orders
+from strategies.pipeline.schedules import Action, orders, received
 from strategies.strategy import SPLIT_BACKWARD, Stage
 from strategies.tensor.region import Pending, weight_gradient
 from strategies.zero.states import DTYPES, PipelineStates, States
@@ -98,7 +98,8 @@ class PipelineRunner:
         self.hidden = module.hidden_size
         self.splits = strategy.pipeline_schedule in SPLIT_BACKWARD
         module.forward = self._stage_forward
-        self.sends: list[tuple[Any, Tensor]] = []
+        self.sends: dict[Action, tuple[Any, Tensor]] = {}
+        self.known: Mapping[Action, Sequence[Action]] = {}
         self.receipts: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
         self.local: dict[tuple[Any, ...], Tensor] = {}
 
@@ -114,13 +115,13 @@ class PipelineRunner:
 
     def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
         strategy = self.strategy
-        everyone = orders(
+        asked = (
             strategy.pipeline_schedule,
             strategy.pipeline_parallel_degree,
             strategy.num_virtual_stages,
             len(micro_batches),
         )
-        actions = everyone[self.rank]
+        actions, self.known = orders(*asked)[self.rank], received(*asked, self.rank)
         flights: dict[tuple[int, int], _Flight] = {}
         weights: dict[tuple[int, int], Pending] = {}
         total = torch.zeros((), dtype=torch.float64, device=self.build.device)
@@ -144,7 +145,6 @@ class PipelineRunner:
                 self._backward(action, flights.pop(key))
                 if self.splits:
                     weights[key] = self._pending()
-            self._forget_sent()
         self.settle()
         return total
 
@@ -191,6 +191,8 @@ class PipelineRunner:
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor | None:
+        self.settle()  # of the batch before, for which everyone has sent everything
+        self.known = {}
         loss = None
         for number in self.held:
             action, stage = Action("forward", number, 0), self.stages[number]
@@ -201,13 +203,10 @@ class PipelineRunner:
                 loss, _ = counted_loss(self.build, result, batch, self.z_loss)
             else:
                 self._give(Action("forward", number + 1, 0), result)
-        self._forget_sent()
         return loss
 
     def settle(self) -> None:
-        for work, _ in self.sends:
-            work.wait()
-        self.sends.clear()
+        self._let_go(tuple(self.sends))
 
     # Messages: `action` is the pass that they are for ----------------------------------------------------------------
 
@@ -232,6 +231,8 @@ class PipelineRunner:
             return self.local.pop(action)
         work, buffer = self.receipts.pop(action)
         work.wait()
+        # gloo never says of a send that it is complete before it is waited for; on NCCL the host runs ahead of all of them.
+        self._let_go(self.known.get(action, ()))
         return buffer
 
     def _give(self, action: Action, tensor: Tensor) -> None:
@@ -241,7 +242,7 @@ class PipelineRunner:
             return
         tensor = tensor.contiguous()
         work = dist.isend(tensor, self.peers[target], group=self._channel(action), tag=self._tag(action))
-        self.sends.append((work, tensor))
+        self.sends[action] = work, tensor
 
     def _channel(self, action: Action) -> Any:
         return self.channels["forward" if action.kind == "forward" else "backward", action.stage]
@@ -250,8 +251,10 @@ class PipelineRunner:
         """gloo tells messages apart by it; NCCL goes by their order."""
         return 2 * (action.micro_batch * len(self.stages) + action.stage) + (action.kind != "forward")
 
-    def _forget_sent(self) -> None:
-        self.sends = [(work, tensor) for work, tensor in self.sends if not work.is_completed()]
+    def _let_go(self, messages: Iterable[Action]) -> None:
+        for message in messages:
+            work, _ = self.sends.pop(message)
+            work.wait()
 
 
 def _column(build: Build) -> list[int]:

@@ -7,7 +7,7 @@ ZBV arXiv:2405.15362. p pipeline ranks, v stages a rank, m micro batches.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
@@ -45,6 +45,44 @@ def orders(
             f"{schedule} over {v} virtual stages runs micro batches in whole rounds of the pipeline: {m} is no multiple of {p}"
         )
     return tuple(_one_forward_one_backward(rank, p, v, m, split=split) for rank in range(p))
+
+
+@lru_cache(maxsize=64)
+def received(
+    schedule: Schedule, num_ranks: int, num_virtual: int, num_micro_batches: int, rank: int
+) -> dict[Action, tuple[Action, ...]]:
+    """Pass of a rank -> what the rank sent, named by the pass it is for, and knows as received when that pass has its input.
+
+    The input has come through other passes of its micro batch. The rank that ran one of them has run those in front of it too,
+    and received what they were for."""
+    everyone = orders(schedule, num_ranks, num_virtual, num_micro_batches)
+    num_stages = num_ranks * num_virtual
+    place = {action: index for actions in everyone for index, action in enumerate(actions)}
+    ranks = [stage_rank(schedule, num_ranks, num_stages, stage) for stage in range(num_stages)]
+    sent: list[Action] = []
+    result = {}
+    for action in everyone[rank]:
+        reached = [-1] * num_ranks
+        for before in _passed(action, num_stages):
+            reached[ranks[before.stage]] = max(reached[ranks[before.stage]], place[before])
+        known = [message for message in sent if place[message] <= reached[ranks[message.stage]]]
+        if known:
+            result[action] = tuple(known)
+            sent = [message for message in sent if message not in known]
+        kind, stage, micro_batch = action
+        following = stage + (1 if kind == "forward" else -1)
+        if kind != "weights" and 0 <= following < num_stages and ranks[following] != rank:
+            sent.append(Action(kind, following, micro_batch))
+    return result
+
+
+def _passed(action: Action, num_stages: int) -> Iterator[Action]:
+    """What a micro batch has been through before a pass that takes something in."""
+    kind, stage, i = action
+    forwards = {"forward": stage, "weights": 0}.get(kind, num_stages)
+    yield from (Action("forward", before, i) for before in range(forwards))
+    if kind in ("backward", "inputs"):
+        yield from (Action(kind, before, i) for before in range(stage + 1, num_stages))
 
 
 def _gpipe(rank: int, m: int) -> tuple[Action, ...]:

@@ -18,7 +18,7 @@ FEW = (
     "fp32 world 1 ZeRO 0 none 2x2 activations on host",
     "fp32 world 2 ZeRO 3 none 2x2",
     "bf16 world 2 tensor 2 sequence ZeRO 0 none 2x2",
-    "fp32 world 2 pipeline 2x1 1f1b ZeRO 0 none 4x2",
+    "fp32 world 2 pipeline 2x2 interleaved_1f1b ZeRO 0 none 4x2",
     "fp32 world 1 ZeRO 0 none 2x2 optimizer on nvme parameters on nvme",
 )
 """`python -m benchmarks.memory` plays all rooms."""
@@ -35,6 +35,8 @@ def pool() -> Iterator[Pool]:
 def test_what_is_planned_is_what_is_allocated(pool: Pool, case: Case) -> None:
     lines = judge(pool, case)
     assert all(line.holds for line in lines), "\n".join(map(str, lines))
+    # Two per mille: a single activation that a pipeline keeps after it was received is more.
+    assert all(abs(line.live - line.trace) <= 0.002 * line.trace for line in lines), "\n".join(map(str, lines))
 
 
 def test_the_few_are_among_the_rooms() -> None:

@@ -18,9 +18,18 @@ from orchestrator.planner.time import price, price_time
 from strategies.constants import MEMORY, TIME
 from strategies.links import Links, Message, all_reduce_s, blocking_s, half_s, ring
 from strategies.offload.cost import exposed_s, offloaded
-from strategies.pipeline.cost import PLAYED, bubble_fraction, bubble_s, in_flight, shared_message, shares, states
+from strategies.pipeline.cost import (
+    PLAYED,
+    bubble_fraction,
+    bubble_s,
+    in_flight,
+    kept_sends,
+    shared_message,
+    shares,
+    states,
+)
 from strategies.pipeline.cost import messages as pipeline_messages
-from strategies.pipeline.schedules import orders
+from strategies.pipeline.schedules import orders, received, stage_rank
 from strategies.strategy import Offload, Strategy
 from strategies.tensor.cost import gradient_message, logit_bytes
 from strategies.tensor.cost import messages as tensor_messages
@@ -36,6 +45,15 @@ from strategies.zero.cost import messages as zero_messages
 
 CLUSTER = load_cluster("a100-80gb-8x8")
 WORK = workload(CATALOG["opt-13b"])
+SCHEDULES = [
+    ("gpipe", 1),
+    ("1f1b", 1),
+    ("interleaved_1f1b", 2),
+    ("interleaved_1f1b", 3),
+    ("interleaved_zero_bubble", 1),
+    ("interleaved_zero_bubble", 2),
+    ("zbv", 2),
+]
 JOB = {"global_batch_size": 512, "sequence_length": 2048, "precision": "bf16"}
 
 
@@ -180,6 +198,37 @@ def _states(actions, virtual, last_stage):
             had.add(stage)
             tell("end")
     return told
+
+
+@pytest.mark.parametrize(("schedule", "virtual"), SCHEDULES)
+@pytest.mark.parametrize("pipeline", [2, 3, 4, 8])
+@pytest.mark.parametrize("rounds", [1, 2, 3])
+def test_what_is_sent_and_not_known_as_received_is_bounded_closely(schedule, virtual, pipeline, rounds):
+    times = pipeline * rounds
+    split = strategy(pipeline=pipeline, virtual=virtual, pipeline_schedule=schedule, gradient_accumulation_steps=times)
+    for rank, actions in enumerate(orders(schedule, pipeline, virtual, times)):
+        kept = tuple(_kept(actions, received(schedule, pipeline, virtual, times, rank), schedule, pipeline, virtual))
+        fullest = max(held for _, held, _ in kept)
+        forward, backward = kept_sends(split, rank)
+        begins = max(sends for kind, held, sends in kept if kind in ("backward", "inputs") and held == fullest)
+        assert begins <= backward <= begins + (4 if rounds == 1 or schedule == "zbv" else 2)
+        if schedule != "zbv":
+            assert max(sends for kind, held, sends in kept if kind == "forward" and held == fullest) <= forward
+
+
+def _kept(actions, known, schedule, pipeline, virtual):
+    """(kind, micro batches held, messages sent and not known as received) once each action has its input."""
+    stages, held, sent = pipeline * virtual, 0, set()
+    rank = stage_rank(schedule, pipeline, stages, actions[0].stage)
+    for action in actions:
+        sent.difference_update(known.get(action, ()))
+        held += action.kind == "forward"
+        yield action.kind, held, len(sent)
+        held -= action.kind in ("backward", "weights")
+        following = action.stage + (1 if action.kind == "forward" else -1)
+        leaves = 0 <= following < stages and stage_rank(schedule, pipeline, stages, following) != rank
+        if leaves and action.kind != "weights":
+            sent.add(action._replace(stage=following))
 
 
 def test_the_bubble_is_p_less_1_over_m_v_where_stages_are_equal():
