@@ -67,8 +67,12 @@ def why_not(plan: Plan) -> str | None:
     problem = plan.solution.problem
     if problem.arch.family != "opt":
         return f"the family {problem.arch.family} is priced, its module is not built yet"
-    if plan.strategy.offload.parameters != "none" and plan.strategy.zero_stage >= 2:
-        return "FSDP2 moves its shards between host and device, which on fake devices are one memory: not traced"
+    on_host = plan.strategy.offload.parameters != "none" and plan.strategy.zero_stage >= 2
+    if on_host and plan.cluster.accelerator.kind != "cpu":
+        return (
+            "FSDP2 copies each shard to the device to gather it and each shard's gradient to the host; on fake devices, as on a "
+            "CPU, both places are one memory and no copy is made: not traced"
+        )
     return None
 
 

@@ -75,7 +75,7 @@ def test_the_plan_takes_the_larger_of_trace_and_closed_form(monkeypatch, more):
     [
         (
             {"zero_stage": 3, "offload": {"optimizer": "host", "parameters": "host"}},
-            "on fake devices are one memory",
+            "both places are one memory",
         ),
         ({"states": "mixed_fp32_accumulators"}, "native engine keeps"),
     ],
