@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from torch import Tensor
 
 from benchmarks.cases import Case, Trial
 from benchmarks.drawn import ROOMS, coverage, drawn
 from benchmarks.matrix import matrix
-from benchmarks.parity import judge
+from benchmarks.parity import judge, micro_batches, session_of
 from benchmarks.pool import Pool
+from strategies.engines.engine import MicroBatch
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,32 @@ ONE = Case(
 def test_a_strategy_follows_the_plain_run(pool: Pool, trial: Trial):
     verdict = judge(pool, trial)
     assert verdict.passed, f"loss off by {verdict.loss}, weights by {verdict.weights}"
+
+
+@pytest.mark.parametrize("case", [STAGES, ROUND, FOLDED], ids=str)
+def test_a_pipeline_evaluates_batch_after_batch_and_keeps_one_batchs_messages(pool: Pool, case: Case) -> None:
+    plain, _ = evaluated(0, Case(world_size=1, zero_stage=0))
+    for loss, kept in pool.run(evaluated, case, world_size=case.world_size):
+        assert loss == pytest.approx(plain, rel=1e-12)
+        assert kept <= case.virtual
+
+
+def evaluated(rank: int, case: Case) -> tuple[float, int]:
+    """(the loss of all batches, messages not yet waited for as each batch has been through this rank, at their most)."""
+    session, kept = session_of(case), 0
+    runner, once = session.runner, session.runner.evaluate
+
+    def counted(batch: MicroBatch) -> Tensor | None:
+        nonlocal kept
+        loss = once(batch)
+        kept = max(kept, len(getattr(runner, "sends", ())))
+        return loss
+
+    runner.evaluate = counted
+    batches = micro_batches(case, rank)
+    loss, count = session.evaluate(batches * (1 if len(batches) > 1 else 2))
+    session.close()
+    return loss / count, kept
 
 
 def test_the_planner_draws_every_room():
