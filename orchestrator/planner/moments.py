@@ -302,11 +302,13 @@ def _sharded_moments(
     last = micro.checkpointed if all_checkpointed else min(micro.layer, micro.checkpointed)
     # The feed-forward, of whose weights one has its gradient; or the end of attention, where all have: four gradients of the
     # residual stream's size, the norm's output and what came in are there, the rest of what was saved is gone.
-    working = micro.working + parts.again
+    working = added = micro.working + parts.again
+    weight = min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
     if not splits:
-        weight = min(block, work.ffn_size * work.hidden_size / strategy.tensor_parallel_degree) * element
-        attention = unit + 6 * micro.hidden - (micro.hidden if all_checkpointed else last)
-        working = max(weight + working, attention)
+        attention = 6 * micro.hidden - (micro.hidden if all_checkpointed else last)
+        # Of fp32, gradients that are added to those of a micro batch before are no others.
+        added = max(weight + working, attention + (unit if element < 4 else 0.0))
+        working = max(weight + working, attention + unit)
     # Ids and positions, the step's own numbers, gradients of the norms that lie between two units; what a pipeline brought for
     # this pass and brings for the next.
     before, sent = saved.sent
@@ -318,7 +320,20 @@ def _sharded_moments(
     copies = 2 if group == 1 else 1
     if piped and waits:
         units = _Units(
-            root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, small, forward, whole
+            root,
+            unit,
+            wide_root,
+            wide_block,
+            at_head,
+            in_block,
+            ahead,
+            last,
+            working,
+            added,
+            weight,
+            small,
+            forward,
+            whole,
         )
         return *_waiting_moments(strategy, share, micro, saved, parts, units), at_end
     early = gradients if late and not waits else 0.0
@@ -383,6 +398,10 @@ class _Units(NamedTuple):
     last: float
     """Activations of a pass's last block."""
     working: float
+    added: float
+    """The same where gradients of a micro batch before are there."""
+    weight: float
+    """A gradient, as it comes."""
     small: float
     forward: float
     """As a forward pass ends, and behind it."""
@@ -395,7 +414,9 @@ def _waiting_moments(
 ) -> tuple[Moment, ...]:
     """A pipeline's, whose whole gradients wait for the step's end: a stage's come with its first pass, when activations may have
     begun to go."""
-    root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, small, forward, whole = units
+    root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, added, weight, small, forward, whole = (
+        units
+    )
     blocks, group, piled = whole - wide_root, strategy.zero_group_size, parts.piled
     per_step, splits = strategy.gather == "per_step", strategy.pipeline_schedule in SPLIT_BACKWARD
 
@@ -406,7 +427,7 @@ def _waiting_moments(
         found = -1.0, 0.0
         for flights, inputs, part in states:
             kept = flights * one + inputs * waits + more
-            had = part * blocks + wide_root * (part > 0.0 if share.head else part == 1.0)
+            had = part * blocks + wide_root * (part > 0.0 or inputs > 0.0 if share.head or splits else part == 1.0)
             if kept + had > found[0] + found[1]:
                 found = kept, had
         return found
@@ -420,19 +441,26 @@ def _waiting_moments(
     # A unit is let go when it has gone backward, and gathered again by the next pass through it.
     one_block, stays = (at_head, at_head) if per_step else (root + unit, root)
     turned, rise, table = now + saved.turned, now + saved.ever - saved.most, parts.head_table
+    if before >= whole and not splits:
+        working = added
+    # Of fp32, the output table's gradient has been added to what a micro batch before left.
+    at_work = 0.0 if before and unit == wide_block else table
     embedding = parts.tables + 2 * micro.hidden
     ends: tuple[Moment, ...]
     if splits:
         ends = (
-            ("backward", one_block, 0.0, turned, 0.0, small, table + parts.ends + before),
+            ("backward", one_block, 0.0, rise, 0.0, small, at_work + working + before),
+            ("backward", one_block, 0.0, turned, 0.0, small, at_work + parts.ends + before),
             ("backward", stays, 0.0, turned, 0.0, small, embedding + before),
             ("backward", stays, 0.0, then, 0.0, small, unit + after),
         )
     else:
-        last_block = then + max(0.0, last - wide_block)
+        # The first pass ends without its last block's gradients, and with those of what stands outside only if they came before.
+        late = wide_root * (states.begin[0].gradients < 1.0 and (not share.head or strategy.num_virtual_stages == 1))
+        in_last = units.working + after - late - wide_block
         ends = (
-            ("backward", one_block, 0.0, last_block, piled, ahead + small, table + working + after),
-            ("backward", stays, 0.0, then, 0.0, small, embedding + after),
+            ("backward", one_block, 0.0, then + last, piled, small, table + in_last),
+            ("backward", stays, 0.0, then, 0.0, small, max(embedding, weight + 4 * micro.hidden) + after),
         )
     # One rank alone divides into a copy what it scatters.
     scatter = max(wide_root, wide_block) * (2 if group == 1 else 1)
@@ -440,7 +468,7 @@ def _waiting_moments(
         ("forward", in_block, 0.0, come, piled, forward + flat, parts.wide + there),
         ("forward", at_head, 0.0, at_heads, parts.logits, forward, parts.chunk + by_heads),
         ("backward", at_head, 0.0, at_heads, parts.copy, ahead + small, table + parts.hiddens + by_heads),
-        ("backward", in_block, 0.0, rise, piled, ahead + small, table + working + before),
+        ("backward", in_block, 0.0, now, piled, ahead + small, at_work + working + before),
         *ends,
         ("backward", at_head if per_step else 0.0, 0.0, 0.0, 0.0, small, whole + scatter),
     )
