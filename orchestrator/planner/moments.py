@@ -179,7 +179,9 @@ def native_moments(
     ends = 3 * micro.hidden + 2 * micro.final if scatters else 4 * micro.hidden
     head_table = table if share.head else 0.0
     wide = micro.hidden * work.ffn_size / work.hidden_size / strategy.tensor_parallel_degree
-    if strategy.activation_checkpointing != "none":  # and what a block does not keep
+    if (
+        strategy.activation_checkpointing != "none" and share.checkpointed == share.layers
+    ):  # and what a block does not keep
         wide += wide * (strategy.activation_checkpointing == "full") + micro.hidden * (1 if scatters else 2)
     wide += hiddens - micro.hidden if scatters else micro.hidden * (1 + (strategy.tensor_parallel_degree > 1))
     parts = _Parts(logits + piled, copy + piled, piled, chunk, again, head_table, hiddens, shared, tables, ends, wide)

@@ -250,7 +250,7 @@ def kept_sends(strategy: Strategy, pipeline_rank: int) -> tuple[int, int]:
     behind, schedule = degree - 1 - pipeline_rank, strategy.pipeline_schedule
     inside = behind > 0 and pipeline_rank > 0
     if schedule == "zbv":
-        most = min(micro_batches, min(degree, 6) if inside else 2)
+        most = min(micro_batches - 1, min(degree, 6) if inside else 2)
         return most, most
     # gpipe's have been received by then, but that no schedule holds less than 1F1B is what a search knows.
     most = 1 + inside
