@@ -128,7 +128,7 @@ ENGINES: dict[str, Capability] = {
         whole_until=2,
         buckets=False,
         gathers_ahead=False,
-        speed_error=0.5,
+        speed_error=0.25,
         memory_error=0.25,
         fixed={
             "tensor_parallel_degree": 1,
@@ -227,7 +227,7 @@ ENGINES: dict[str, Capability] = {
         states=("mixed", "mixed", "mixed", "sharded_fp32"),
         whole_until=2,
         gathers_ahead=False,
-        speed_error=0.5,
+        speed_error=0.25,
         memory_error=0.25,
         fixed={
             "tensor_parallel_degree": 1,
