@@ -144,11 +144,7 @@ def prediction(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]
             row = compared(run, world=world, micro=micro, length=length)
             rows.append(row)
             print(
-                f"{world:7} {row['zero_stage']:5} {micro:2} {length:5} | {row['tokens_per_second']['measured']:17.1f} "
-                f"{row['tokens_per_second']['predicted']:10.1f} {row['tokens_per_second']['ratio']:6.2f} | "
-                f"{row['tensor_peak_bytes']['measured'] / 2**30:19.3f} "
-                f"{row['tensor_peak_bytes']['predicted'] / 2**30:10.3f} "
-                f"{row['tensor_peak_bytes']['ratio']:6.3f} | {row['rss_bytes'] / 2**30:7.2f}",
+                f"{world:7} {row['zero_stage']:5} {micro:2} {length:5} | {_told(row)} | {row['rss_bytes'] / 2**30:7.2f}",
                 flush=True,
             )
             if not row["met"]:
@@ -194,11 +190,7 @@ def engines(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             stated.memory_error or BYTES_BOUND
         )
         rows.append(row)
-        print(
-            f"{engine:11} {zero:4}  {precision:9} | {speed['measured']:17.1f} {speed['predicted']:10.1f} {speed['ratio']:6.2f} | "
-            f"{memory['measured'] / 2**30:19.3f} {memory['predicted'] / 2**30:10.3f} {memory['ratio']:6.3f}",
-            flush=True,
-        )
+        print(f"{engine:11} {zero:4}  {precision:9} | {_told(row)}", flush=True)
     return rows
 
 
@@ -224,6 +216,15 @@ def compared(run: runs.Run, *, world: int, micro: int, length: int) -> dict[str,
         and abs(row["tensor_peak_bytes"]["ratio"] - 1) <= BYTES_BOUND
     )
     return row
+
+
+def _told(row: dict[str, Any]) -> str:
+    """Tokens a second and GiB, each measured, predicted and as a ratio."""
+    speed, memory = row["tokens_per_second"], row["tensor_peak_bytes"]
+    return (
+        f"{speed['measured']:17.1f} {speed['predicted']:10.1f} {speed['ratio']:6.2f} | "
+        f"{memory['measured'] / 2**30:19.3f} {memory['predicted'] / 2**30:10.3f} {memory['ratio']:6.3f}"
+    )
 
 
 def _pair(predicted: float, measured: float) -> dict[str, float]:

@@ -135,11 +135,8 @@ class Bounds(Extremes):
     def exposed_s(self, shape: Shape, sharding: Sharding, batches: list[Batch]) -> list[float]:
         """Seconds of gradients and gathers that no compute hides, of a pipeline rank with the fewest layers and neither end of
         the model, by batch. A straight line in the micro batches, level where all is sent once a step."""
-        low, fewest, most = (
-            self._exposed_s(shape, sharding, batches[-1].micro),
-            batches[-1].accumulation,
-            batches[0].accumulation,
-        )
+        low = self._exposed_s(shape, sharding, batches[-1].micro)
+        fewest, most = batches[-1].accumulation, batches[0].accumulation
         if fewest == most or (sharding.gather == sharding.reduce == PER_STEP) or sharding.zero < 2:
             return [low] * len(batches)
         slope = (self._exposed_s(shape, sharding, batches[0].micro) - low) / (most - fewest)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clusters.cluster import weaker_links
 from orchestrator.planner.groups import simplicity
@@ -14,9 +14,6 @@ from orchestrator.planner.result import Found, SearchResult, Wanted, told_excess
 from orchestrator.planner.solve import SLOWER, Solution, solve
 from orchestrator.planner.time import Price
 from strategies.strategy import Strategy, without_effect
-
-if TYPE_CHECKING:
-    pass
 
 TOO_LARGE_PART = 4
 """One alternative in so many may be a family that does not fit; the others are strategies that could run."""

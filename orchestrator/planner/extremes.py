@@ -12,7 +12,7 @@ from functools import lru_cache
 from orchestrator.planner.groups import PER_MICRO_BATCH, Batch, Core, Leanest, Shape, Sharding, point
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.space import Space
-from strategies.pipeline.cost import bubble_fraction, in_flight
+from strategies.pipeline.cost import bubble_fraction, in_flight_of
 from strategies.strategy import Offload, Place, Schedule, Strategy
 
 FEW_LAYERS = 3
@@ -31,20 +31,6 @@ def bubble(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) -
             num_virtual_stages=virtual,
             gradient_accumulation_steps=accumulation,
         )
-    )
-
-
-@lru_cache(maxsize=65536)
-def flights(pipeline: int, schedule: Schedule, virtual: int, accumulation: int, rank: int = 0) -> float:
-    """Micro batches that a pipeline rank, the first if none is named, holds at once."""
-    return in_flight(
-        Strategy(
-            pipeline_parallel_degree=pipeline,
-            pipeline_schedule=schedule,
-            num_virtual_stages=virtual,
-            gradient_accumulation_steps=accumulation,
-        ),
-        rank,
     )
 
 
@@ -79,7 +65,10 @@ class Extremes:
         key = pipeline, batch.schedules, batch.accumulation
         if key not in self._least_of:
             idle = min(bubble(pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
-            held = min(flights(pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
+            held = min(
+                in_flight_of(schedule, pipeline, virtual, batch.accumulation, 0)
+                for schedule, virtual in batch.schedules
+            )
             self._least_of[key] = idle, held
         return self._least_of[key]
 

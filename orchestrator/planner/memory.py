@@ -29,7 +29,7 @@ from strategies.constants import MEMORY, MemoryConstants
 from strategies.offload import cost as offload
 from strategies.pipeline import cost as pipeline
 from strategies.recompute import cost as recompute
-from strategies.strategy import SPLIT_BACKWARD, Strategy
+from strategies.strategy import Strategy
 from strategies.tensor import cost as tensor
 from strategies.workload import Workload
 from strategies.zero import cost as zero
@@ -224,13 +224,8 @@ def tensor_budget(cluster: Cluster) -> float:
     return (_usable_bytes(cluster) + ROUNDING - kept) / (1 + added)
 
 
-def _splits(strategy: Strategy) -> bool:
-    """Backward passes in two halves."""
-    return strategy.pipeline_parallel_degree > 1 and strategy.pipeline_schedule in SPLIT_BACKWARD
-
-
 def _fullest(strategy: Strategy, shares: pipeline.Shares) -> tuple[int, ...]:
-    if not _splits(strategy):
+    if not pipeline.splits(strategy):
         return shares.fullest
     return tuple(dict.fromkeys((*shares.fullest, *shares.latest)))
 
@@ -397,7 +392,7 @@ def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroByt
         return Saved(most, most, -one, given + final, final, numbers, one, 0.0, given, _CARRIED, sent)
     states = pipeline.states(strategy, rank)
     turned = -one / strategy.num_virtual_stages
-    if not _splits(strategy):
+    if not pipeline.splits(strategy):
         piled = final * (pipeline.heads_in_flight(strategy) - 1)
         most = states.begin[0].forward * one + piled
         return Saved(most, most, turned, most + final, final, numbers, one, 0.0, piled, states, sent)

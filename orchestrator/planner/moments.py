@@ -13,7 +13,7 @@ from strategies.engines.engine import BUCKET_BYTES
 from strategies.offload.cost import Offloaded
 from strategies.pipeline import cost as pipeline
 from strategies.pipeline.cost import Share, State, States
-from strategies.strategy import SPLIT_BACKWARD, Strategy
+from strategies.strategy import Strategy
 from strategies.tensor import cost as tensor
 from strategies.workload import Workload
 from strategies.zero import cost as zero
@@ -245,7 +245,7 @@ def _whole_moments(
     at_work = waiting + micro.working + parts.again
     # Under a pipeline buckets go with the last pass of all, behind which nothing waits; after it, where passes are split.
     piped = strategy.pipeline_parallel_degree > 1
-    splits = piped and strategy.pipeline_schedule in SPLIT_BACKWARD
+    splits = pipeline.splits(strategy)
     behind = saved.others if piped else 0.0
     going = 0.0 if splits else buckets
     # Where passes are split, the first block's attention ends with all its own products waiting.
@@ -286,7 +286,7 @@ def _sharded_moments(
     wide = max(4, element)
     group, layers = strategy.zero_group_size, share.layers
     late, piped = strategy.gradient_accumulation_steps > 1, strategy.pipeline_parallel_degree > 1
-    splits = piped and strategy.pipeline_schedule in SPLIT_BACKWARD
+    splits = pipeline.splits(strategy)
     per_step = strategy.gather == "per_step"
     keeps = strategy.zero_stage == 2 or per_step
     # Gradients that are reduced once a step wait whole for the last micro batch, or under a pipeline for the step's end.
@@ -420,7 +420,7 @@ def _waiting_moments(
         units
     )
     blocks, group, piled = whole - wide_root, strategy.zero_group_size, parts.piled
-    per_step, splits = strategy.gather == "per_step", strategy.pipeline_schedule in SPLIT_BACKWARD
+    per_step, splits = strategy.gather == "per_step", pipeline.splits(strategy)
 
     one, waits, states = saved.one, saved.waits, saved.states
 

@@ -22,7 +22,7 @@ from itertools import count
 from typing import Any
 
 from orchestrator.planner.bounds import INFINITE, SLACK, Bounds
-from orchestrator.planner.extremes import bubble, flights
+from orchestrator.planner.extremes import bubble
 from orchestrator.planner.fits import Fits, Recomputing
 from orchestrator.planner.groups import Core, Fixed, Least, Lot, Rest, Row, Shape, Sharding, point, simplicity
 from orchestrator.planner.problem import Choice, Problem
@@ -37,6 +37,7 @@ from orchestrator.planner.result import (
     excess,
 )
 from orchestrator.planner.space import Space
+from strategies.pipeline.cost import in_flight_of
 from strategies.strategy import Offload
 
 
@@ -188,8 +189,6 @@ class _Search:
 
     def _undone(self, shape: Shape, zero: int, offloads: tuple[Offload, ...], size: int) -> tuple[Offload, ...]:
         """Those of which the best of the family is not known. `size`: candidates of all of them, each the same."""
-        if self.result.best is None or self.key <= self.near:
-            return offloads
         each = size // len(offloads)
         return tuple(offload for offload in offloads if not self._is_done(shape, zero, offload, each))
 
@@ -382,7 +381,7 @@ class _Search:
         shape, lot, batch = row.shape, row.lot, row.batch
         for schedule, virtual in batch.schedules:
             number = self.space.num_recomputes(shape.pipeline, virtual)
-            held = flights(shape.pipeline, schedule, virtual, batch.accumulation)
+            held = in_flight_of(schedule, shape.pipeline, virtual, batch.accumulation, 0)
             least = self.bounds.least(shape, lot, row.offload, row.fixed, held)
             least = least and row.least.with_floor(least)
             if least is None:

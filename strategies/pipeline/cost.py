@@ -96,9 +96,14 @@ def _share(stages: tuple[Stage, ...], rank: int) -> Share:
     )
 
 
+def splits(strategy: Strategy) -> bool:
+    """Backward passes in two halves."""
+    return strategy.pipeline_parallel_degree > 1 and strategy.pipeline_schedule in SPLIT_BACKWARD
+
+
 def in_flight(strategy: Strategy, pipeline_rank: int) -> float:
     """Micro batches whose activations a pipeline rank holds at once, counted in whole shares of its layers."""
-    return _in_flight(
+    return in_flight_of(
         strategy.pipeline_schedule,
         strategy.pipeline_parallel_degree,
         strategy.num_virtual_stages,
@@ -107,7 +112,8 @@ def in_flight(strategy: Strategy, pipeline_rank: int) -> float:
     )
 
 
-def _in_flight(schedule: Schedule, ranks: int, virtual: int, micro_batches: int, rank: int) -> float:
+def in_flight_of(schedule: Schedule, ranks: int, virtual: int, micro_batches: int, rank: int) -> float:
+    """The same of a schedule by itself."""
     if ranks == 1:
         return 1.0
     if schedule == "gpipe":
@@ -162,7 +168,7 @@ def states(strategy: Strategy, pipeline_rank: int) -> States:
 
 @lru_cache(maxsize=65536)
 def _states(schedule: Schedule, ranks: int, virtual: int, micro_batches: int, rank: int) -> States:
-    flights = _in_flight(schedule, ranks, virtual, micro_batches, rank)
+    flights = in_flight_of(schedule, ranks, virtual, micro_batches, rank)
     if schedule == "zbv" and ranks > 1:
         if ranks <= PLAYED:
             return _played(orders(schedule, ranks, virtual, min(micro_batches, 3 * ranks))[rank], virtual, 2 * ranks)

@@ -42,18 +42,10 @@ from strategies.zero.cost import (
     unsharded_gradient_bytes,
 )
 from strategies.zero.cost import messages as zero_messages
+from tests.unit.test_pipeline_schedules import SCHEDULES
 
 CLUSTER = load_cluster("a100-80gb-8x8")
 WORK = workload(CATALOG["opt-13b"])
-SCHEDULES = [
-    ("gpipe", 1),
-    ("1f1b", 1),
-    ("interleaved_1f1b", 2),
-    ("interleaved_1f1b", 3),
-    ("interleaved_zero_bubble", 1),
-    ("interleaved_zero_bubble", 2),
-    ("zbv", 2),
-]
 JOB = {"global_batch_size": 512, "sequence_length": 2048, "precision": "bf16"}
 
 
@@ -140,18 +132,7 @@ def test_micro_batches_in_flight(schedule, virtual, micro_batches, rank, held):
 
 
 @pytest.mark.parametrize("pipeline", range(2, 8))
-@pytest.mark.parametrize(
-    ("name", "virtual"),
-    [
-        ("gpipe", 1),
-        ("1f1b", 1),
-        ("interleaved_1f1b", 2),
-        ("interleaved_1f1b", 3),
-        ("interleaved_zero_bubble", 1),
-        ("interleaved_zero_bubble", 2),
-        ("zbv", 2),
-    ],
-)
+@pytest.mark.parametrize(("name", "virtual"), SCHEDULES)
 def test_the_fullest_states_are_those_of_the_schedule(name, virtual, pipeline):
     """Whatever a micro batch's activations, what waits for its weights and the gradients weigh. Of zbv on many ranks a bound."""
     rounds = pipeline if virtual > 1 and name != "zbv" else 1
