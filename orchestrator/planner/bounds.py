@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from operator import itemgetter
 
 from orchestrator.planner.carried import least_carried_s
 from orchestrator.planner.extremes import Extremes
@@ -57,10 +58,14 @@ class Bounds(Extremes):
         self.keeps: dict[tuple[int, bool, int], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
         self._fewest: dict[tuple[Shape, int, int], Fewest] = {}
+        self._lots: dict[tuple[Shape, Sharding], list[tuple[float, Lot]]] = {}
+        self._lots_by_batch: dict[tuple[Shape, int], list[Lot]] = {}
         self._fixed: dict[tuple[Shape, Sharding, Offload], Fixed] = {}
         self.shares: dict[tuple[Shape, bool, int], float] = {}
         self.floors: dict[Shape, float] = {}
-        self.carries: dict[tuple[int, bool, int, tuple[str, ...]], tuple[float, float]] = {}
+        self.carries: dict[tuple[int, bool, int, Least], tuple[float, float]] = {}
+        self._anything: dict[int, Least] = {}
+        self.partly = "num_checkpointed_layers_per_stage" in space.pins
         self.messages_count = space.problem.pinned_fields["mesh_order"][-1] == "tensor"
         """Tensor neighbours are next to each other whatever the other degrees, so their messages cost the same."""
 
@@ -132,17 +137,17 @@ class Bounds(Extremes):
             times += [self.share_s(shape, flag, batch.micro) * (1 + idle) for flag in flags]
         return min(times, default=0.0)
 
-    def exposed_s(self, shape: Shape, sharding: Sharding, batches: list[Batch]) -> list[float]:
+    def _exposed_s(self, shape: Shape, sharding: Sharding, batches: list[Batch]) -> list[float]:
         """Seconds of gradients and gathers that no compute hides, of a pipeline rank with the fewest layers and neither end of
         the model, by batch. A straight line in the micro batches, level where all is sent once a step."""
-        low = self._exposed_s(shape, sharding, batches[-1].micro)
+        low = self._sent_s(shape, sharding, batches[-1].micro)
         fewest, most = batches[-1].accumulation, batches[0].accumulation
         if fewest == most or (sharding.gather == sharding.reduce == PER_STEP) or sharding.zero < 2:
             return [low] * len(batches)
-        slope = (self._exposed_s(shape, sharding, batches[0].micro) - low) / (most - fewest)
+        slope = (self._sent_s(shape, sharding, batches[0].micro) - low) / (most - fewest)
         return [low + slope * (batch.accumulation - fewest) for batch in batches]
 
-    def _exposed_s(self, shape: Shape, sharding: Sharding, micro: int) -> float:
+    def _sent_s(self, shape: Shape, sharding: Sharding, micro: int) -> float:
         problem = self.problem
         if shape.data == 1 or problem.cluster.calibration:  # measured rates need not make fewer bytes faster
             return 0.0
@@ -150,25 +155,67 @@ class Bounds(Extremes):
         roof = roofline(problem.work, problem.cluster, problem.precision)
         return sent_s(roof, strategy, Share(self.rank_layers(shape.pipeline)[1], 0, False, False))[1]
 
+    def lots(self, shape: Shape, sharding: Sharding) -> list[tuple[float, Lot]]:
+        """Micro batches with and without sequence parallelism, and the seconds that a step of each takes at least, before the
+        optimizer's: the least first."""
+        key = shape, sharding
+        if key not in self._lots:
+            found, batches = [], self.space.batches_of(shape, sharding.zero, sharding)
+            for batch, exposed_s in zip(batches, self._exposed_s(shape, sharding, batches), strict=True):
+                for lot in self._lots_of(shape, batch):
+                    found.append((lot.floor_s + exposed_s, lot))
+            self._lots[key] = sorted(found, key=itemgetter(0))
+        return self._lots[key]
+
+    def _lots_of(self, shape: Shape, batch: Batch) -> list[Lot]:
+        """Shared by all shardings."""
+        key = shape, batch.micro
+        if key not in self._lots_by_batch:
+            idle, flights = self.least_of(shape.pipeline, batch)
+            self._lots_by_batch[key] = [
+                Lot(
+                    self.share_s(shape, flag, batch.micro) * (1 + idle),
+                    batch,
+                    flag,
+                    idle,
+                    flights,
+                    self.kept(shape.tensor, flag, batch.micro),
+                )
+                for flag in self.space.sequence_parallels(shape.tensor)
+            ]
+        return self._lots_by_batch[key]
+
     def least(self, shape: Shape, lot: Lot, offload: Offload, fixed: Fixed, flights: float) -> Least | None:
         """What must be recomputed at least for the first pipeline rank to hold the activations of so many micro batches,
         on its GPU or on the host; None where nothing can."""
-        kinds, counts = self.space.recomputes(shape.pipeline, 1)
-        if "num_checkpointed_layers_per_stage" in self.space.pins:  # may be fewer than all: left open here
-            return Least(tuple(kinds), 1 if counts else None)
+        anything = self.anything(shape.pipeline)
+        kinds, counts = anything
+        if self.partly:  # fewer than all may be checkpointed: left open here
+            return anything
         kept, first = lot.kept, self.rank_layers(shape.pipeline)[0]
         free = (fixed.free_late if lot.batch.accumulation >= 2 * shape.pipeline else fixed.free_once) - kept.working
-        if offload.activations == "none":
-            return _least(kinds, bool(counts), kept, first, free / flights)
-        # On the host all of them wait; a block at work and the next one are on the GPU.
-        waiting = _least(kinds, bool(counts), kept, first, fixed.free_on_host / flights)
-        here = _least(kinds, bool(counts), kept, min(first, 2), free)
-        if here is None or waiting is None:
-            return None
-        if here.layers is not None and here.layers > 1:
-            few = _least([], True, kept, first, free)  # or the rest is so small that both are more than all
-            here = here._replace(layers=few.layers if few else first)
-        return here.with_floor(waiting)
+        carried = offload.activations != "none"
+        if carried:
+            # On the host all of them wait; a block at work and the next one are on the GPU.
+            few, waiting = min(first, 2), fixed.free_on_host / first / flights
+            room = min(free / few, waiting)
+        else:
+            few, room = first, free / first / flights
+            waiting = room
+        if kept.none <= room and "none" in kinds:
+            return anything
+        fitting = tuple([kind for kind in kinds if getattr(kept, kind) <= room])
+        if kept.full > room or counts is None:
+            return Least(fitting, None) if fitting else None
+        layers = first * (kept.none - waiting) / (kept.none - kept.full)
+        if carried and kept.none > free / few:
+            # Or the rest is so small that both are more than all.
+            layers = (
+                max(layers, (first * kept.none - free) / (kept.none - kept.full))
+                if first * kept.full <= free
+                else first
+            )
+        return Least(fitting, max(1, math.ceil(layers * SLACK)))
 
     # Bytes ----------------------------------------------------------------------------------------------------------
 
@@ -195,27 +242,34 @@ class Bounds(Extremes):
                 here = min(here, few * one + kept.working)
         return Fewest(once, stay, here, waiting)
 
-    def again_s(self, shape: Shape, sequence_parallel: bool, micro: int, least: Least) -> float:
+    def anything(self, pipeline: int) -> Least:
+        """All recomputing that is open."""
+        if pipeline not in self._anything:
+            kinds, counts = self.space.recomputes(pipeline, 1)
+            self._anything[pipeline] = Least(tuple(kinds), 1 if counts else None)
+        return self._anything[pipeline]
+
+    def again_s(self, row: Row, least: Least) -> float:
         """Seconds that recomputing adds to a step, at least."""
-        if "none" in least.kinds or "num_checkpointed_layers_per_stage" in self.space.pins:
+        kinds, layers = least
+        if "none" in kinds or self.partly:
             return 0.0
-        key, num_layers = (shape.tensor, sequence_parallel, micro), self.problem.arch.num_layers
-        fewest, options = self.rank_layers(shape.pipeline)[1], []
-        if "selective" in least.kinds:
-            options.append(self.added_s(*key, "selective") * fewest / num_layers)
-        if least.layers is not None:
-            options.append(self.added_s(*key, "full") * min(least.layers, fewest) / num_layers)
-        return self.problem.accumulation(shape.data, micro) * min(options)
+        key = row.shape.tensor, row.sequence_parallel, row.micro
+        fewest, seconds = self.rank_layers(row.shape.pipeline)[1], INFINITE
+        if "selective" in kinds:
+            seconds = self.added_s(*key, "selective") * fewest
+        if layers is not None:
+            seconds = min(seconds, self.added_s(*key, "full") * min(layers, fewest))
+        return row.batch.accumulation * seconds / self.problem.arch.num_layers
 
     def extra_s(self, row: Row, again_s: float) -> float:
         """Seconds that recomputing, which takes so many, and carrying activations to the host and back add at least."""
         if row.offload.activations == "none":
             return again_s
-        shape, micro = row.shape, row.micro
-        kinds, counts = self.space.recomputes(shape.pipeline, 1)
-        a_layer, hidden = self.carried_s(shape.tensor, row.sequence_parallel, micro, (*kinds, *["full"] * bool(counts)))
-        carried = max(0.0, a_layer * self.rank_layers(shape.pipeline)[1] - hidden)
-        return max(again_s, self.problem.accumulation(shape.data, micro) * carried)
+        pipeline = row.shape.pipeline
+        a_layer, hidden = self.carried_s(row.shape.tensor, row.sequence_parallel, row.micro, self.anything(pipeline))
+        carried = max(0.0, a_layer * self.rank_layers(pipeline)[1] - hidden)
+        return max(again_s, row.batch.accumulation * carried)
 
     def avoidable_s(self, strategy: Strategy, batch: Batch) -> float:
         """Of a strategy's messages, what another schedule of the batch may not have: under zbv one rank holds both ends of the
@@ -240,15 +294,13 @@ class Bounds(Extremes):
             return 0.0
         return max(0.0, time.data_parallel_exposed_s - time.data_parallel_s * (1 - TIME.hidden_sharded))
 
-    def carried_s(
-        self, tensor: int, sequence_parallel: bool, micro: int, kinds: tuple[str, ...]
-    ) -> tuple[float, float]:
+    def carried_s(self, tensor: int, sequence_parallel: bool, micro: int, anything: Least) -> tuple[float, float]:
         """least_carried_s of one micro batch on one tensor group."""
-        key = tensor, sequence_parallel, micro, kinds
+        key = tensor, sequence_parallel, micro, anything
         if key not in self.carries:
+            kinds = dict.fromkeys(("none", *anything.kinds, *["full"] * (anything.layers is not None)))
             strategies = {
-                kind: self.problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
-                for kind in ("none", *kinds)
+                kind: self.problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind)) for kind in kinds
             }
             self.carries[key] = least_carried_s(self.problem, strategies)
         return self.carries[key]
@@ -278,16 +330,6 @@ class Bounds(Extremes):
         parameters = min(stepped(problem.work, strategy, end._replace(layers=fewest)) for end in ends)
         step_s = sum(optimizer_s(roof, strategy, parameters, TIME))
         return Fixed(budget - stands.once, budget - stands.late, on_host - stands.host, step_s)
-
-
-def _least(kinds: list[str], full: bool, kept: Kept, layers: int, free: float) -> Least | None:
-    """What must be recomputed of so many layers to leave no more bytes."""
-    fitting = tuple([kind for kind in kinds if layers * getattr(kept, kind) <= free])
-    needed = None
-    if full and layers * kept.full <= free:
-        missing = layers * kept.none - free
-        needed = max(1, math.ceil(missing / (kept.none - kept.full) * SLACK)) if missing > 0 else 1
-    return Least(fitting, needed) if fitting or needed is not None else None
 
 
 def _micro_choice(tensor: int, sequence_parallel: bool, micro: int, kind: str) -> Choice:

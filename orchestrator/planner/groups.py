@@ -106,10 +106,10 @@ class Least(NamedTuple):
 
 
 class Lot(NamedTuple):
-    """A micro batch of some degrees and a sharding, as every offload has it."""
+    """A micro batch of some degrees, as every sharding and offload has it."""
 
     floor_s: float
-    """Busy time, bubble and what replicas wait for, nothing recomputed."""
+    """Busy time and bubble, nothing recomputed."""
     batch: Batch
     sequence_parallel: bool
     idle: float
@@ -168,11 +168,6 @@ class Row(NamedTuple):
     @property
     def zero(self) -> int:
         return self.sharding.zero
-
-    @property
-    def floor_s(self) -> float:
-        """Nothing recomputed, no activations carried."""
-        return self.lot.floor_s + self.fixed.step_s
 
 
 class Rest(NamedTuple):

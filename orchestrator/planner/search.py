@@ -15,7 +15,7 @@ from __future__ import annotations
 import gc
 import heapq
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count
@@ -24,7 +24,7 @@ from typing import Any
 from orchestrator.planner.bounds import INFINITE, SLACK, Bounds
 from orchestrator.planner.extremes import bubble
 from orchestrator.planner.fits import Fits, Recomputing
-from orchestrator.planner.groups import Core, Fixed, Least, Lot, Rest, Row, Shape, Sharding, point, simplicity
+from orchestrator.planner.groups import Core, Fixed, Least, Rest, Row, Shape, Sharding, point, simplicity
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import (
     GIB,
@@ -39,6 +39,8 @@ from orchestrator.planner.result import (
 from orchestrator.planner.space import Space
 from strategies.pipeline.cost import in_flight_of
 from strategies.strategy import Offload
+
+NO_RECOMPUTING = "activations do not fit however much is recomputed"
 
 
 def search(
@@ -87,7 +89,6 @@ class _Search:
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
-        self.lots: dict[tuple[Shape, Sharding], list[Lot]] = {}
         self.rests: dict[tuple[Any, ...], Rest] = {}
         self.opened: dict[tuple[Shape, int, Offload], None] = {}
         """Families that were looked at: where nothing fits, all but those that hold more than another one that does not fit."""
@@ -272,8 +273,7 @@ class _Search:
             some.update(fits)
             if fits:
                 fixed = self.bounds.fixed(shape, sharding, away)
-                lots = self._lots(shape, sharding)
-                self._push_lot(number * len(fits), fixed, lots, shape, sharding, tuple(fits))
+                self._push_next(self._rows(shape, sharding, fits, fixed, number * len(fits)))
         self._none_fits(shape, zero, [offload for offload in offloads if offload not in some])
 
     def _most(self, offloads: list[Offload]) -> list[Offload]:
@@ -282,56 +282,48 @@ class _Search:
         stay = [offload for offload in offloads if offload.activations == "none"]
         return [*offloads[-1:], *stay[-1:]] if offloads[-1:] != stay[-1:] else offloads[-1:]
 
-    def _lots(self, shape: Shape, sharding: Sharding) -> list[Lot]:
-        """Micro batches and sequence parallel of some degrees, the largest bound first."""
-        key = shape, sharding
-        if key not in self.lots:
-            lots: list[Lot] = []
-            batches = self.space.batches_of(shape, sharding.zero, sharding)
-            for batch, exposed_s in zip(batches, self.bounds.exposed_s(shape, sharding, batches), strict=True):
-                idle, flights = self.bounds.least_of(shape.pipeline, batch)
-                for flag in self.space.sequence_parallels(shape.tensor):
-                    floor_s = self.bounds.share_s(shape, flag, batch.micro) * (1 + idle) + exposed_s
-                    kept = self.bounds.kept(shape.tensor, flag, batch.micro)
-                    lots.append(Lot(floor_s, batch, flag, idle, flights, kept))
-            self.lots[key] = sorted(lots, key=lambda lot: -lot.floor_s)
-        return self.lots[key]
-
-    def _push_lot(self, size: int, fixed: Fixed, lots: list[Lot], *group: Any) -> None:
-        """The best of the lots, the last one, stands in the heap for all of them."""
-        if lots:
-            self._push(lots[-1].floor_s + fixed.step_s, group[0], size, self._open_lot, fixed, lots, *group)
-
-    def _open_lot(
-        self, size: int, fixed: Fixed, lots: list[Lot], shape: Shape, sharding: Sharding, offloads: tuple[Offload, ...]
-    ) -> None:
-        """(micro batch, sequence parallel) -> the same of one family, with what must be recomputed counted by a bound."""
-        each = size // len(offloads)
-        offloads = self._undone(shape, sharding.zero, offloads, size)
-        if not offloads:
-            return
-        lot = lots[-1]
-        for offload in offloads:
-            least = self.bounds.least(shape, lot, offload, fixed, lot.flights)
-            if least is None:
-                self._reject(shape, "activations", lot.size, "activations do not fit however much is recomputed")
-            else:
+    def _rows(
+        self, shape: Shape, sharding: Sharding, offloads: list[Offload], fixed: Fixed, size: int
+    ) -> Iterator[tuple[float, Row, int]]:
+        """(micro batch, sequence parallel, activations on the host) of some families with one sharding, the best first: seconds,
+        the row, and how many candidates it and the later ones have. A row is made when no earlier one must be better."""
+        made: list[tuple[float, int, Row]] = []
+        for floor_s, lot in self.bounds.lots(shape, sharding):
+            floor_s += fixed.step_s
+            while made and made[0][0] <= floor_s:
+                step_s, _, row = heapq.heappop(made)
+                yield step_s, row, size
+                size -= row.lot.size
+            for offload in offloads:
+                least = self.bounds.least(shape, lot, offload, fixed, lot.flights)
+                if least is None:
+                    self._reject(shape, "activations", lot.size, NO_RECOMPUTING)
+                    size -= lot.size
+                    continue
                 row = Row(shape, lot, sharding, offload, fixed, least)
-                self._push(row.floor_s + self._added_s(row, least), shape, lot.size, self._time_row, row)
-        self._push_lot((each - lot.size) * len(offloads), fixed, lots[:-1], shape, sharding, offloads)
+                again_s = self.bounds.again_s(row, least)
+                step_s = floor_s + self.bounds.extra_s(row, again_s) + again_s * lot.idle
+                heapq.heappush(made, (step_s, next(self.order), row))
+        while made:
+            step_s, _, row = heapq.heappop(made)
+            yield step_s, row, size
+            size -= row.lot.size
 
-    def _added_s(self, row: Row, least: Least) -> float:
-        """Seconds that recomputing, carrying activations, and the bubble of both add to a row's floor at least."""
-        again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, least)
-        return self.bounds.extra_s(row, again_s) + again_s * row.lot.idle
+    def _push_next(self, rows: Iterator[tuple[float, Row, int]]) -> None:
+        """The best row stands in the heap for the others."""
+        found = next(rows, None)
+        if found is not None:
+            step_s, row, size = found
+            self._push(step_s, row.shape, size, self._time_row, row, rows)
 
-    def _time_row(self, size: int, row: Row) -> None:
-        """(micro batch, sequence parallel) -> the same, priced in time under the first schedule with as little recomputed as is
-        open."""
-        if self._is_done(row.shape, row.zero, row.offload, size):
-            return
-        rest = self._rest(row)
-        self._push(self._floor_s(row, rest, row.least, row.lot.idle), row.shape, size, self._count_row, row, rest)
+    def _time_row(self, size: int, row: Row, rows: Iterator[tuple[float, Row, int]]) -> None:
+        """A row -> the same, priced in time under the first schedule with as little recomputed as is open."""
+        self._push_next(rows)
+        size = row.lot.size
+        if not self._is_done(row.shape, row.zero, row.offload, size):
+            rest = self._rest(row)
+            floor_s = self._floor_s(row, rest, row.least, row.lot.idle)
+            self._push(floor_s, row.shape, size, self._count_row, row, rest)
 
     def _rest(self, row: Row) -> Rest:
         away = _stays(row.offload)  # what they cost is in extra_s
@@ -359,14 +351,14 @@ class _Search:
         leanest = self.bounds.leanest(row.shape, row.sharding, row.micro, row.sequence_parallel)
         least = self.recomputing.least(leanest, row.offload, row.least)
         if least is None:
-            self._reject(row.shape, "activations", size, "activations do not fit however much is recomputed")
+            self._reject(row.shape, "activations", size, NO_RECOMPUTING)
         else:
             row = row._replace(least=least)
             self._push(self._floor_s(row, rest, least, row.lot.idle), row.shape, size, self._open_row, row, rest)
 
     def _floor_s(self, row: Row, rest: Rest, least: Least, idle: float) -> float:
         """Bound of a row's members with such a bubble."""
-        again_s = self.bounds.again_s(row.shape, row.sequence_parallel, row.micro, least)
+        again_s = self.bounds.again_s(row, least)
         is_open = "none" in self.space.recomputes(row.shape.pipeline, 1)[0]
         extra_s = self.bounds.extra_s(row, again_s) if is_open else 0.0
         busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
@@ -385,7 +377,7 @@ class _Search:
             least = self.bounds.least(shape, lot, row.offload, row.fixed, held)
             least = least and row.least.with_floor(least)
             if least is None:
-                self._reject(shape, "activations", number, "activations do not fit however much is recomputed")
+                self._reject(shape, "activations", number, NO_RECOMPUTING)
                 continue
             idle = bubble(shape.pipeline, schedule, virtual, batch.accumulation)
             core = Core(shape, lot.sequence_parallel, batch.micro, schedule, virtual)
