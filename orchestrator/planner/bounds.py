@@ -2,8 +2,8 @@
 
 The bounds hold for any model in which
 
-- a step takes at least (micro batches) x (time of one on the mean pipeline rank) x (1 + bubble), and sharding, offload and
-  recomputing only add to it;
+- a step takes at least (micro batches) x (time of one on the slowest pipeline rank), and the bubble, in which one passes through
+  the other ranks, and sharding, offload and recomputing only add to it;
 - the first pipeline rank, going back through a block, holds its states, what `standing` counts and that block's work beside the
   activations of min(m, p) micro batches, or of two layers where all others wait on the host;
 - more checkpointed layers hold fewer bytes, and take longer where activations stay on the GPU.
@@ -22,6 +22,7 @@ from orchestrator.planner.extremes import Extremes
 from orchestrator.planner.groups import (
     PER_STEP,
     Batch,
+    Busy,
     Core,
     Fewest,
     Fixed,
@@ -39,7 +40,7 @@ from orchestrator.planner.moments import MicroBytes
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.roofline import roofline
 from orchestrator.planner.space import Space
-from orchestrator.planner.time import TimePrice, again_s, optimizer_s, sent_s, stepped, tensor_s, tied_s
+from orchestrator.planner.time import SILENT, TimePrice, again_s, optimizer_s, sent_s, stepped, tensor_s, tied_s
 from strategies.constants import TIME
 from strategies.pipeline.cost import Share
 from strategies.strategy import Offload, Strategy
@@ -61,7 +62,7 @@ class Bounds(Extremes):
         self._lots: dict[tuple[Shape, Sharding], list[tuple[float, Lot]]] = {}
         self._lots_by_batch: dict[tuple[Shape, int], list[Lot]] = {}
         self._fixed: dict[tuple[Shape, Sharding, Offload], Fixed] = {}
-        self.shares: dict[tuple[Shape, bool, int], float] = {}
+        self._busy: dict[tuple[Shape, bool, int], Busy] = {}
         self.floors: dict[Shape, float] = {}
         self.carries: dict[tuple[int, bool, int, Least], tuple[float, float]] = {}
         self._anything: dict[int, Least] = {}
@@ -72,9 +73,17 @@ class Bounds(Extremes):
     def micro_pass(self, tensor: int, sequence_parallel: bool, micro: int) -> Pass:
         key = tensor, sequence_parallel, micro
         if key not in self.passes:
-            compute_s, messages_s, _ = self._seconds(*key, "none")
-            self.passes[key] = Pass(compute_s, messages_s)
+            self.passes[key] = self._make_pass(*key)
         return self.passes[key]
+
+    def _make_pass(self, tensor: int, sequence_parallel: bool, micro: int) -> Pass:
+        problem, tokens = self.problem, micro * self.problem.sequence_length
+        strategy = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, "none"))
+        roof = roofline(problem.work, problem.cluster, problem.precision)
+        layer = roof.layer(strategy, tokens, problem.sequence_length)
+        talk = tensor_s(roof, strategy, tokens) if self.messages_count else SILENT
+        layer_s = layer.forward_s + layer.backward_s + talk.layer
+        return Pass(layer_s, talk.embedding, roof.head(tokens, tensor) + talk.head)
 
     def kept(self, tensor: int, sequence_parallel: bool, micro: int) -> Kept:
         key = tensor, sequence_parallel, micro
@@ -93,49 +102,43 @@ class Bounds(Extremes):
         """Seconds that recomputing every layer adds to one micro batch."""
         added = self.added.get((tensor, sequence_parallel, micro, kind))
         if added is None:
-            _, sent_s, again_s = self._seconds(tensor, sequence_parallel, micro, kind)
-            added = again_s + sent_s - self.micro_pass(tensor, sequence_parallel, micro).messages_s
+            problem, tokens = self.problem, micro * self.problem.sequence_length
+            strategy = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
+            roof = roofline(problem.work, problem.cluster, problem.precision)
+            added = again_s(strategy, roof.layer(strategy, tokens, problem.sequence_length))
+            if self.messages_count:
+                plain = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, "none"))
+                talk = tensor_s(roof, strategy, tokens)
+                added += talk.layer + talk.again - tensor_s(roof, plain, tokens).layer
+            added *= problem.arch.num_layers
             self.added[tensor, sequence_parallel, micro, kind] = added
         return added
 
-    def _seconds(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> tuple[float, float, float]:
-        """(compute, messages, recompute) of one micro batch on one tensor group."""
-        problem, layers = self.problem, self.problem.arch.num_layers
-        strategy = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
-        roof, tokens = roofline(problem.work, problem.cluster, problem.precision), micro * problem.sequence_length
-        layer = roof.layer(strategy, tokens, problem.sequence_length)
-        checkpointed = layers * (kind != "none")
-        talk = tensor_s(roof, strategy, tokens).of(Share(layers, checkpointed, True, True))
-        compute_s = layers * (layer.forward_s + layer.backward_s) + roof.head(tokens, tensor)
-        return compute_s, talk * self.messages_count, checkpointed * again_s(strategy, layer)
-
     # Seconds --------------------------------------------------------------------------------------------------------
 
-    def share_s(self, shape: Shape, sequence_parallel: bool, micro: int) -> float:
-        """Seconds of a step on the mean pipeline rank, nothing recomputed; the rank with the fewest layers has the fewest
-        messages."""
+    def busy_s(self, shape: Shape, sequence_parallel: bool, micro: int) -> Busy:
         key = shape, sequence_parallel, micro
-        if key not in self.shares:
-            self.shares[key] = self._share_s(*key)
-        return self.shares[key]
+        if key not in self._busy:
+            one = self.micro_pass(shape.tensor, sequence_parallel, micro)
+            times, total = (
+                self.problem.accumulation(shape.data, micro),
+                one.of(self.problem.arch.num_layers, True, True),
+            )
+            slowest_s = min(max(one.of(*share) for share in shares) for shares in self.busiest(shape.pipeline))
+            self._busy[key] = Busy(times * total, times * slowest_s)
+        return self._busy[key]
 
-    def _share_s(self, shape: Shape, sequence_parallel: bool, micro: int) -> float:
-        one = self.micro_pass(shape.tensor, sequence_parallel, micro)
-        fewest = self.rank_layers(shape.pipeline)[1] / self.problem.arch.num_layers
-        return self.problem.accumulation(shape.data, micro) * (one.compute_s / shape.pipeline + one.messages_s * fewest)
+    def floor_s(self, shape: Shape, sequence_parallel: bool, micro: int, idle: float) -> float:
+        """Seconds of a step with such a bubble, nothing recomputed."""
+        return self.busy_s(shape, sequence_parallel, micro).floor_s(shape.pipeline, idle)
 
     def shape_s(self, shape: Shape) -> float:
-        """Seconds of a step of any strategy of these degrees: the mean pipeline rank at work, and its bubble."""
+        """Seconds of a step of any strategy of these degrees: the slowest pipeline rank at work, and its bubble."""
         if shape not in self.floors:
-            self.floors[shape] = self._shape_s(shape)
+            flags = self.space.sequence_parallels(shape.tensor)
+            idle = [(batch.micro, self.least_of(shape.pipeline, batch)[0]) for batch in self.space.batches(shape)]
+            self.floors[shape] = min((self.floor_s(shape, flag, *each) for flag in flags for each in idle), default=0.0)
         return self.floors[shape]
-
-    def _shape_s(self, shape: Shape) -> float:
-        flags, times = self.space.sequence_parallels(shape.tensor), []
-        for batch in self.space.batches(shape):
-            idle, _ = self.least_of(shape.pipeline, batch)
-            times += [self.share_s(shape, flag, batch.micro) * (1 + idle) for flag in flags]
-        return min(times, default=0.0)
 
     def _exposed_s(self, shape: Shape, sharding: Sharding, batches: list[Batch]) -> list[float]:
         """Seconds of gradients and gathers that no compute hides, of a pipeline rank with the fewest layers and neither end of
@@ -174,7 +177,7 @@ class Bounds(Extremes):
             idle, flights = self.least_of(shape.pipeline, batch)
             self._lots_by_batch[key] = [
                 Lot(
-                    self.share_s(shape, flag, batch.micro) * (1 + idle),
+                    self.floor_s(shape, flag, batch.micro, idle),
                     batch,
                     flag,
                     idle,

@@ -12,7 +12,7 @@ from functools import lru_cache
 from orchestrator.planner.groups import PER_MICRO_BATCH, Batch, Core, Leanest, Shape, Sharding, point
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.space import Space
-from strategies.pipeline.cost import bubble_fraction, in_flight_of
+from strategies.pipeline.cost import Share, bubble_fraction, in_flight_of, shares
 from strategies.strategy import Offload, Place, Schedule, Strategy
 
 FEW_LAYERS = 3
@@ -42,6 +42,7 @@ class Extremes:
         self._layouts: dict[int, tuple[tuple[Schedule, int], ...]] = {}
         self._least_of: dict[tuple[int, tuple[tuple[Schedule, int], ...], int], tuple[float, float]] = {}
         self._rank_layers: dict[int, tuple[int, int]] = {}
+        self._busiest: dict[int, list[list[tuple[int, bool, bool]]]] = {}
 
     def layouts(self, pipeline: int) -> tuple[tuple[Schedule, int], ...]:
         """Schedules of which one holds the fewest bytes: 1F1B; zero-bubble, which computes a block's weights apart; zbv, whose
@@ -75,17 +76,30 @@ class Extremes:
     def rank_layers(self, pipeline: int) -> tuple[int, int]:
         """(layers of the first pipeline rank, of the rank that has the fewest), the least of any layout."""
         if pipeline not in self._rank_layers:
-            first, fewest = [], []
-            for schedule, virtual in self.layouts(pipeline):
-                held = [0] * pipeline
-                for stage in self.problem.strategy(
-                    Choice(pipeline=pipeline, schedule=schedule, virtual=virtual)
-                ).stages:
-                    held[stage.pipeline_rank] += stage.num_layers
-                first.append(held[0])
-                fewest.append(min(held))
-            self._rank_layers[pipeline] = min(first), min(fewest)
+            layouts = [[share.layers for share in shares] for shares in self._shares(pipeline)]
+            self._rank_layers[pipeline] = min(held[0] for held in layouts), min(min(held) for held in layouts)
         return self._rank_layers[pipeline]
+
+    def _shares(self, pipeline: int) -> list[tuple[Share, ...]]:
+        """What the pipeline ranks of each layout hold."""
+        choices = [
+            Choice(pipeline=pipeline, schedule=schedule, virtual=virtual)
+            for schedule, virtual in self.layouts(pipeline)
+        ]
+        return [shares(self.problem.strategy(choice)).by_rank for choice in choices]
+
+    def busiest(self, pipeline: int) -> list[list[tuple[int, bool, bool]]]:
+        """Of each layout the ranks of which one is the slowest: (layers, embedding, head)."""
+        if pipeline not in self._busiest:
+            layouts = {
+                frozenset((share.layers, share.embedding, share.head) for share in held)
+                for held in self._shares(pipeline)
+            }
+            self._busiest[pipeline] = [
+                [one for one in held if not any(one != other and _covers(other, one) for other in held)]
+                for held in layouts
+            ]
+        return self._busiest[pipeline]
 
     def smallest(self, shape: Shape, zero: int, offload: Offload) -> list[Choice]:
         """The members of a family of which one holds the fewest bytes, the likeliest first."""
@@ -143,3 +157,7 @@ class Extremes:
         core = self.leanest(shape, sharding, batch.micro, False)[0].core
         offload = Offload(optimizer="host", parameters="host", activations=activations)  # type: ignore[arg-type]
         return point(core, sharding._replace(group=1), offload, "none", None)
+
+
+def _covers(other: tuple[int, bool, bool], one: tuple[int, bool, bool]) -> bool:
+    return all(more >= less for more, less in zip(other, one, strict=True))

@@ -55,10 +55,30 @@ PER_MICRO_BATCH, PER_STEP = "per_micro_batch", "per_step"
 
 
 class Pass(NamedTuple):
-    """One micro batch through the whole model on one tensor group, nothing recomputed: seconds."""
+    """One micro batch on one tensor group, forward and backward, nothing recomputed: seconds."""
 
-    compute_s: float
-    messages_s: float
+    layer_s: float
+    embedding_s: float
+    head_s: float
+
+    def of(self, layers: int, embedding: bool, head: bool) -> float:
+        """Through a part of the model."""
+        return layers * self.layer_s + embedding * self.embedding_s + head * self.head_s
+
+
+class Busy(NamedTuple):
+    """All micro batches of a step, nothing recomputed: seconds."""
+
+    total_s: float
+    """On all pipeline ranks."""
+    slowest_s: float
+    """On the slowest, at least."""
+
+    def floor_s(self, pipeline: int, idle: float) -> float:
+        """The step with such a bubble: it is the other ranks'."""
+        if pipeline == 1:
+            return self.total_s
+        return self.slowest_s + (self.total_s - self.slowest_s) / (pipeline - 1) * idle
 
 
 class Kept(NamedTuple):

@@ -361,10 +361,9 @@ class _Search:
         again_s = self.bounds.again_s(row, least)
         is_open = "none" in self.space.recomputes(row.shape.pipeline, 1)[0]
         extra_s = self.bounds.extra_s(row, again_s) if is_open else 0.0
-        busy_s = self.bounds.share_s(row.shape, row.sequence_parallel, row.micro)
-        if row.shape.pipeline > 1:  # the bubble is the other ranks', which have so much less than the mean
-            busy_s -= max(0.0, rest.slowest_s - busy_s) / (row.shape.pipeline - 1)
-        return rest.step_s + extra_s - min(rest.hideable_s, extra_s) + (busy_s + again_s) * idle
+        busy = self.bounds.busy_s(row.shape, row.sequence_parallel, row.micro)
+        bubble_s = (again_s + max(0.0, busy.total_s - rest.slowest_s) / max(1, row.shape.pipeline - 1)) * idle
+        return rest.step_s + extra_s - min(rest.hideable_s, extra_s) + bubble_s
 
     def _open_row(self, size: int, row: Row, rest: Rest) -> None:
         """(micro batch, sequence parallel) -> schedules, each with its own bubble and micro batches in flight."""
