@@ -59,7 +59,7 @@ class Bounds(Extremes):
         self.keeps: dict[tuple[int, bool, int], Kept] = {}
         self.added: dict[tuple[int, bool, int, str], float] = {}
         self._fewest: dict[tuple[Shape, int, int], Fewest] = {}
-        self._lots: dict[tuple[Shape, Sharding], list[tuple[float, Lot]]] = {}
+        self._lots: dict[tuple[Shape, int, Sharding | None], list[tuple[float, Lot]]] = {}
         self._lots_by_batch: dict[tuple[Shape, int], list[Lot]] = {}
         self._fixed: dict[tuple[Shape, Sharding, Offload], Fixed] = {}
         self._busy: dict[tuple[Shape, bool, int], Busy] = {}
@@ -158,15 +158,42 @@ class Bounds(Extremes):
         roof = roofline(problem.work, problem.cluster, problem.precision)
         return sent_s(roof, strategy, Share(self.rank_layers(shape.pipeline)[1], 0, False, False))[1]
 
-    def lots(self, shape: Shape, sharding: Sharding) -> list[tuple[float, Lot]]:
+    def family_s(self, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> float:
+        """Seconds of a step of any member of these families; INFINITE where none fits."""
+        sharding, best = self.kindest(shape, zero), INFINITE
+        fixed = self.fixed(shape, sharding, away)
+        for floor_s, lot in self.lots(shape, zero):
+            if floor_s + fixed.step_s >= best:
+                break
+            for offload in offloads:
+                _, added_s = self.row(shape, lot, sharding, offload, fixed)
+                best = min(best, floor_s + fixed.step_s + added_s)
+        return best
+
+    def row(
+        self, shape: Shape, lot: Lot, sharding: Sharding, offload: Offload, fixed: Fixed
+    ) -> tuple[Row | None, float]:
+        """A row, and the seconds that recomputing, carrying activations, and the bubble of both add to its lot's floor at least;
+        (None, INFINITE) where nothing fits."""
+        least = self.least(shape, lot, offload, fixed, lot.flights)
+        if least is None:
+            return None, INFINITE
+        row = Row(shape, lot, sharding, offload, fixed, least)
+        again_s = self.again_s(row, least)
+        return row, self.extra_s(row, again_s) + again_s * lot.idle
+
+    def lots(self, shape: Shape, zero: int, sharding: Sharding | None = None) -> list[tuple[float, Lot]]:
         """Micro batches with and without sequence parallelism, and the seconds that a step of each takes at least, before the
-        optimizer's: the least first."""
-        key = shape, sharding
+        optimizer's, with any sharding or one: the least first."""
+        key = shape, zero, sharding
         if key not in self._lots:
-            found, batches = [], self.space.batches_of(shape, sharding.zero, sharding)
-            for batch, exposed_s in zip(batches, self._exposed_s(shape, sharding, batches), strict=True):
-                for lot in self._lots_of(shape, batch):
-                    found.append((lot.floor_s + exposed_s, lot))
+            batches = self.space.batches_of(shape, zero, sharding)
+            exposed = self._exposed_s(shape, sharding, batches) if sharding else [0.0] * len(batches)
+            found = [
+                (lot.floor_s + exposed_s, lot)
+                for batch, exposed_s in zip(batches, exposed, strict=True)
+                for lot in self._lots_of(shape, batch)
+            ]
             self._lots[key] = sorted(found, key=itemgetter(0))
         return self._lots[key]
 
@@ -308,11 +335,6 @@ class Bounds(Extremes):
             self.carries[key] = least_carried_s(self.problem, strategies)
         return self.carries[key]
 
-    def fixed_s(self, shape: Shape, zero: int, away: Offload) -> float:
-        """Seconds of a step that every member of the family has."""
-        last = self.space.batches_of(shape, zero)[-1]
-        return self.fixed(shape, self.widest(shape, last.shardings[zero])[0], away).step_s
-
     def fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
         key = shape, sharding, away
         if key not in self._fixed:
@@ -321,7 +343,7 @@ class Bounds(Extremes):
 
     def _make_fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
         problem, cluster, pipeline = self.problem, self.problem.cluster, shape.pipeline
-        last = self.space.batches_of(shape, sharding.zero, sharding)[-1]
+        last = self.space.batches_of(shape, sharding.zero)[-1]
         core, (first, fewest) = Core(shape, False, last.micro, "1f1b", 1), self.rank_layers(pipeline)
         strategy = problem.strategy(point(core, sharding, away, "none", None))
         share = Share(first, 0, True, pipeline == 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from orchestrator.planner.groups import PER_MICRO_BATCH, Batch, Core, Leanest, Shape, Sharding, point
+from orchestrator.planner.groups import PER_MICRO_BATCH, PER_STEP, Batch, Core, Leanest, Shape, Sharding, point
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.space import Space
 from strategies.pipeline.cost import Share, bubble_fraction, in_flight_of, shares
@@ -122,6 +122,12 @@ class Extremes:
     def _leanest_of(self, shape: Shape, batch: Batch, zero: int, flag: bool) -> list[Leanest]:
         shardings = self.widest(shape, batch.shardings[zero])
         return [found for sharding in shardings for found in self.leanest(shape, sharding, batch.micro, flag)]
+
+    def kindest(self, shape: Shape, zero: int) -> Sharding:
+        """No sharding of a ZeRO stage leaves a rank fewer bytes beside its activations, or less for the optimizer. It need not be
+        open."""
+        group = max(sharding.group for sharding in self.space.shardings_of(shape, zero))
+        return Sharding(zero, group, PER_MICRO_BATCH, PER_MICRO_BATCH if zero >= 2 else PER_STEP)
 
     def widest(self, shape: Shape, shardings: tuple[Sharding, ...]) -> list[Sharding]:
         """Of a ZeRO stage's, those of which one holds the fewest bytes."""

@@ -24,7 +24,7 @@ from typing import Any
 from orchestrator.planner.bounds import INFINITE, SLACK, Bounds
 from orchestrator.planner.extremes import bubble
 from orchestrator.planner.fits import Fits, Recomputing
-from orchestrator.planner.groups import Core, Fixed, Least, Rest, Row, Shape, Sharding, point, simplicity
+from orchestrator.planner.groups import Core, Least, Rest, Row, Shape, Sharding, point, simplicity
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import (
     GIB,
@@ -207,8 +207,8 @@ class _Search:
             each, offloads = number * sequence, self.space.offloads_of(zero, shape.data)
             if not offloads:  # what is pinned is not built at this stage
                 continue
-            most = self._most(offloads)
-            over = self._least_over(shape, zero, most)
+            kindest, most = self.bounds.kindest(shape, zero), self._most(offloads)
+            over = min(self._over(shape, kindest, offload)[0] for offload in most)
             if over > 0:
                 self._none_fits(shape, zero, most)
                 self._reject(shape, f"memory {zero}", each * len(offloads), f"ZeRO {zero}: {_told_over(over)}")
@@ -221,7 +221,7 @@ class _Search:
                     away = _stays(offload)
                     families[away] = (*families.get(away, ()), offload)
             for away, kept in families.items():
-                floor_s = floor + self.bounds.fixed_s(shape, zero, away)
+                floor_s = floor + self.bounds.fixed(shape, kindest, away).step_s
                 self._push(floor_s, shape, each * len(kept), self._open_family, shape, zero, away, kept)
 
     def _host_holds(self, shape: Shape, zero: int, offload: Offload) -> bool:
@@ -233,16 +233,6 @@ class _Search:
             memory = self.fits.memory(self.bounds.hungriest(shape, zero, offload.activations))
             self.host_holds[key] = memory.host_bytes_per_node <= memory.host_usable_bytes
         return self.host_holds[key]
-
-    def _least_over(self, shape: Shape, zero: int, offloads: list[Offload]) -> float:
-        """Bytes that a GPU has too many at least in any of these families; not above 0 where one may fit."""
-        over = INFINITE
-        for offload in offloads:
-            for sharding in self.space.shardings_of(shape, zero):
-                over = min(over, self._over(shape, sharding, offload)[0])
-                if over <= 0:
-                    return over
-        return over
 
     def _over(self, shape: Shape, sharding: Sharding, offload: Offload) -> tuple[float, float]:
         """Fewest.over of a family with this sharding."""
@@ -256,25 +246,37 @@ class _Search:
         self.result.too_large += [self.bounds.smallest(shape, zero, offload)[0] for offload in offloads]
 
     def _open_family(self, size: int, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> None:
-        """(ZeRO stage, offload but for activations) -> ZeRO groups and frequencies."""
-        offloads, some = self._undone(shape, zero, offloads, size), set[Offload]()
+        """(ZeRO stage, offload but for activations) -> the same, with the least that must be recomputed or carried."""
+        each, offloads = size // len(offloads), self._undone(shape, zero, offloads, size)
         self.opened |= dict.fromkeys((shape, zero, offload) for offload in offloads)
+        step_s = self.bounds.family_s(shape, zero, away, offloads)
+        if step_s < INFINITE:
+            self._push(step_s, shape, each * len(offloads), self._open_shardings, shape, zero, away, offloads)
+            return
+        self._none_fits(shape, zero, offloads)
+        for offload in offloads:
+            self._too_large(shape, self.bounds.kindest(shape, zero), offload, each)
+
+    def _open_shardings(self, size: int, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> None:
+        """-> ZeRO groups and frequencies."""
+        offloads, some = self._undone(shape, zero, offloads, size), set[Offload]()
         flags = len(self.space.sequence_parallels(shape.tensor))
         for sharding in self.space.shardings_of(shape, zero) if offloads else []:
-            fits, batches = [], self.space.batches_of(shape, zero, sharding)
-            number = flags * sum(batch.num_recomputes for batch in batches)
-            for offload in offloads:
-                on_gpu, on_host = self._over(shape, sharding, offload)
-                if max(on_gpu, on_host) <= 0:
-                    fits.append(offload)
-                else:
-                    where = _told_over(on_gpu) if on_gpu > 0 else f"{_told_over(on_host)} in host memory"
-                    self._reject(shape, f"memory {zero}", number, f"ZeRO {zero}: {where}")
+            number = flags * sum(batch.num_recomputes for batch in self.space.batches_of(shape, zero, sharding))
+            fits = [offload for offload in offloads if not self._too_large(shape, sharding, offload, number)]
             some.update(fits)
             if fits:
-                fixed = self.bounds.fixed(shape, sharding, away)
-                self._push_next(self._rows(shape, sharding, fits, fixed, number * len(fits)))
+                self._push_next(self._rows(shape, sharding, away, fits, number * len(fits)))
         self._none_fits(shape, zero, [offload for offload in offloads if offload not in some])
+
+    def _too_large(self, shape: Shape, sharding: Sharding, offload: Offload, size: int) -> bool:
+        """Whether no member of a family with this sharding can fit; then they are rejected."""
+        on_gpu, on_host = self._over(shape, sharding, offload)
+        if max(on_gpu, on_host) <= 0:
+            return False
+        where = _told_over(on_gpu) if on_gpu > 0 else f"{_told_over(on_host)} in host memory"
+        self._reject(shape, f"memory {sharding.zero}", size, f"ZeRO {sharding.zero}: {where}")
+        return True
 
     def _most(self, offloads: list[Offload]) -> list[Offload]:
         """The offloads of which one leaves the fewest bytes on a GPU: all that can go; and without activations, which come back
@@ -283,27 +285,23 @@ class _Search:
         return [*offloads[-1:], *stay[-1:]] if offloads[-1:] != stay[-1:] else offloads[-1:]
 
     def _rows(
-        self, shape: Shape, sharding: Sharding, offloads: list[Offload], fixed: Fixed, size: int
+        self, shape: Shape, sharding: Sharding, away: Offload, offloads: list[Offload], size: int
     ) -> Iterator[tuple[float, Row, int]]:
         """(micro batch, sequence parallel, activations on the host) of some families with one sharding, the best first: seconds,
         the row, and how many candidates it and the later ones have. A row is made when no earlier one must be better."""
-        made: list[tuple[float, int, Row]] = []
-        for floor_s, lot in self.bounds.lots(shape, sharding):
-            floor_s += fixed.step_s
-            while made and made[0][0] <= floor_s:
+        fixed, made = self.bounds.fixed(shape, sharding, away), list[tuple[float, int, Row]]()
+        for floor_s, lot in self.bounds.lots(shape, sharding.zero, sharding):
+            while made and made[0][0] <= floor_s + fixed.step_s:
                 step_s, _, row = heapq.heappop(made)
                 yield step_s, row, size
                 size -= row.lot.size
             for offload in offloads:
-                least = self.bounds.least(shape, lot, offload, fixed, lot.flights)
-                if least is None:
+                found, added_s = self.bounds.row(shape, lot, sharding, offload, fixed)
+                if found is None:
                     self._reject(shape, "activations", lot.size, NO_RECOMPUTING)
                     size -= lot.size
-                    continue
-                row = Row(shape, lot, sharding, offload, fixed, least)
-                again_s = self.bounds.again_s(row, least)
-                step_s = floor_s + self.bounds.extra_s(row, again_s) + again_s * lot.idle
-                heapq.heappush(made, (step_s, next(self.order), row))
+                else:
+                    heapq.heappush(made, (floor_s + fixed.step_s + added_s, next(self.order), found))
         while made:
             step_s, _, row = heapq.heappop(made)
             yield step_s, row, size
