@@ -119,13 +119,12 @@ class Bounds(Extremes):
     def busy_s(self, shape: Shape, sequence_parallel: bool, micro: int) -> Busy:
         key = shape, sequence_parallel, micro
         if key not in self._busy:
-            one = self.micro_pass(shape.tensor, sequence_parallel, micro)
-            times, total = (
+            one, times = (
+                self.micro_pass(shape.tensor, sequence_parallel, micro),
                 self.problem.accumulation(shape.data, micro),
-                one.of(self.problem.arch.num_layers, True, True),
             )
-            slowest_s = min(max(one.of(*share) for share in shares) for shares in self.busiest(shape.pipeline))
-            self._busy[key] = Busy(times * total, times * slowest_s)
+            slowest_s = one.slowest_s(self.busiest(shape.pipeline))
+            self._busy[key] = Busy(times * one.whole_s(self.problem.arch.num_layers), times * slowest_s)
         return self._busy[key]
 
     def floor_s(self, shape: Shape, sequence_parallel: bool, micro: int, idle: float) -> float:

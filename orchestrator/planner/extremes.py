@@ -7,31 +7,14 @@ out otherwise or computes the weights apart."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 from orchestrator.planner.groups import PER_MICRO_BATCH, PER_STEP, Batch, Core, Leanest, Shape, Sharding, point
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.space import Space
 from strategies.pipeline.cost import Share, bubble_fraction, in_flight_of, shares
-from strategies.strategy import Offload, Place, Schedule, Strategy
+from strategies.strategy import Offload, Place, Schedule
 
 FEW_LAYERS = 3
 """Of a rank, that what is on its way may outweigh what stays: layers gathered ahead, a layer computed again."""
-
-
-@lru_cache(maxsize=65536)
-def bubble(pipeline: int, schedule: Schedule, virtual: int, accumulation: int) -> float:
-    """Idle over busy time of a schedule."""
-    if pipeline == 1:
-        return 0.0
-    return bubble_fraction(
-        Strategy(
-            pipeline_parallel_degree=pipeline,
-            pipeline_schedule=schedule,
-            num_virtual_stages=virtual,
-            gradient_accumulation_steps=accumulation,
-        )
-    )
 
 
 class Extremes:
@@ -65,7 +48,10 @@ class Extremes:
         """(the smallest bubble, the fewest micro batches in flight) of a batch's schedules."""
         key = pipeline, batch.schedules, batch.accumulation
         if key not in self._least_of:
-            idle = min(bubble(pipeline, *schedule, batch.accumulation) for schedule in batch.schedules)
+            idle = min(
+                bubble_fraction(schedule, pipeline, virtual, batch.accumulation)
+                for schedule, virtual in batch.schedules
+            )
             held = min(
                 in_flight_of(schedule, pipeline, virtual, batch.accumulation, 0)
                 for schedule, virtual in batch.schedules

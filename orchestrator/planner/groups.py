@@ -61,9 +61,19 @@ class Pass(NamedTuple):
     embedding_s: float
     head_s: float
 
-    def of(self, layers: int, embedding: bool, head: bool) -> float:
-        """Through a part of the model."""
-        return layers * self.layer_s + embedding * self.embedding_s + head * self.head_s
+    def whole_s(self, num_layers: int) -> float:
+        return num_layers * self.layer_s + self.embedding_s + self.head_s
+
+    def slowest_s(self, layouts: list[list[tuple[int, bool, bool]]]) -> float:
+        """On the slowest pipeline rank of the kindest layout; of a rank (layers, embedding, head)."""
+        layer_s, embedding_s, head_s = self
+        least = float("inf")
+        for ranks in layouts:
+            most = 0.0
+            for layers, embedding, head in ranks:
+                most = max(most, layers * layer_s + embedding * embedding_s + head * head_s)
+            least = min(least, most)
+        return least
 
 
 class Busy(NamedTuple):

@@ -141,15 +141,9 @@ def price_memory(
     shares = pipeline.shares(strategy)
     micro = ledger.micro(strategy)
     fills = {rank: ledger.fill(strategy, shares.by_rank[rank], rank, micro) for rank in _fullest(strategy, shares)}
-    fullest, tensors, host, nvme, staging = 0, -1, 0.0, 0.0, 0
-    for rank, each in fills.items():
-        if each.tensors > tensors:
-            fullest, tensors = rank, each.tensors
-        host = max(host, each.left.host_bytes)
-        nvme = max(nvme, each.left.nvme_bytes)
-        staging = max(staging, sum(each.states))  # a checkpoint's one copy
-    if strategy.offload.activations == "host":
-        host += max(_kept(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
+    fullest = max(fills, key=lambda rank: fills[rank].tensors)
+    tensors = fills[fullest].tensors
+    host, nvme, staging = _away(ledger, strategy, shares, micro)
     ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
     peak = tensors + reserve_bytes(tensors, kind, constants)
 
@@ -166,6 +160,24 @@ def price_memory(
         host_usable_bytes=cluster.host.memory_bytes,
         nvme_usable_bytes=cluster.host.nvme_bytes,
     )
+
+
+def host_bytes_per_node(
+    work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_length: int, precision: str
+) -> int:
+    """What price_memory says of it beside GPUs, without the rest."""
+    ledger = _ledger(work, precision, sequence_length, MEMORY)
+    host, _, staging = _away(ledger, strategy, pipeline.shares(strategy), ledger.micro(strategy))
+    return _host_bytes(strategy, "cuda", host, staging, 0) * min(cluster.gpus_per_node, strategy.num_gpus)
+
+
+def _away(ledger: _Ledger, strategy: Strategy, shares: pipeline.Shares, micro: MicroBytes) -> tuple[float, float, int]:
+    """Of the rank that has the most: bytes (in host memory, on NVMe, of a checkpoint's one copy)."""
+    held = [ledger.held(strategy, shares.by_rank[rank]) for rank in _fullest(strategy, shares)]
+    host = max(each.left.host_bytes for each, _, _ in held)
+    if strategy.offload.activations == "host":
+        host += max(_kept(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
+    return host, max(each.left.nvme_bytes for each, _, _ in held), max(states for _, _, states in held)
 
 
 def _host_bytes(strategy: Strategy, kind: str, offloaded: float, staging: float, peak: int) -> int:

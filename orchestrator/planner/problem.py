@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.workloads import workload
-from orchestrator.planner.memory import MemoryPrice, price_memory, too_large
+from orchestrator.planner.memory import MemoryPrice, host_bytes_per_node, price_memory, too_large
 from orchestrator.planner.stages import cut
 from orchestrator.planner.time import Price, TimePrice, price_time
 from strategies.catalog import ENGINES, Capability
@@ -165,6 +165,14 @@ class Problem:
     def too_large(self, strategy: Strategy) -> bool:
         """For a GPU; cheaper than all that `memory` says."""
         return too_large(
+            self.work, strategy, self.cluster, sequence_length=self.sequence_length, precision=self.precision
+        )
+
+    def host_bytes(self, strategy: Strategy) -> int:
+        """Of a node, as `memory` has it."""
+        if self.cluster.accelerator.kind != "cuda":  # whose memory is the host's
+            return self.memory(strategy).host_bytes_per_node
+        return host_bytes_per_node(
             self.work, strategy, self.cluster, sequence_length=self.sequence_length, precision=self.precision
         )
 

@@ -22,7 +22,6 @@ from itertools import count
 from typing import Any
 
 from orchestrator.planner.bounds import INFINITE, SLACK, Bounds
-from orchestrator.planner.extremes import bubble
 from orchestrator.planner.fits import Fits, Recomputing
 from orchestrator.planner.groups import Core, Least, Rest, Row, Shape, Sharding, point, simplicity
 from orchestrator.planner.problem import Choice, Problem
@@ -37,7 +36,7 @@ from orchestrator.planner.result import (
     excess,
 )
 from orchestrator.planner.space import Space
-from strategies.pipeline.cost import in_flight_of
+from strategies.pipeline.cost import bubble_fraction, in_flight_of
 from strategies.strategy import Offload
 
 NO_RECOMPUTING = "activations do not fit however much is recomputed"
@@ -230,8 +229,8 @@ class _Search:
             return False
         key = shape, zero, offload.activations
         if key not in self.host_holds:
-            memory = self.fits.memory(self.bounds.hungriest(shape, zero, offload.activations))
-            self.host_holds[key] = memory.host_bytes_per_node <= memory.host_usable_bytes
+            hungriest = self.problem.strategy(self.bounds.hungriest(shape, zero, offload.activations))
+            self.host_holds[key] = self.problem.host_bytes(hungriest) <= self.problem.cluster.host.memory_bytes
         return self.host_holds[key]
 
     def _over(self, shape: Shape, sharding: Sharding, offload: Offload) -> tuple[float, float]:
@@ -249,13 +248,19 @@ class _Search:
         """(ZeRO stage, offload but for activations) -> the same, with the least that must be recomputed or carried."""
         each, offloads = size // len(offloads), self._undone(shape, zero, offloads, size)
         self.opened |= dict.fromkeys((shape, zero, offload) for offload in offloads)
+        if not offloads:
+            return
+        if len(self.space.shardings_of(shape, zero)) == 1:
+            self._open_shardings(each * len(offloads), shape, zero, away, offloads)
+            return
         step_s = self.bounds.family_s(shape, zero, away, offloads)
         if step_s < INFINITE:
             self._push(step_s, shape, each * len(offloads), self._open_shardings, shape, zero, away, offloads)
             return
         self._none_fits(shape, zero, offloads)
         for offload in offloads:
-            self._too_large(shape, self.bounds.kindest(shape, zero), offload, each)
+            if not self._too_large(shape, self.bounds.kindest(shape, zero), offload, each):
+                self._reject(shape, "activations", each, NO_RECOMPUTING)
 
     def _open_shardings(self, size: int, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> None:
         """-> ZeRO groups and frequencies."""
@@ -376,7 +381,7 @@ class _Search:
             if least is None:
                 self._reject(shape, "activations", number, NO_RECOMPUTING)
                 continue
-            idle = bubble(shape.pipeline, schedule, virtual, batch.accumulation)
+            idle = bubble_fraction(schedule, shape.pipeline, virtual, batch.accumulation)
             core = Core(shape, lot.sequence_parallel, batch.micro, schedule, virtual)
             floor_s = self._floor_s(row, rest, least, idle)
             self._push(floor_s, shape, number, self._open_core, core, row.sharding, row.offload, least)

@@ -293,12 +293,13 @@ def holds_like(schedule: Schedule, num_virtual_stages: int) -> Schedule:
     return "1f1b" if schedule == "interleaved_1f1b" and num_virtual_stages == 1 else schedule
 
 
-def bubble_fraction(strategy: Strategy) -> float:
-    """Idle time over busy time: (p - 1) / (m v); about a third of it where weight gradients fill the gaps, which takes longer
-    itself."""
-    degree = strategy.pipeline_parallel_degree
-    fraction = (degree - 1) / (strategy.gradient_accumulation_steps * strategy.num_virtual_stages)
-    return fraction / 3 + SPLIT_S if strategy.pipeline_schedule in SPLIT_BACKWARD else fraction
+def bubble_fraction(schedule: Schedule, ranks: int, virtual: int, micro_batches: int) -> float:
+    """Idle time over busy time where the ranks are equal: (p - 1) / (m v); about a third of it where weight gradients fill the
+    gaps, which takes longer itself."""
+    if ranks == 1:
+        return 0.0
+    fraction = (ranks - 1) / (micro_batches * virtual)
+    return fraction / 3 + SPLIT_S if schedule in SPLIT_BACKWARD else fraction
 
 
 def bubble_s(strategy: Strategy, *, once_s: float, slowest_s: float) -> float:

@@ -10,13 +10,13 @@ import pytest
 
 from orchestrator.planner import explain
 from orchestrator.planner.capacity import Question, capacity, told
-from orchestrator.planner.extremes import bubble
 from orchestrator.planner.gantt import timeline
 from orchestrator.planner.html import capacity_page, page
 from orchestrator.planner.plan import Plan, plan
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.render import bar, bytes_told, render, seconds_told
 from orchestrator.spec import parse_job
+from strategies.pipeline.cost import bubble_fraction
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_schedule_played_through_has_the_bubble_that_the_price_has(
     assert len(bars) == 2 * ranks * virtual * micros
     busy = sum(bar.end - bar.start for bar in bars) / ranks
     idle = max(bar.end for bar in bars) / busy - 1
-    assert idle == pytest.approx(bubble(ranks, schedule, virtual, micros), abs=1e-9)
+    assert idle == pytest.approx(bubble_fraction(schedule, ranks, virtual, micros), abs=1e-9)
 
 
 @pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv"])
