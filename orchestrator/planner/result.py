@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from orchestrator.planner.bounds import Bounds
 from orchestrator.planner.fits import Fits
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice
@@ -73,6 +74,8 @@ class SearchResult:
     """From then until the best of the other families asked for were."""
     fits: Fits | None = None
     """What was priced in bytes, for the next search of this job."""
+    bounds: Bounds | None = None
+    """And what bounds its groups."""
 
 
 @dataclass(frozen=True, kw_only=True)

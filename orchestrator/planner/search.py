@@ -47,13 +47,14 @@ def search(
     *,
     wanted: Wanted | None = None,
     num_families: int = 21,
-    fits: Fits | None = None,
+    after: SearchResult | None = None,
     near_s: Callable[[Choice], float] | None = None,
 ) -> SearchResult:
     """The best strategy under the problem's objective, and the best of each of the next families.
 
     Args:
-        fits: an earlier search's.
+        after: an earlier search for the same job on the same GPUs, whose bytes need no pricing again, and where only what may be
+            offloaded is another, no bounds either.
         near_s: of the best, seconds of a step up to which all strategies are wanted (SearchResult.near).
     """
     started = time.perf_counter()
@@ -62,7 +63,7 @@ def search(
     collects = gc.isenabled()
     gc.disable()  # a search makes values without cycles, and looking for them took a sixth of its time
     try:
-        result = _Search(space, wanted, num_families, fits or Fits(problem), near_s).run(started)
+        result = _Search(space, wanted, num_families, after, near_s).run(started)
     finally:
         if collects:
             gc.enable()
@@ -76,15 +77,18 @@ class _Search:
         space: Space,
         wanted: Wanted,
         num_families: int,
-        fits: Fits,
-        near_s: Callable[[Choice], float] | None = None,
+        after: SearchResult | None,
+        near_s: Callable[[Choice], float] | None,
     ) -> None:
         self.space, self.problem, self.wanted, self.num_families = space, space.problem, wanted, num_families
-        self.bounds, self.near_s = Bounds(space), near_s
+        known = after.bounds if after else None
+        self.bounds = known if known and known.space.is_alike(space) else Bounds(space)
+        self.near_s = near_s
         self.key = self.near = 0.0
         """Of the group that is open, and up to which all strategies are wanted."""
-        self.fits, self.result = fits, SearchResult(fits=fits)
-        self.recomputing = Recomputing(space, fits)
+        self.fits = after.fits if after and after.fits else Fits(self.problem)
+        self.result = SearchResult(fits=self.fits, bounds=self.bounds)
+        self.recomputing = Recomputing(space, self.fits)
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()

@@ -50,7 +50,7 @@ def solve(
     """The strategy to take. Where nothing fits, the one that is over by least. PlanError where nothing can be at all.
 
     Args:
-        after: an earlier search for the same job on the same GPUs, whose bytes need no pricing again.
+        after: an earlier search for the same job on the same GPUs, of which what it found out is used.
         near: find all that a slower link could bring to the top as well (explain.sensitivity).
     """
     check(problem)
@@ -71,7 +71,7 @@ def solve(
         problem,
         wanted=wanted,
         num_families=num_families,
-        fits=after.fits if after else None,
+        after=after,
         near_s=(lambda choice: _on_slower_links_s(problem, choice)) if near else None,
     )
     choice = found.best.choice if found.best else found.closest.choice if found.closest else None

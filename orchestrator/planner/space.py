@@ -34,6 +34,11 @@ class Space:
         self._offloads: dict[int, list[Offload]] = {}
         self._recomputes: dict[tuple[int, int], tuple[list[str], list[int | None]]] = {}
 
+    def is_alike(self, other: Space) -> bool:
+        """But for what may be offloaded."""
+        ours, theirs = self.problem.without_pins("offload"), other.problem.without_pins("offload")
+        return ours == theirs and self.every_size == other.every_size
+
     def _is_built(self, field: str, **choices: Any) -> bool:
         """The engine carries these choices out together. Always, unless only what is built is wanted."""
         if not self.problem.built_only:
