@@ -99,7 +99,7 @@ class Bounds(Extremes):
         return micro_bytes(problem.work, strategy, sequence_length=problem.sequence_length, precision=problem.precision)
 
     def added_s(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> float:
-        """Seconds that recomputing every layer adds to one micro batch."""
+        """Seconds that recomputing a layer adds to one micro batch."""
         added = self.added.get((tensor, sequence_parallel, micro, kind))
         if added is None:
             problem, tokens = self.problem, micro * self.problem.sequence_length
@@ -110,7 +110,6 @@ class Bounds(Extremes):
                 plain = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, "none"))
                 talk = tensor_s(roof, strategy, tokens)
                 added += talk.layer + talk.again - tensor_s(roof, plain, tokens).layer
-            added *= problem.arch.num_layers
             self.added[tensor, sequence_parallel, micro, kind] = added
         return added
 
@@ -174,7 +173,7 @@ class Bounds(Extremes):
     ) -> tuple[Row | None, float]:
         """A row, and the seconds that recomputing, carrying activations, and the bubble of both add to its lot's floor at least;
         (None, INFINITE) where nothing fits."""
-        least = self.least(shape, lot, offload, fixed, lot.flights)
+        least = self.least(lot, offload, fixed, lot.flights)
         if least is None:
             return None, INFINITE
         row = Row(shape, lot, sharding, offload, fixed, least)
@@ -201,28 +200,33 @@ class Bounds(Extremes):
         key = shape, batch.micro
         if key not in self._lots_by_batch:
             idle, flights = self.least_of(shape.pipeline, batch)
+            late, (first, fewest) = batch.accumulation >= 2 * shape.pipeline, self.rank_layers(shape.pipeline)
             self._lots_by_batch[key] = [
                 Lot(
-                    self.floor_s(shape, flag, batch.micro, idle),
-                    batch,
-                    flag,
-                    idle,
-                    flights,
-                    self.kept(shape.tensor, flag, batch.micro),
+                    floor_s=self.floor_s(shape, flag, batch.micro, idle),
+                    batch=batch,
+                    sequence_parallel=flag,
+                    idle=idle,
+                    flights=flights,
+                    late=late,
+                    kept=self.kept(shape.tensor, flag, batch.micro),
+                    first=first,
+                    fewest=fewest,
+                    anything=self.anything(shape.pipeline),
                 )
                 for flag in self.space.sequence_parallels(shape.tensor)
             ]
         return self._lots_by_batch[key]
 
-    def least(self, shape: Shape, lot: Lot, offload: Offload, fixed: Fixed, flights: float) -> Least | None:
+    def least(self, lot: Lot, offload: Offload, fixed: Fixed, flights: float) -> Least | None:
         """What must be recomputed at least for the first pipeline rank to hold the activations of so many micro batches,
         on its GPU or on the host; None where nothing can."""
-        anything = self.anything(shape.pipeline)
-        kinds, counts = anything
+        anything = lot.anything
         if self.partly:  # fewer than all may be checkpointed: left open here
             return anything
-        kept, first = lot.kept, self.rank_layers(shape.pipeline)[0]
-        free = (fixed.free_late if lot.batch.accumulation >= 2 * shape.pipeline else fixed.free_once) - kept.working
+        kinds, counts = anything
+        kept, first = lot.kept, lot.first
+        free = (fixed.free_late if lot.late else fixed.free_once) - kept.working
         carried = offload.activations != "none"
         if carried:
             # On the host all of them wait; a block at work and the next one are on the GPU.
@@ -283,22 +287,21 @@ class Bounds(Extremes):
         kinds, layers = least
         if "none" in kinds or self.partly:
             return 0.0
-        key = row.shape.tensor, row.sequence_parallel, row.micro
-        fewest, seconds = self.rank_layers(row.shape.pipeline)[1], INFINITE
+        lot, seconds = row.lot, INFINITE
+        key = row.shape.tensor, lot.sequence_parallel, lot.batch.micro
         if "selective" in kinds:
-            seconds = self.added_s(*key, "selective") * fewest
+            seconds = self.added_s(*key, "selective") * lot.fewest
         if layers is not None:
-            seconds = min(seconds, self.added_s(*key, "full") * min(layers, fewest))
-        return row.batch.accumulation * seconds / self.problem.arch.num_layers
+            seconds = min(seconds, self.added_s(*key, "full") * min(layers, lot.fewest))
+        return lot.batch.accumulation * seconds
 
     def extra_s(self, row: Row, again_s: float) -> float:
         """Seconds that recomputing, which takes so many, and carrying activations to the host and back add at least."""
         if row.offload.activations == "none":
             return again_s
-        pipeline = row.shape.pipeline
-        a_layer, hidden = self.carried_s(row.shape.tensor, row.sequence_parallel, row.micro, self.anything(pipeline))
-        carried = max(0.0, a_layer * self.rank_layers(pipeline)[1] - hidden)
-        return max(again_s, row.batch.accumulation * carried)
+        lot = row.lot
+        a_layer, hidden = self.carried_s(row.shape.tensor, lot.sequence_parallel, lot.batch.micro, lot.anything)
+        return max(again_s, lot.batch.accumulation * (a_layer * lot.fewest - hidden))
 
     def avoidable_s(self, strategy: Strategy, batch: Batch) -> float:
         """Of a strategy's messages, what another schedule of the batch may not have: under zbv one rank holds both ends of the

@@ -146,7 +146,15 @@ class Lot(NamedTuple):
     """The smallest bubble of the schedules."""
     flights: float
     """The fewest micro batches in flight."""
+    late: bool
+    """A step has twice as many micro batches as pipeline ranks, or more."""
     kept: Kept
+    first: int
+    """Layers of the first pipeline rank."""
+    fewest: int
+    """Layers of the rank that has the fewest."""
+    anything: Least
+    """All recomputing that is open."""
 
     @property
     def size(self) -> int:

@@ -380,7 +380,7 @@ class _Search:
         for schedule, virtual in batch.schedules:
             number = self.space.num_recomputes(shape.pipeline, virtual)
             held = in_flight_of(schedule, shape.pipeline, virtual, batch.accumulation, 0)
-            least = self.bounds.least(shape, lot, row.offload, row.fixed, held)
+            least = self.bounds.least(lot, row.offload, row.fixed, held)
             least = least and row.least.with_floor(least)
             if least is None:
                 self._reject(shape, "activations", number, NO_RECOMPUTING)
