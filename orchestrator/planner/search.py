@@ -330,7 +330,7 @@ class _Search:
         if not self._is_done(row.shape, row.zero, row.offload, size):
             rest = self._rest(row)
             floor_s = self._floor_s(row, rest, row.least, row.lot.idle)
-            self._push(floor_s, row.shape, size, self._count_row, row, rest)
+            self._push(floor_s, row.shape, size, self._open_row, row, rest)
 
     def _rest(self, row: Row) -> Rest:
         away = _stays(row.offload)  # what they cost is in extra_s

@@ -63,15 +63,15 @@ def shares(strategy: Strategy) -> Shares:
         return known[1]
     if len(_SHARES) >= _MOST_SHARES:
         _SHARES.clear()
-    by_rank = tuple(_share(stages, rank) for rank in range(strategy.pipeline_parallel_degree))
-    distinct = tuple((share, by_rank.count(share)) for share in dict.fromkeys(by_rank))
+    by_rank = _by_rank(stages, strategy.pipeline_parallel_degree)
+    distinct = Counter(by_rank)
     fullest: list[int] = []
-    for rank, share in enumerate(by_rank):
+    for share in distinct:
         if not any(_covers(by_rank[earlier], share) for earlier in fullest):
-            fullest.append(rank)
+            fullest.append(by_rank.index(share))
     borders = _borders(stages, len(by_rank))
     latest = {share: rank for rank, share in enumerate(by_rank)}
-    found = Shares(by_rank, distinct, tuple(fullest), borders, max(borders), tuple(latest.values()))
+    found = Shares(by_rank, tuple(distinct.items()), tuple(fullest), borders, max(borders), tuple(latest.values()))
     _SHARES[id(stages)] = stages, found
     return found
 
@@ -86,14 +86,14 @@ def _covers(earlier: Share, later: Share) -> bool:
     )
 
 
-def _share(stages: tuple[Stage, ...], rank: int) -> Share:
-    held = [stage for stage in stages if stage.pipeline_rank == rank]
-    return Share(
-        sum(stage.num_layers for stage in held),
-        sum(stage.num_checkpointed_layers for stage in held),
-        any(stage.embedding for stage in held),
-        any(stage.head for stage in held),
-    )
+def _by_rank(stages: tuple[Stage, ...], degree: int) -> tuple[Share, ...]:
+    layers, checkpointed, embedding, head = [0] * degree, [0] * degree, -1, -1
+    for stage in stages:
+        rank = stage.pipeline_rank
+        layers[rank] += stage.num_layers
+        checkpointed[rank] += stage.num_checkpointed_layers
+        embedding, head = rank if stage.embedding else embedding, rank if stage.head else head
+    return tuple(Share(layers[rank], checkpointed[rank], rank == embedding, rank == head) for rank in range(degree))
 
 
 def splits(strategy: Strategy) -> bool:
@@ -342,6 +342,6 @@ def shared_message(
 
 def _borders(stages: tuple[Stage, ...], degree: int) -> tuple[int, ...]:
     """By rank."""
-    ranks = [stage.pipeline_rank for stage in sorted(stages, key=lambda stage: stage.stage)]
+    ranks = [stage.pipeline_rank for stage in stages]
     touched = Counter(rank for border in pairwise(ranks) if border[0] != border[1] for rank in border)
     return tuple(touched[rank] for rank in range(degree))
