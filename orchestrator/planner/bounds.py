@@ -30,7 +30,6 @@ from orchestrator.planner.groups import (
     Least,
     Lot,
     Pass,
-    Row,
     Shape,
     Sharding,
     point,
@@ -55,30 +54,41 @@ class Bounds(Extremes):
 
     def __init__(self, space: Space) -> None:
         super().__init__(space)
-        self.passes: dict[tuple[int, bool, int], Pass] = {}
-        self.keeps: dict[tuple[int, bool, int], Kept] = {}
-        self.added: dict[tuple[int, bool, int, str], float] = {}
+        self._ones: dict[tuple[int, bool, int, str], Strategy] = {}
+        self._passes: dict[tuple[int, bool, int], Pass] = {}
+        self._keeps: dict[tuple[int, bool, int], Kept] = {}
+        self._added: dict[tuple[int, bool, int, str], float] = {}
         self._fewest: dict[tuple[Shape, int, int], Fewest] = {}
         self._lots: dict[tuple[Shape, int, Sharding | None], list[tuple[float, Lot]]] = {}
         self._lots_by_batch: dict[tuple[Shape, int], list[Lot]] = {}
-        self._fixed: dict[tuple[Shape, Sharding, Offload], Fixed] = {}
+        self._fixed: dict[tuple[Shape, int, Sharding | None, Offload], Fixed] = {}
         self._busy: dict[tuple[Shape, bool, int], Busy] = {}
-        self.floors: dict[Shape, float] = {}
-        self.carries: dict[tuple[int, bool, int, Least], tuple[float, float]] = {}
+        self._floors: dict[Shape, float] = {}
+        self._carries: dict[tuple[int, bool, int, Least], tuple[float, float]] = {}
         self._anything: dict[int, Least] = {}
         self.partly = "num_checkpointed_layers_per_stage" in space.pins
         self.messages_count = space.problem.pinned_fields["mesh_order"][-1] == "tensor"
         """Tensor neighbours are next to each other whatever the other degrees, so their messages cost the same."""
 
+    def _one(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> Strategy:
+        """One micro batch on one tensor group."""
+        key = tensor, sequence_parallel, micro, kind
+        if key not in self._ones:
+            choice = Choice(
+                tensor=tensor, sequence_parallel=sequence_parallel, micro=micro, reduce=PER_STEP, recompute=kind
+            )
+            self._ones[key] = self.problem.strategy(choice)
+        return self._ones[key]
+
     def micro_pass(self, tensor: int, sequence_parallel: bool, micro: int) -> Pass:
         key = tensor, sequence_parallel, micro
-        if key not in self.passes:
-            self.passes[key] = self._make_pass(*key)
-        return self.passes[key]
+        if key not in self._passes:
+            self._passes[key] = self._make_pass(*key)
+        return self._passes[key]
 
     def _make_pass(self, tensor: int, sequence_parallel: bool, micro: int) -> Pass:
         problem, tokens = self.problem, micro * self.problem.sequence_length
-        strategy = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, "none"))
+        strategy = self._one(tensor, sequence_parallel, micro, "none")
         roof = roofline(problem.work, problem.cluster, problem.precision)
         layer = roof.layer(strategy, tokens, problem.sequence_length)
         talk = tensor_s(roof, strategy, tokens) if self.messages_count else SILENT
@@ -87,30 +97,29 @@ class Bounds(Extremes):
 
     def kept(self, tensor: int, sequence_parallel: bool, micro: int) -> Kept:
         key = tensor, sequence_parallel, micro
-        if key not in self.keeps:
+        if key not in self._keeps:
             none, selective, full = (self._micro_bytes(*key, kind) for kind in ("none", "selective", "full"))
             kept = none.layer, selective.checkpointed, full.checkpointed, none.working
-            self.keeps[key] = Kept(*(num_bytes * SLACK for num_bytes in kept))
-        return self.keeps[key]
+            self._keeps[key] = Kept(*(num_bytes * SLACK for num_bytes in kept))
+        return self._keeps[key]
 
     def _micro_bytes(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> MicroBytes:
-        problem = self.problem
-        strategy = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
+        problem, strategy = self.problem, self._one(tensor, sequence_parallel, micro, kind)
         return micro_bytes(problem.work, strategy, sequence_length=problem.sequence_length, precision=problem.precision)
 
     def added_s(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> float:
         """Seconds that recomputing a layer adds to one micro batch."""
-        added = self.added.get((tensor, sequence_parallel, micro, kind))
+        added = self._added.get((tensor, sequence_parallel, micro, kind))
         if added is None:
             problem, tokens = self.problem, micro * self.problem.sequence_length
-            strategy = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind))
+            strategy = self._one(tensor, sequence_parallel, micro, kind)
             roof = roofline(problem.work, problem.cluster, problem.precision)
             added = again_s(strategy, roof.layer(strategy, tokens, problem.sequence_length))
             if self.messages_count:
-                plain = problem.strategy(_micro_choice(tensor, sequence_parallel, micro, "none"))
+                plain = self._one(tensor, sequence_parallel, micro, "none")
                 talk = tensor_s(roof, strategy, tokens)
                 added += talk.layer + talk.again - tensor_s(roof, plain, tokens).layer
-            self.added[tensor, sequence_parallel, micro, kind] = added
+            self._added[tensor, sequence_parallel, micro, kind] = added
         return added
 
     # Seconds --------------------------------------------------------------------------------------------------------
@@ -132,11 +141,13 @@ class Bounds(Extremes):
 
     def shape_s(self, shape: Shape) -> float:
         """Seconds of a step of any strategy of these degrees: the slowest pipeline rank at work, and its bubble."""
-        if shape not in self.floors:
+        if shape not in self._floors:
             flags = self.space.sequence_parallels(shape.tensor)
             idle = [(batch.micro, self.least_of(shape.pipeline, batch)[0]) for batch in self.space.batches(shape)]
-            self.floors[shape] = min((self.floor_s(shape, flag, *each) for flag in flags for each in idle), default=0.0)
-        return self.floors[shape]
+            self._floors[shape] = min(
+                (self.floor_s(shape, flag, *each) for flag in flags for each in idle), default=0.0
+            )
+        return self._floors[shape]
 
     def _exposed_s(self, shape: Shape, sharding: Sharding, batches: list[Batch]) -> list[float]:
         """Seconds of gradients and gathers that no compute hides, of a pipeline rank with the fewest layers and neither end of
@@ -158,27 +169,23 @@ class Bounds(Extremes):
 
     def family_s(self, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> float:
         """Seconds of a step of any member of these families; INFINITE where none fits."""
-        sharding, best = self.kindest(shape, zero), INFINITE
-        fixed = self.fixed(shape, sharding, away)
+        fixed, best = self.fixed(shape, zero, None, away), INFINITE
         for floor_s, lot in self.lots(shape, zero):
             if floor_s + fixed.step_s >= best:
                 break
             for offload in offloads:
-                _, added_s = self.row(shape, lot, sharding, offload, fixed)
+                _, added_s = self.added(lot, offload, fixed)
                 best = min(best, floor_s + fixed.step_s + added_s)
         return best
 
-    def row(
-        self, shape: Shape, lot: Lot, sharding: Sharding, offload: Offload, fixed: Fixed
-    ) -> tuple[Row | None, float]:
-        """A row, and the seconds that recomputing, carrying activations, and the bubble of both add to its lot's floor at least;
-        (None, INFINITE) where nothing fits."""
+    def added(self, lot: Lot, offload: Offload, fixed: Fixed) -> tuple[Least | None, float]:
+        """(what must be recomputed at least, seconds that this, carrying activations, and the bubble of both add to the lot's
+        floor); (None, INFINITE) where nothing fits."""
         least = self.least(lot, offload, fixed, lot.flights)
         if least is None:
             return None, INFINITE
-        row = Row(shape, lot, sharding, offload, fixed, least)
-        again_s = self.again_s(row, least)
-        return row, self.extra_s(row, again_s) + again_s * lot.idle
+        again_s = self.again_s(lot, least)
+        return least, self.extra_s(lot, offload, again_s) + again_s * lot.idle
 
     def lots(self, shape: Shape, zero: int, sharding: Sharding | None = None) -> list[tuple[float, Lot]]:
         """Micro batches with and without sequence parallelism, and the seconds that a step of each takes at least, before the
@@ -203,6 +210,7 @@ class Bounds(Extremes):
             late, (first, fewest) = batch.accumulation >= 2 * shape.pipeline, self.rank_layers(shape.pipeline)
             self._lots_by_batch[key] = [
                 Lot(
+                    shape=shape,
                     floor_s=self.floor_s(shape, flag, batch.micro, idle),
                     batch=batch,
                     sequence_parallel=flag,
@@ -282,25 +290,23 @@ class Bounds(Extremes):
             self._anything[pipeline] = Least(tuple(kinds), 1 if counts else None)
         return self._anything[pipeline]
 
-    def again_s(self, row: Row, least: Least) -> float:
+    def again_s(self, lot: Lot, least: Least) -> float:
         """Seconds that recomputing adds to a step, at least."""
         kinds, layers = least
         if "none" in kinds or self.partly:
             return 0.0
-        lot, seconds = row.lot, INFINITE
-        key = row.shape.tensor, lot.sequence_parallel, lot.batch.micro
+        key, seconds = (lot.shape.tensor, lot.sequence_parallel, lot.batch.micro), INFINITE
         if "selective" in kinds:
             seconds = self.added_s(*key, "selective") * lot.fewest
         if layers is not None:
             seconds = min(seconds, self.added_s(*key, "full") * min(layers, lot.fewest))
         return lot.batch.accumulation * seconds
 
-    def extra_s(self, row: Row, again_s: float) -> float:
+    def extra_s(self, lot: Lot, offload: Offload, again_s: float) -> float:
         """Seconds that recomputing, which takes so many, and carrying activations to the host and back add at least."""
-        if row.offload.activations == "none":
+        if offload.activations == "none":
             return again_s
-        lot = row.lot
-        a_layer, hidden = self.carried_s(row.shape.tensor, lot.sequence_parallel, lot.batch.micro, lot.anything)
+        a_layer, hidden = self.carried_s(lot.shape.tensor, lot.sequence_parallel, lot.batch.micro, lot.anything)
         return max(again_s, lot.batch.accumulation * (a_layer * lot.fewest - hidden))
 
     def avoidable_s(self, strategy: Strategy, batch: Batch) -> float:
@@ -329,19 +335,25 @@ class Bounds(Extremes):
     def carried_s(self, tensor: int, sequence_parallel: bool, micro: int, anything: Least) -> tuple[float, float]:
         """least_carried_s of one micro batch on one tensor group."""
         key = tensor, sequence_parallel, micro, anything
-        if key not in self.carries:
+        if key not in self._carries:
             kinds = dict.fromkeys(("none", *anything.kinds, *["full"] * (anything.layers is not None)))
-            strategies = {
-                kind: self.problem.strategy(_micro_choice(tensor, sequence_parallel, micro, kind)) for kind in kinds
-            }
-            self.carries[key] = least_carried_s(self.problem, strategies)
-        return self.carries[key]
+            strategies = {kind: self._one(tensor, sequence_parallel, micro, kind) for kind in kinds}
+            self._carries[key] = least_carried_s(self.problem, strategies)
+        return self._carries[key]
 
-    def fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
-        key = shape, sharding, away
+    def fixed(self, shape: Shape, zero: int, sharding: Sharding | None, away: Offload) -> Fixed:
+        """With any sharding of the ZeRO stage or one."""
+        key = shape, zero, sharding, away
         if key not in self._fixed:
-            self._fixed[key] = self._make_fixed(*key)
+            self._fixed[key] = (
+                self._make_fixed(shape, sharding, away) if sharding else self._any_fixed(shape, zero, away)
+            )
         return self._fixed[key]
+
+    def _any_fixed(self, shape: Shape, zero: int, away: Offload) -> Fixed:
+        each = [self.fixed(shape, zero, sharding, away) for sharding in self.kindest(shape, zero)]
+        once, late, on_host, _ = (max(values) for values in zip(*each, strict=True))
+        return Fixed(once, late, on_host, min(fixed.step_s for fixed in each))
 
     def _make_fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
         problem, cluster, pipeline = self.problem, self.problem.cluster, shape.pipeline
@@ -357,7 +369,3 @@ class Bounds(Extremes):
         parameters = min(stepped(problem.work, strategy, end._replace(layers=fewest)) for end in ends)
         step_s = sum(optimizer_s(roof, strategy, parameters, TIME))
         return Fixed(budget - stands.once, budget - stands.late, on_host - stands.host, step_s)
-
-
-def _micro_choice(tensor: int, sequence_parallel: bool, micro: int, kind: str) -> Choice:
-    return Choice(tensor=tensor, sequence_parallel=sequence_parallel, micro=micro, reduce=PER_STEP, recompute=kind)

@@ -109,11 +109,13 @@ class Extremes:
         shardings = self.widest(shape, batch.shardings[zero])
         return [found for sharding in shardings for found in self.leanest(shape, sharding, batch.micro, flag)]
 
-    def kindest(self, shape: Shape, zero: int) -> Sharding:
-        """No sharding of a ZeRO stage leaves a rank fewer bytes beside its activations, or less for the optimizer. It need not be
-        open."""
+    def kindest(self, shape: Shape, zero: int) -> list[Sharding]:
+        """Of a ZeRO stage those, open or not, of which one leaves a rank the most bytes beside its activations, and the optimizer
+        the least to do."""
         group = max(sharding.group for sharding in self.space.shardings_of(shape, zero))
-        return Sharding(zero, group, PER_MICRO_BATCH, PER_MICRO_BATCH if zero >= 2 else PER_STEP)
+        # Whole gradients that wait can be less than the gathered parameters that stay at ZeRO 2.
+        reduces = {0: [PER_STEP], 1: [PER_STEP], 2: [PER_MICRO_BATCH, PER_STEP], 3: [PER_MICRO_BATCH]}[zero]
+        return [Sharding(zero, group, PER_MICRO_BATCH, reduce) for reduce in reduces]
 
     def widest(self, shape: Shape, shardings: tuple[Sharding, ...]) -> list[Sharding]:
         """Of a ZeRO stage's, those of which one holds the fewest bytes."""

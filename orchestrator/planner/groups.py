@@ -122,22 +122,17 @@ class Leanest(NamedTuple):
 
 
 class Least(NamedTuple):
-    """What must be recomputed under the leanest: the kinds that fit, and how many layers of a rank fully (None: does not fit
-    or is not open). `none` among the kinds: nothing must."""
+    """What must be recomputed at least: the kinds that may fit, and how many layers of a rank fully (None: does not fit or is
+    not open). `none` among the kinds: nothing must."""
 
     kinds: tuple[str, ...]
     layers: int | None
-
-    def with_floor(self, other: Least) -> Least | None:
-        """What both allow."""
-        kinds = tuple(kind for kind in self.kinds if kind in other.kinds)
-        layers = None if self.layers is None or other.layers is None else max(self.layers, other.layers)
-        return Least(kinds, layers) if kinds or layers is not None else None
 
 
 class Lot(NamedTuple):
     """A micro batch of some degrees, as every sharding and offload has it."""
 
+    shape: Shape
     floor_s: float
     """Busy time and bubble, nothing recomputed."""
     batch: Batch
@@ -183,13 +178,16 @@ class Fewest(NamedTuple):
 class Row(NamedTuple):
     """A lot of a family with one sharding: the group that is opened into schedules and recomputing."""
 
-    shape: Shape
     lot: Lot
     sharding: Sharding
     offload: Offload
     fixed: Fixed
     least: Least
     """What must be recomputed at least."""
+
+    @property
+    def shape(self) -> Shape:
+        return self.lot.shape
 
     @property
     def batch(self) -> Batch:

@@ -143,7 +143,8 @@ def price_memory(
     fills = {rank: ledger.fill(strategy, shares.by_rank[rank], rank, micro) for rank in _fullest(strategy, shares)}
     fullest = max(fills, key=lambda rank: fills[rank].tensors)
     tensors = fills[fullest].tensors
-    host, nvme, staging = _away(ledger, strategy, shares, micro)
+    away = [(each.left, sum(each.states)) for each in fills.values()]
+    host, nvme, staging = _away(away, strategy, shares, micro)
     ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
     peak = tensors + reserve_bytes(tensors, kind, constants)
 
@@ -167,17 +168,21 @@ def host_bytes_per_node(
 ) -> int:
     """What price_memory says of it beside GPUs, without the rest."""
     ledger = _ledger(work, precision, sequence_length, MEMORY)
-    host, _, staging = _away(ledger, strategy, pipeline.shares(strategy), ledger.micro(strategy))
+    shares = pipeline.shares(strategy)
+    held = [ledger.held(strategy, shares.by_rank[rank]) for rank in _fullest(strategy, shares)]
+    away = [(each.left, states) for each, _, states in held]
+    host, _, staging = _away(away, strategy, shares, ledger.micro(strategy))
     return _host_bytes(strategy, "cuda", host, staging, 0) * min(cluster.gpus_per_node, strategy.num_gpus)
 
 
-def _away(ledger: _Ledger, strategy: Strategy, shares: pipeline.Shares, micro: MicroBytes) -> tuple[float, float, int]:
-    """Of the rank that has the most: bytes (in host memory, on NVMe, of a checkpoint's one copy)."""
-    held = [ledger.held(strategy, shares.by_rank[rank]) for rank in _fullest(strategy, shares)]
-    host = max(each.left.host_bytes for each, _, _ in held)
+def _away(
+    ranks: list[tuple[offload.Offloaded, int]], strategy: Strategy, shares: pipeline.Shares, micro: MicroBytes
+) -> tuple[float, float, int]:
+    """Of a rank, at most: bytes (in host memory, on NVMe, of a checkpoint's one copy). `ranks`: (offloaded, states that stay)."""
+    host = max(left.host_bytes for left, _ in ranks)
     if strategy.offload.activations == "host":
         host += max(_kept(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
-    return host, max(each.left.nvme_bytes for each, _, _ in held), max(states for _, _, states in held)
+    return host, max(left.nvme_bytes for left, _ in ranks), max(states for _, states in ranks)
 
 
 def _host_bytes(strategy: Strategy, kind: str, offloaded: float, staging: float, peak: int) -> int:

@@ -22,7 +22,7 @@ from itertools import count
 from typing import Any
 
 from orchestrator.planner.bounds import INFINITE, SLACK, Bounds
-from orchestrator.planner.fits import Fits, Recomputing
+from orchestrator.planner.fits import Fits
 from orchestrator.planner.groups import Core, Least, Rest, Row, Shape, Sharding, point, simplicity
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import (
@@ -88,7 +88,6 @@ class _Search:
         """Of the group that is open, and up to which all strategies are wanted."""
         self.fits = after.fits if after and after.fits else Fits(self.problem)
         self.result = SearchResult(fits=self.fits, bounds=self.bounds)
-        self.recomputing = Recomputing(space, self.fits)
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
@@ -210,8 +209,8 @@ class _Search:
             each, offloads = number * sequence, self.space.offloads_of(zero, shape.data)
             if not offloads:  # what is pinned is not built at this stage
                 continue
-            kindest, most = self.bounds.kindest(shape, zero), self._most(offloads)
-            over = min(self._over(shape, kindest, offload)[0] for offload in most)
+            most = self._most(offloads)
+            over = min(self._over(shape, zero, None, offload)[0] for offload in most)
             if over > 0:
                 self._none_fits(shape, zero, most)
                 self._reject(shape, f"memory {zero}", each * len(offloads), f"ZeRO {zero}: {_told_over(over)}")
@@ -224,7 +223,7 @@ class _Search:
                     away = _stays(offload)
                     families[away] = (*families.get(away, ()), offload)
             for away, kept in families.items():
-                floor_s = floor + self.bounds.fixed(shape, kindest, away).step_s
+                floor_s = floor + self.bounds.fixed(shape, zero, None, away).step_s
                 self._push(floor_s, shape, each * len(kept), self._open_family, shape, zero, away, kept)
 
     def _host_holds(self, shape: Shape, zero: int, offload: Offload) -> bool:
@@ -237,10 +236,10 @@ class _Search:
             self.host_holds[key] = self.problem.host_bytes(hungriest) <= self.problem.cluster.host.memory_bytes
         return self.host_holds[key]
 
-    def _over(self, shape: Shape, sharding: Sharding, offload: Offload) -> tuple[float, float]:
-        """Fewest.over of a family with this sharding."""
-        fixed = self.bounds.fixed(shape, sharding, _stays(offload))
-        fewest = self.bounds.fewest(shape, self.space.batches_of(shape, sharding.zero, sharding))
+    def _over(self, shape: Shape, zero: int, sharding: Sharding | None, offload: Offload) -> tuple[float, float]:
+        """Fewest.over of a family, with any sharding or one."""
+        fixed = self.bounds.fixed(shape, zero, sharding, _stays(offload))
+        fewest = self.bounds.fewest(shape, self.space.batches_of(shape, zero, sharding))
         return fewest.over(fixed, carried=offload.activations != "none")
 
     def _none_fits(self, shape: Shape, zero: int, offloads: Iterable[Offload]) -> None:
@@ -263,7 +262,7 @@ class _Search:
             return
         self._none_fits(shape, zero, offloads)
         for offload in offloads:
-            if not self._too_large(shape, self.bounds.kindest(shape, zero), offload, each):
+            if not self._too_large(shape, zero, None, offload, each):
                 self._reject(shape, "activations", each, NO_RECOMPUTING)
 
     def _open_shardings(self, size: int, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> None:
@@ -272,19 +271,19 @@ class _Search:
         flags = len(self.space.sequence_parallels(shape.tensor))
         for sharding in self.space.shardings_of(shape, zero) if offloads else []:
             number = flags * sum(batch.num_recomputes for batch in self.space.batches_of(shape, zero, sharding))
-            fits = [offload for offload in offloads if not self._too_large(shape, sharding, offload, number)]
+            fits = [offload for offload in offloads if not self._too_large(shape, zero, sharding, offload, number)]
             some.update(fits)
             if fits:
                 self._push_next(self._rows(shape, sharding, away, fits, number * len(fits)))
         self._none_fits(shape, zero, [offload for offload in offloads if offload not in some])
 
-    def _too_large(self, shape: Shape, sharding: Sharding, offload: Offload, size: int) -> bool:
-        """Whether no member of a family with this sharding can fit; then they are rejected."""
-        on_gpu, on_host = self._over(shape, sharding, offload)
+    def _too_large(self, shape: Shape, zero: int, sharding: Sharding | None, offload: Offload, size: int) -> bool:
+        """Whether no member of a family can fit, with any sharding or one; then they are rejected."""
+        on_gpu, on_host = self._over(shape, zero, sharding, offload)
         if max(on_gpu, on_host) <= 0:
             return False
         where = _told_over(on_gpu) if on_gpu > 0 else f"{_told_over(on_host)} in host memory"
-        self._reject(shape, f"memory {sharding.zero}", size, f"ZeRO {sharding.zero}: {where}")
+        self._reject(shape, f"memory {zero}", size, f"ZeRO {zero}: {where}")
         return True
 
     def _most(self, offloads: list[Offload]) -> list[Offload]:
@@ -298,19 +297,20 @@ class _Search:
     ) -> Iterator[tuple[float, Row, int]]:
         """(micro batch, sequence parallel, activations on the host) of some families with one sharding, the best first: seconds,
         the row, and how many candidates it and the later ones have. A row is made when no earlier one must be better."""
-        fixed, made = self.bounds.fixed(shape, sharding, away), list[tuple[float, int, Row]]()
+        fixed, made = self.bounds.fixed(shape, sharding.zero, sharding, away), list[tuple[float, int, Row]]()
         for floor_s, lot in self.bounds.lots(shape, sharding.zero, sharding):
             while made and made[0][0] <= floor_s + fixed.step_s:
                 step_s, _, row = heapq.heappop(made)
                 yield step_s, row, size
                 size -= row.lot.size
             for offload in offloads:
-                found, added_s = self.bounds.row(shape, lot, sharding, offload, fixed)
-                if found is None:
+                least, added_s = self.bounds.added(lot, offload, fixed)
+                if least is None:
                     self._reject(shape, "activations", lot.size, NO_RECOMPUTING)
                     size -= lot.size
                 else:
-                    heapq.heappush(made, (floor_s + fixed.step_s + added_s, next(self.order), found))
+                    row = Row(lot, sharding, offload, fixed, least)
+                    heapq.heappush(made, (floor_s + fixed.step_s + added_s, next(self.order), row))
         while made:
             step_s, _, row = heapq.heappop(made)
             yield step_s, row, size
@@ -350,24 +350,11 @@ class _Search:
             )
         return self.rests[key]
 
-    def _count_row(self, size: int, row: Row, rest: Rest) -> None:
-        """(micro batch, sequence parallel) -> the same, with what must be recomputed counted exactly under the leanest
-        schedule."""
-        if self._is_done(row.shape, row.zero, row.offload, size):
-            return
-        leanest = self.bounds.leanest(row.shape, row.sharding, row.micro, row.sequence_parallel)
-        least = self.recomputing.least(leanest, row.offload, row.least)
-        if least is None:
-            self._reject(row.shape, "activations", size, NO_RECOMPUTING)
-        else:
-            row = row._replace(least=least)
-            self._push(self._floor_s(row, rest, least, row.lot.idle), row.shape, size, self._open_row, row, rest)
-
     def _floor_s(self, row: Row, rest: Rest, least: Least, idle: float) -> float:
         """Bound of a row's members with such a bubble."""
-        again_s = self.bounds.again_s(row, least)
+        again_s = self.bounds.again_s(row.lot, least)
         is_open = "none" in self.space.recomputes(row.shape.pipeline, 1)[0]
-        extra_s = self.bounds.extra_s(row, again_s) if is_open else 0.0
+        extra_s = self.bounds.extra_s(row.lot, row.offload, again_s) if is_open else 0.0
         busy = self.bounds.busy_s(row.shape, row.sequence_parallel, row.micro)
         bubble_s = (again_s + max(0.0, busy.total_s - rest.slowest_s) / max(1, row.shape.pipeline - 1)) * idle
         return rest.step_s + extra_s - min(rest.hideable_s, extra_s) + bubble_s
@@ -381,7 +368,6 @@ class _Search:
             number = self.space.num_recomputes(shape.pipeline, virtual)
             held = in_flight_of(schedule, shape.pipeline, virtual, batch.accumulation, 0)
             least = self.bounds.least(lot, row.offload, row.fixed, held)
-            least = least and row.least.with_floor(least)
             if least is None:
                 self._reject(shape, "activations", number, NO_RECOMPUTING)
                 continue
@@ -391,7 +377,7 @@ class _Search:
             self._push(floor_s, shape, number, self._open_core, core, row.sharding, row.offload, least)
 
     def _open_core(self, size: int, core: Core, sharding: Sharding, offload: Offload, least: Least) -> None:
-        """Finds the least recomputing that fits, from what the leanest schedule and group need."""
+        """Finds the least recomputing that fits."""
         shape, space = core.shape, self.space
         if self._is_done(shape, sharding.zero, offload, size):
             return
@@ -406,7 +392,7 @@ class _Search:
                     self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
                     done = kind == "none" and not carried
         if least.layers is not None and not done:
-            found, number = self.recomputing.fewest(core, sharding, offload, least.layers)
+            found, number = self._fewest(core, sharding, offload, least.layers)
             priced += number
             if found is not None:
                 for layers in counts[found:] if carried else counts[found : found + 1]:
@@ -415,6 +401,25 @@ class _Search:
                 priced += len(counts) - found - number if carried else 0
         self.result.num_priced += priced
         self._reject(shape, "recompute", size - priced, "fits with less recomputed, or does not fit with more")
+
+    def _fewest(self, core: Core, sharding: Sharding, offload: Offload, floor: int) -> tuple[int | None, int]:
+        """(place of the fewest recomputed layers that fit among space.recomputes' numbers, how many were priced): halved, since
+        more layers recomputed never hold more. `floor`: layers of a pipeline rank that must be at least."""
+        _, counts = self.space.recomputes(core.shape.pipeline, core.virtual)
+        per_stage = -(-floor // core.virtual) if core.shape.pipeline > 1 else floor
+        low, high, found, priced = max(0, min(per_stage, len(counts)) - 1), len(counts) - 1, None, 0
+        middle = low  # the floor is often exact
+        while low <= high:
+            priced += 1
+            if self.fits.fits(point(core, sharding, offload, "full", counts[middle])):
+                found, high = middle, middle - 1
+            elif found is None and middle != len(counts) - 1:
+                low, middle = middle + 1, len(counts) - 1  # does it fit at all?
+                continue
+            else:
+                low = middle + 1
+            middle = (low + high) // 2
+        return found, priced
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from clusters.cluster import Cluster, weaker_links
 from orchestrator.models.architecture import make_architecture
 from orchestrator.planner.bounds import Bounds
 from orchestrator.planner.explain import sensitivity
-from orchestrator.planner.groups import Lot, Shape, Sharding
+from orchestrator.planner.groups import Shape, Sharding
 from orchestrator.planner.problem import Problem
 from orchestrator.planner.result import Wanted
 from orchestrator.planner.search import search
@@ -189,7 +189,7 @@ def test_what_a_slower_link_would_pick_is_what_planning_with_it_finds() -> None:
 
 
 @pytest.mark.parametrize("seed", range(100, 104))
-def test_no_bound_of_bytes_rejects_what_fits(seed: int) -> None:
+def test_no_bound_rejects_what_fits_or_is_above_what_it_bounds(seed: int) -> None:
     random, held = Random(seed), 0
     for _ in range(12):
         asked = drawn(random)
@@ -198,19 +198,30 @@ def test_no_bound_of_bytes_rejects_what_fits(seed: int) -> None:
         space = Space(asked, every_size=asked.objective != "fastest")
         bounds = Bounds(space)
         for choice in space:
-            if not asked.memory(asked.strategy(choice)).fits:
+            strategy = asked.strategy(choice)
+            if not asked.memory(strategy).fits:
                 continue
             held += 1
-            shape = Shape(choice.tensor, choice.pipeline, choice.data)
-            sharding = Sharding(choice.zero, choice.group, choice.gather, choice.reduce)
-            batch = next(batch for batch in space.batches(shape) if batch.micro == choice.micro)
-            fixed = bounds.fixed(shape, sharding, replace(choice.offload, activations="none"))
-            fewest = bounds.fewest(shape, space.batches_of(shape, choice.zero, sharding))
+            step_s = asked.time(strategy).step_s * (1 + 1e-9)
+            shape, zero = Shape(choice.tensor, choice.pipeline, choice.data), choice.zero
+            sharding = Sharding(zero, choice.group, choice.gather, choice.reduce)
+            away = replace(choice.offload, activations="none")
+            fixed = bounds.fixed(shape, zero, sharding, away)
+            *most, least_s = bounds.fixed(shape, zero, None, away)
+            assert all(free >= one for free, one in zip(most, fixed, strict=False)), choice
+            assert least_s <= fixed.step_s, choice
+            fewest = bounds.fewest(shape, space.batches_of(shape, zero, sharding))
             assert max(fewest.over(fixed, carried=choice.offload.activations != "none")) <= 0, choice
-            kept = bounds.kept(choice.tensor, choice.sequence_parallel, choice.micro)
-            lot = Lot(0.0, batch, choice.sequence_parallel, *bounds.least_of(choice.pipeline, batch), kept)
-            least = bounds.least(shape, lot, choice.offload, fixed, lot.flights)
+            floor_s, lot = next(
+                (floor_s, lot)
+                for floor_s, lot in bounds.lots(shape, zero, sharding)
+                if (lot.batch.micro, lot.sequence_parallel) == (choice.micro, choice.sequence_parallel)
+            )
+            least, added_s = bounds.added(lot, choice.offload, fixed)
             assert least is not None, choice
+            assert bounds.shape_s(shape) <= step_s, choice
+            assert bounds.family_s(shape, zero, away, (choice.offload,)) <= step_s, choice
+            assert floor_s + fixed.step_s + added_s <= step_s, choice
             if choice.recompute == "full":
                 layers = choice.virtual * (choice.layers or asked.arch.num_layers)
                 assert least.layers is not None, choice
