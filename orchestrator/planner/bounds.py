@@ -23,7 +23,6 @@ from orchestrator.planner.groups import (
     PER_STEP,
     Batch,
     Busy,
-    Core,
     Fewest,
     Fixed,
     Kept,
@@ -32,7 +31,6 @@ from orchestrator.planner.groups import (
     Pass,
     Shape,
     Sharding,
-    point,
 )
 from orchestrator.planner.memory import ROUNDING, micro_bytes, standing, tensor_budget
 from orchestrator.planner.moments import MicroBytes
@@ -163,7 +161,7 @@ class Bounds(Extremes):
         problem = self.problem
         if shape.data == 1 or problem.cluster.calibration:  # measured rates need not make fewer bytes faster
             return 0.0
-        strategy = problem.strategy(point(Core(shape, False, micro, "1f1b", 1), sharding, Offload(), "none", None))
+        strategy = problem.strategy(Choice(*shape, micro=micro, **sharding._asdict()))
         roof = roofline(problem.work, problem.cluster, problem.precision)
         return sent_s(roof, strategy, Share(self.rank_layers(shape.pipeline)[1], 0, False, False))[1]
 
@@ -358,8 +356,8 @@ class Bounds(Extremes):
     def _make_fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
         problem, cluster, pipeline = self.problem, self.problem.cluster, shape.pipeline
         last = self.space.batches_of(shape, sharding.zero)[-1]
-        core, (first, fewest) = Core(shape, False, last.micro, "1f1b", 1), self.rank_layers(pipeline)
-        strategy = problem.strategy(point(core, sharding, away, "none", None))
+        first, fewest = self.rank_layers(pipeline)
+        strategy = problem.strategy(Choice(*shape, micro=last.micro, offload=away, **sharding._asdict()))
         share = Share(first, 0, True, pipeline == 1)
         budget, length = tensor_budget(cluster), problem.sequence_length
         stands = standing(problem.work, strategy, share, cluster, sequence_length=length, precision=problem.precision)

@@ -109,19 +109,20 @@ class Problem:
             return step_s * num_gpus
         return step_s + num_gpus * ONE_GPU if self.objective == "fewest_gpus" else step_s
 
-    def states(self, zero: int) -> States:
-        """As the engine keeps them: the bytes table is strategies/zero/cost.py."""
+    @cached_property
+    def states(self) -> tuple[States, ...]:
+        """By ZeRO stage, as the engine keeps them: the bytes table is strategies/zero/cost.py."""
         pinned: States | None = self.pins.get("states")
-        if pinned is not None:
-            return pinned
-        if self.precision in ("fp32", "fp64"):
-            return "full"
-        return self.engine.states[zero]
+        if pinned is None and self.precision in ("fp32", "fp64"):
+            pinned = "full"
+        return self.engine.states if pinned is None else (pinned,) * 4
 
     def strategy(self, choice: Choice) -> Strategy:
         """The choice as the value that the cost doors and the engine read."""
         c = choice
         checkpointed = 0 if c.recompute == "none" else c.layers
+        v_shaped, virtual = (c.schedule == "zbv", c.virtual) if c.pipeline > 1 else (False, 1)
+        stages = cut(self.arch.num_layers, c.pipeline, virtual, v_shaped, self.head_layers, checkpointed)
         return Strategy(
             data_parallel_degree=c.data,
             tensor_parallel_degree=c.tensor,
@@ -131,21 +132,14 @@ class Problem:
             sequence_parallel=c.sequence_parallel,
             zero_stage=c.zero,
             zero_group_size=c.group,
-            states=self.states(c.zero),
+            states=self.states[c.zero],
             gather=c.gather,  # type: ignore[arg-type]
             reduce=c.reduce,  # type: ignore[arg-type]
             activation_checkpointing=c.recompute,  # type: ignore[arg-type]
             offload=c.offload,
             micro_batch_size=c.micro,
-            gradient_accumulation_steps=self.accumulation(c.data, c.micro),
-            stages=cut(
-                self.arch.num_layers,
-                pipeline=c.pipeline,
-                virtual=c.virtual if c.pipeline > 1 else 1,
-                v_shaped=c.schedule == "zbv" and c.pipeline > 1,
-                head_layers=self.head_layers,
-                checkpointed=checkpointed,
-            ),
+            gradient_accumulation_steps=-(-self.global_batch_size // (c.data * c.micro)),
+            stages=stages,
             **self.pinned_fields,
         )
 

@@ -177,7 +177,7 @@ class Space:
             return True
         choices: dict[str, Any] = {
             "zero_stage": zero,
-            "states": self.problem.states(zero),
+            "states": self.problem.states[zero],
             "tensor_parallel_degree": shape.tensor,
             "pipeline_parallel_degree": shape.pipeline,
         }

@@ -27,7 +27,6 @@ def layer_counts(num_layers: int, num_stages: int, head_layers: float) -> tuple[
 @lru_cache(maxsize=16384)
 def cut(
     num_layers: int,
-    *,
     pipeline: int,
     virtual: int,
     v_shaped: bool,
