@@ -192,19 +192,23 @@ def _host_bytes(strategy: Strategy, kind: str, offloaded: float, staging: float,
     return int(offloaded) + peak if strategy.offload.any else 0
 
 
-def too_large(work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_length: int, precision: str) -> bool:
-    """A pipeline rank holds more than its GPU has: what price_memory says, at the first rank that says it. False leaves the
-    host and NVMe open."""
+def fits(work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_length: int, precision: str) -> bool:
+    """What price_memory says of it, at the first pipeline rank that is too full."""
     ledger = _ledger(work, precision, sequence_length, MEMORY)
-    shares = pipeline.shares(strategy)
-    micro = ledger.micro(strategy)
-    added, kept = _reserve(MEMORY, cluster.accelerator.kind)
-    usable = _usable_bytes(cluster)
+    shares, micro = pipeline.shares(strategy), ledger.micro(strategy)
+    kind, usable, peak, away = cluster.accelerator.kind, _usable_bytes(cluster), 0, []
     for rank in _fullest(strategy, shares):
-        tensors = ledger.fill(strategy, shares.by_rank[rank], rank, micro).tensors
-        if tensors + int(tensors * added + kept) > usable:
-            return True
-    return False
+        fill = ledger.fill(strategy, shares.by_rank[rank], rank, micro)
+        peak = max(peak, fill.tensors + reserve_bytes(fill.tensors, kind))
+        if peak > usable:
+            return False
+        away.append((fill.left, sum(fill.states)))
+    host, nvme, staging = _away(away, strategy, shares, micro)
+    ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
+    return (
+        _host_bytes(strategy, kind, host, staging, peak) * ranks_per_node <= cluster.host.memory_bytes
+        and int(nvme * ranks_per_node) <= cluster.host.nvme_bytes
+    )
 
 
 class Standing(NamedTuple):

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.workloads import workload
-from orchestrator.planner.memory import MemoryPrice, host_bytes_per_node, price_memory, too_large
+from orchestrator.planner.memory import MemoryPrice, fits, host_bytes_per_node, price_memory
 from orchestrator.planner.stages import cut
 from orchestrator.planner.time import Price, TimePrice, price_time
 from strategies.catalog import ENGINES, Capability
@@ -156,11 +156,9 @@ class Problem:
     def price(self, strategy: Strategy) -> Price:
         return Price(memory=self.memory(strategy), time=self.time(strategy))
 
-    def too_large(self, strategy: Strategy) -> bool:
-        """For a GPU; cheaper than all that `memory` says."""
-        return too_large(
-            self.work, strategy, self.cluster, sequence_length=self.sequence_length, precision=self.precision
-        )
+    def fits(self, strategy: Strategy) -> bool:
+        """What `memory` says, cheaper."""
+        return fits(self.work, strategy, self.cluster, sequence_length=self.sequence_length, precision=self.precision)
 
     def host_bytes(self, strategy: Strategy) -> int:
         """Of a node, as `memory` has it."""

@@ -133,7 +133,7 @@ class _Search:
         """Nothing fits: of the families' smallest members the one that is over by least."""
         for shape, zero, offload in self.opened:
             for choice in self.bounds.smallest(shape, zero, offload):
-                memory, closest = self.fits.memory(choice), self.result.closest
+                memory, closest = self.problem.memory(self.problem.strategy(choice)), self.result.closest
                 if closest is None or excess(memory) < excess(closest.memory):
                     self.result.closest = TooLarge(choice, memory)
 
@@ -388,7 +388,7 @@ class _Search:
             if kind in least.kinds and not done:
                 priced += 1
                 choice = point(core, sharding, offload, kind, space.layers_of(kind))
-                if self.fits.fits(choice):
+                if self.fits(choice):
                     self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
                     done = kind == "none" and not carried
         if least.layers is not None and not done:
@@ -411,7 +411,7 @@ class _Search:
         middle = low  # the floor is often exact
         while low <= high:
             priced += 1
-            if self.fits.fits(point(core, sharding, offload, "full", counts[middle])):
+            if self.fits(point(core, sharding, offload, "full", counts[middle])):
                 found, high = middle, middle - 1
             elif found is None and middle != len(counts) - 1:
                 low, middle = middle + 1, len(counts) - 1  # does it fit at all?

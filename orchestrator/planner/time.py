@@ -4,8 +4,8 @@ step_s = compute + recompute + tensor_parallel + data_parallel_exposed + pipelin
 + optimizer. The terms and their sources: docs/explanation/time-model.md.
 
 For a search, all else equal: a step takes at least (micro batches) x (compute of one on the slowest rank) and the bubble of
-the others; compute_s and tensor_parallel_s of one pipeline rank are proportional to gradient_accumulation_steps; sharding (ZeRO, data
-parallelism), offload and recomputing only add; more checkpointed layers never take less."""
+the others; compute_s and tensor_parallel_s of one pipeline rank are proportional to gradient_accumulation_steps; sharding (ZeRO,
+data parallelism), offload and recomputing only add; more checkpointed layers never take less."""
 
 from __future__ import annotations
 

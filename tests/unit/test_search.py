@@ -199,7 +199,10 @@ def test_no_bound_rejects_what_fits_or_is_above_what_it_bounds(seed: int) -> Non
         bounds = Bounds(space)
         for choice in space:
             strategy = asked.strategy(choice)
-            if not asked.memory(strategy).fits:
+            price = asked.memory(strategy)
+            assert asked.fits(strategy) == price.fits, choice
+            assert asked.host_bytes(strategy) == price.host_bytes_per_node, choice
+            if not price.fits:
                 continue
             held += 1
             step_s = asked.time(strategy).step_s * (1 + 1e-9)
