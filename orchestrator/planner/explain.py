@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clusters.cluster import weaker_links
-from orchestrator.planner.groups import simplicity
+from orchestrator.planner.groups import Shape, simplicity
 from orchestrator.planner.problem import Choice, PlanError, Problem
 from orchestrator.planner.render import offload_told
 from orchestrator.planner.result import Found, SearchResult, Wanted, told_excess
 from orchestrator.planner.solve import SLOWER, Solution, solve
 from orchestrator.planner.time import Price
-from strategies.strategy import Strategy, without_effect
+from strategies.strategy import Offload, Strategy, without_effect
 
 TOO_LARGE_PART = 4
 """One alternative in so many may be a family that does not fit; the others are strategies that could run."""
@@ -104,7 +104,7 @@ def losers(solution: Solution, *, limit: int) -> list[Loser]:
     if found is None or found.best is None or limit < 1:
         return []
     others = [family for family in found.families if family.choice != found.best.choice]
-    rows = [_larger(solution, other) for other in _closest(solution, found)[: max(1, limit // TOO_LARGE_PART)]]
+    rows = [_larger(solution, other) for other in _closest(solution, found, max(1, limit // TOO_LARGE_PART))]
     rows += [_slower(solution, other) for other in others[: limit - len(rows)]]
     rows.sort(key=lambda row: -row.tokens_per_second_per_gpu)
     return rows
@@ -128,17 +128,22 @@ def _larger(solution: Solution, choice: Choice) -> Loser:
     return _loser(solution, strategy, price, False, f"ZeRO {strategy.zero_stage}{away}: {told_excess(price.memory)}")
 
 
-def _closest(solution: Solution, found: SearchResult) -> list[Choice]:
-    """Of what was too large, the families that look most like the chosen one: the same degrees, then the nearest ZeRO stage."""
+def _closest(solution: Solution, found: SearchResult, limit: int) -> list[Choice]:
+    """Of what was too large, the families that look most like the chosen one: the same degrees, then the nearest ZeRO stage. Each
+    by its smallest member."""
     chosen = solution.strategy
+    degrees = chosen.tensor_parallel_degree, chosen.pipeline_parallel_degree
     rows: dict[Any, Choice] = {}
 
-    def distance(c: Choice) -> tuple[int, int, int]:
-        degrees = abs(c.tensor - chosen.tensor_parallel_degree) + abs(c.pipeline - chosen.pipeline_parallel_degree)
-        return degrees, abs(c.zero - chosen.zero_stage), c.offload != chosen.offload
+    def distance(family: tuple[Shape, int, Offload]) -> tuple[int, int, bool]:
+        shape, zero, offload = family
+        apart = abs(shape.tensor - degrees[0]) + abs(shape.pipeline - degrees[1])
+        return apart, abs(zero - chosen.zero_stage), offload != chosen.offload
 
-    for row in sorted(found.too_large, key=distance):
-        rows.setdefault((row.tensor, row.pipeline, row.zero, row.offload), row)
+    for shape, zero, offload in sorted(found.too_large, key=distance):
+        key = shape.tensor, shape.pipeline, zero, offload
+        if key not in rows and len(rows) < limit:
+            rows[key] = found.bounds.smallest(shape, zero, offload)[0]
     return list(rows.values())
 
 

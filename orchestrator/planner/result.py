@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from orchestrator.planner.bounds import Bounds
 from orchestrator.planner.fits import Fits
+from orchestrator.planner.groups import Shape
 from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice
 from strategies.strategy import Offload
@@ -51,6 +52,10 @@ class Rejection:
 class SearchResult:
     """What a search found."""
 
+    fits: Fits
+    """What was priced in bytes, for the next search of this job."""
+    bounds: Bounds
+    """And what bounds its groups."""
     best: Found | None = None
     """The best that meets the job's targets, or else `fastest`."""
     fastest: Found | None = None
@@ -59,8 +64,8 @@ class SearchResult:
     """The best of each family, best first, the chosen one's among them."""
     near: list[Found] = field(default_factory=list)
     """All that came out on top until the best, and from there on as far as was asked."""
-    too_large: list[Choice] = field(default_factory=list)
-    """The smallest member of each family of which none fits, as far as it was looked at."""
+    too_large: list[tuple[Shape, int, Offload]] = field(default_factory=list)
+    """Families of which no member fits, as far as they were looked at: degrees, ZeRO stage, offload."""
     closest: TooLarge | None = None
     """Where nothing fits: the candidate that is over by least."""
     num_candidates: int = 0
@@ -72,10 +77,6 @@ class SearchResult:
     """Until the best was known."""
     alternatives_seconds: float = 0.0
     """From then until the best of the other families asked for were."""
-    fits: Fits | None = None
-    """What was priced in bytes, for the next search of this job."""
-    bounds: Bounds | None = None
-    """And what bounds its groups."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,12 +81,11 @@ class _Search:
         near_s: Callable[[Choice], float] | None,
     ) -> None:
         self.space, self.problem, self.wanted, self.num_families = space, space.problem, wanted, num_families
-        known = after.bounds if after else None
-        self.bounds = known if known and known.space.is_alike(space) else Bounds(space)
+        self.bounds = after.bounds if after and after.bounds.space.is_alike(space) else Bounds(space)
         self.near_s = near_s
         self.key = self.near = 0.0
         """Of the group that is open, and up to which all strategies are wanted."""
-        self.fits = after.fits if after and after.fits else Fits(self.problem)
+        self.fits = after.fits if after else Fits(self.problem)
         self.result = SearchResult(fits=self.fits, bounds=self.bounds)
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
@@ -244,8 +243,9 @@ class _Search:
 
     def _none_fits(self, shape: Shape, zero: int, offloads: Iterable[Offload]) -> None:
         """No member of these families does."""
-        self.opened |= dict.fromkeys((shape, zero, offload) for offload in offloads)
-        self.result.too_large += [self.bounds.smallest(shape, zero, offload)[0] for offload in offloads]
+        families = [(shape, zero, offload) for offload in offloads]
+        self.opened |= dict.fromkeys(families)
+        self.result.too_large += families
 
     def _open_family(self, size: int, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> None:
         """(ZeRO stage, offload but for activations) -> the same, with the least that must be recomputed or carried."""
