@@ -349,9 +349,11 @@ class Bounds(Extremes):
         return self._fixed[key]
 
     def _any_fixed(self, shape: Shape, zero: int, away: Offload) -> Fixed:
-        each = [self.fixed(shape, zero, sharding, away) for sharding in self.kindest(shape, zero)]
-        once, late, on_host, _ = (max(values) for values in zip(*each, strict=True))
-        return Fixed(once, late, on_host, min(fixed.step_s for fixed in each))
+        best, *others = (self.fixed(shape, zero, sharding, away) for sharding in self.kindest(shape, zero))
+        for other in others:  # the optimizer's seconds are the same
+            once, late, on_host, _ = map(max, best, other)
+            best = Fixed(once, late, on_host, best.step_s)
+        return best
 
     def _make_fixed(self, shape: Shape, sharding: Sharding, away: Offload) -> Fixed:
         problem, cluster, pipeline = self.problem, self.problem.cluster, shape.pipeline

@@ -113,9 +113,11 @@ class Extremes:
         """Of a ZeRO stage those, open or not, of which one leaves a rank the most bytes beside its activations, and the optimizer
         the least to do."""
         group = max(sharding.group for sharding in self.space.shardings_of(shape, zero))
-        # Whole gradients that wait can be less than the gathered parameters that stay at ZeRO 2.
-        reduces = {0: [PER_STEP], 1: [PER_STEP], 2: [PER_MICRO_BATCH, PER_STEP], 3: [PER_MICRO_BATCH]}[zero]
-        return [Sharding(zero, group, PER_MICRO_BATCH, reduce) for reduce in reduces]
+        one = Sharding(zero, group, PER_MICRO_BATCH, PER_MICRO_BATCH if zero >= 2 else PER_STEP)
+        if zero == 2 and shape.pipeline > 1:
+            # Whole gradients that wait can be less than the gathered parameters that stay.
+            return [one, one._replace(reduce=PER_STEP)]
+        return [one]
 
     def widest(self, shape: Shape, shardings: tuple[Sharding, ...]) -> list[Sharding]:
         """Of a ZeRO stage's, those of which one holds the fewest bytes."""
