@@ -50,6 +50,7 @@ class Roofline:
         "links",
         "peak",
         "talk",
+        "tied",
         "work",
     )
 
@@ -73,6 +74,8 @@ class Roofline:
         """Seconds of a tensor group's messages (time.py)."""
         self.gradients: dict[tuple[object, ...], tuple[float, float]] = {}
         """Seconds of gradients' and sharded parameters' messages (time.py)."""
+        self.tied: dict[tuple[object, ...], float] = {}
+        """Seconds of a tied table's gradient (time.py)."""
         half_size = constants.matmul_half_size * math.sqrt(dense / 312e12)
         self._products = (self.peak * constants.matmul, half_size, cluster.accelerator.num_multiprocessors)
 

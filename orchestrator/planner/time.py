@@ -233,12 +233,17 @@ def _transfer_s(roof: Roofline, strategy: Strategy, shares: pipeline.Shares, tok
 
 def tied_s(roof: Roofline, strategy: Strategy) -> float:
     """Seconds of a tied table's gradient between the ranks of the first and the last stage."""
-    seconds, degree, first = 0.0, strategy.pipeline_parallel_degree, pipeline.shares(strategy).by_rank[0]
-    reduced = zero.gradient_element(strategy, roof.element)
-    for message in pipeline.shared_message(roof.work, strategy, first, element=reduced):
-        ends = roof.links.ring(2, (degree - 1) * (strategy.num_gpus // degree), strategy.num_gpus)
-        seconds += all_reduce_s(ends, message.num_bytes) + _wait_s(roof)
-    return seconds
+    degree, num_gpus, first = strategy.pipeline_parallel_degree, strategy.num_gpus, pipeline.shares(strategy).by_rank[0]
+    shards = strategy.zero_group_size if strategy.zero_stage else 1
+    key = degree, num_gpus, first.head, strategy.tensor_parallel_degree, shards, strategy.states
+    known = roof.tied.get(key)
+    if known is None:
+        reduced, known = zero.gradient_element(strategy, roof.element), 0.0
+        for message in pipeline.shared_message(roof.work, strategy, first, element=reduced):
+            ends = roof.links.ring(2, (degree - 1) * (num_gpus // degree), num_gpus)
+            known += all_reduce_s(ends, message.num_bytes) + _wait_s(roof)
+        roof.tied[key] = known
+    return known
 
 
 def stepped(work: Workload, strategy: Strategy, share: pipeline.Share) -> float:
