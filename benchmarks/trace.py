@@ -147,6 +147,8 @@ def rooms(count: int, seed: int) -> Iterator[Case]:
 WIDE: dict[str, Any] = {"tensor": 4, "sequence_parallel": True, "micro": 2}
 PAIR: dict[str, Any] = {"data": 2, "group": 2}
 STAGES: dict[str, Any] = {"pipeline": 2, "virtual": 2, "zero": 3, "reduce": "per_step"}
+WAITING: dict[str, Any] = {"zero": 2, "reduce": "per_step"}
+TURNS: dict[str, Any] = {"pipeline": 4, "schedule": "interleaved_1f1b", "virtual": 2}
 CASES = tuple(
     Case("medium", MEDIUM, Choice(**fields), accumulation, 1024, precision)
     for fields, accumulation, precision in (
@@ -157,12 +159,14 @@ CASES = tuple(
         ({"data": 8, "zero": 2, "group": 8, "gather": "per_step", "reduce": "per_step"}, 4, "bf16"),
         ({"pipeline": 2, "tensor": 2, "schedule": "gpipe", "recompute": "selective"}, 4, "bf16"),
         ({"pipeline": 4, "data": 2, "zero": 1, "group": 2}, 8, "bf16"),
-        ({"pipeline": 4, "schedule": "interleaved_1f1b", "virtual": 2, "recompute": "selective"}, 8, "fp32"),
+        ({**TURNS, "recompute": "selective"}, 8, "fp32"),
         ({"pipeline": 4, "schedule": "interleaved_zero_bubble", "virtual": 2, "recompute": "selective"}, 8, "fp32"),
         ({"pipeline": 2, "schedule": "zbv", "virtual": 2}, 4, "bf16"),
         ({**STAGES, **WIDE, **PAIR, "schedule": "interleaved_zero_bubble", "gather": "per_step"}, 4, "bf16"),
         ({**STAGES, **WIDE, "data": 8, "group": 8, "schedule": "zbv"}, 1, "fp32"),
         ({**STAGES, **PAIR, "pipeline": 4, "zero": 2, "schedule": "interleaved_1f1b"}, 4, "fp32"),
+        ({**WAITING, "pipeline": 4, "data": 8, "group": 8, "micro": 2, "recompute": "full", "layers": 1}, 1, "bf16"),
+        ({**TURNS, "tensor": 4, "recompute": "selective"}, 8, "bf16"),
     )
 )
 """What CI plays."""

@@ -401,7 +401,7 @@ _CARRIED = pipeline.States(*((pipeline.State(at_once, 0.0, 1.0),) for at_once in
 def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> Saved:
     one = _kept(share, micro)
     final, flights = micro.final * share.head, pipeline.in_flight(strategy, rank)
-    numbers = micro.numbers * flights if share.embedding else 0.0
+    numbers = micro.numbers * pipeline.first_in_flight(strategy) if share.embedding else 0.0
     sends = pipeline.kept_sends(strategy, rank)
     sent = sends[0] * micro.boundary, sends[1] * micro.boundary
     if strategy.offload.activations == "host":

@@ -419,25 +419,31 @@ def _waiting_moments(
     root, unit, wide_root, wide_block, at_head, in_block, ahead, last, working, added, weight, small, forward, whole = (
         units
     )
-    blocks, group, piled = whole - wide_root, strategy.zero_group_size, parts.piled
+    blocks, group = whole - wide_root, strategy.zero_group_size
     per_step, splits = strategy.gather == "per_step", pipeline.splits(strategy)
 
     one, waits, states = saved.one, saved.waits, saved.states
 
-    def fullest(states: tuple[State, ...], more: float) -> tuple[float, float]:
-        """(activations, gradients). Those outside the blocks come with the head, or with the embedding, the last stage."""
-        found = -1.0, 0.0
+    heads = pipeline.heads_in_flight(strategy)
+
+    def fullest(states: tuple[State, ...], at_work: int, more: float = 0.0) -> tuple[float, float, float]:
+        """(activations, gradients, logits), of them `at_work` in a pass. Gradients outside the blocks come with the head, or
+        with the embedding, the last stage."""
+        found = -1.0, 0.0, 0.0
         for flights, inputs, part in states:
-            kept = flights * one + inputs * waits + more
+            left = (
+                min(1.0, max(0.0, flights - at_work) / (heads - 1)) if heads > 1 else 1.0
+            )  # of those that gpipe's head keeps
+            kept = flights * one + inputs * waits + saved.piled * left + more
             had = part * blocks + wide_root * (part > 0.0 or inputs > 0.0 if share.head or splits else part == 1.0)
-            if kept + had > found[0] + found[1]:
-                found = kept, had
+            if kept + had + parts.piled * left > sum(found):
+                found = kept, had, parts.piled * left
         return found
 
-    now, before = fullest(states.begin, saved.piled)
-    then, after = fullest(states.end, saved.piled)
-    at_heads, by_heads = fullest(states.head, saved.piled + saved.final)
-    come, there = fullest(states.forward, 0.0)
+    now, before, piled = fullest(states.begin, 1)
+    then, after, piled_after = fullest(states.end, 0)
+    at_heads, by_heads, piled_by = fullest(states.head, 1, saved.final)
+    come, there, piled_there = fullest(states.forward, 1)
     # What a block is gathered into is let go when the next one is gathered.
     flat = unit if group > 1 and not per_step else 0.0
     # A unit is let go when it has gone backward, and gathered again by the next pass through it.
@@ -459,17 +465,27 @@ def _waiting_moments(
     else:
         # The first pass ends without its last block's gradients, and with those of what stands outside only if they came before.
         late = wide_root * (states.begin[0].gradients < 1.0 and (not share.head or strategy.num_virtual_stages == 1))
-        in_last = units.working + after - late - wide_block
+        # Of a rank that computes some blocks again it is one of those.
+        computed = micro.again - parts.again if share.checkpointed else 0.0
+        in_last = units.working + computed + after - late - wide_block
         ends = (
-            ("backward", one_block, 0.0, then + last, piled, small, table + in_last),
+            ("backward", one_block, 0.0, then + last, piled_after, small, table + in_last),
             ("backward", stays, 0.0, then, 0.0, small, max(embedding, weight + 4 * micro.hidden) + after),
         )
     # One rank alone divides into a copy what it scatters.
     scatter = max(wide_root, wide_block) * (2 if group == 1 else 1)
     return (
-        ("forward", in_block, 0.0, come, piled, forward + flat, parts.wide + there),
-        ("forward", at_head, 0.0, at_heads, parts.logits, forward, parts.chunk + by_heads),
-        ("backward", at_head, 0.0, at_heads, parts.copy, ahead + small, table + parts.hiddens + by_heads),
+        ("forward", in_block, 0.0, come, piled_there, forward + flat, parts.wide + there),
+        ("forward", at_head, 0.0, at_heads, parts.logits - parts.piled + piled_by, forward, parts.chunk + by_heads),
+        (
+            "backward",
+            at_head,
+            0.0,
+            at_heads,
+            parts.copy - parts.piled + piled_by,
+            ahead + small,
+            table + parts.hiddens + by_heads,
+        ),
         ("backward", in_block, 0.0, now, piled, ahead + small, at_work + working + before),
         *ends,
         ("backward", at_head if per_step else 0.0, 0.0, 0.0, 0.0, small, whole + scatter),

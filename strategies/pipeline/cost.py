@@ -13,7 +13,7 @@ from typing import NamedTuple
 from strategies.links import Message
 from strategies.pipeline.schedules import Action, orders
 from strategies.sizes import FIRST, Place, table
-from strategies.strategy import SPLIT_BACKWARD, Schedule, Stage, Strategy
+from strategies.strategy import INTERLEAVED, SPLIT_BACKWARD, Schedule, Stage, Strategy
 from strategies.workload import Workload
 
 SPLIT_S = 0.01
@@ -124,6 +124,17 @@ def in_flight_of(schedule: Schedule, ranks: int, virtual: int, micro_batches: in
         return float(min(micro_batches, ranks - rank))
     warm_up = 2 * (ranks - rank - 1) + (virtual - 1) * ranks + 1
     return min(micro_batches, warm_up / virtual)
+
+
+def first_in_flight(strategy: Strategy) -> float:
+    """Micro batches in flight in the first of the first rank's stages, which is ahead of its others where they take turns, and
+    the one that comes next."""
+    ranks, virtual = strategy.pipeline_parallel_degree, strategy.num_virtual_stages
+    flights = in_flight(strategy, 0)
+    if ranks == 1 or strategy.pipeline_schedule not in INTERLEAVED:
+        return flights
+    rounds, rest = divmod(round(flights * virtual), ranks * virtual)
+    return min(strategy.gradient_accumulation_steps, rounds * ranks + min(rest, ranks) + 1)
 
 
 class State(NamedTuple):
