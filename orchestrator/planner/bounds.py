@@ -32,8 +32,8 @@ from orchestrator.planner.groups import (
     Shape,
     Sharding,
 )
+from orchestrator.planner.holdings import MicroBytes
 from orchestrator.planner.memory import ROUNDING, micro_bytes, standing, tensor_budget
-from orchestrator.planner.moments import MicroBytes
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.roofline import roofline
 from orchestrator.planner.space import Space

@@ -13,26 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, overload
 
 from clusters.cluster import Cluster
-from orchestrator.planner.moments import (
-    Held,
-    MicroBytes,
-    Moment,
-    Saved,
-    native_moments,
-    native_working,
-    published_moments,
-    size_of,
-    standing_bytes,
-)
-from orchestrator.planner.roofline import ELEMENT
+from orchestrator.planner.holdings import Holdings, MicroBytes, holdings, kept_bytes, saved_of
+from orchestrator.planner.moments import Moment, native_moments, published_moments, size_of, standing_bytes
 from strategies.constants import MEMORY, MemoryConstants
 from strategies.offload import cost as offload
 from strategies.pipeline import cost as pipeline
-from strategies.recompute import cost as recompute
 from strategies.strategy import Strategy
-from strategies.tensor import cost as tensor
 from strategies.workload import Workload
-from strategies.zero import cost as zero
 
 CPU_FRAGMENTATION = 0.15
 """Resident set over live tensors, less one, where malloc is left to its defaults."""
@@ -136,11 +123,11 @@ def price_memory(
     constants: MemoryConstants = MEMORY,
 ) -> MemoryPrice:
     """Prices a strategy whose `stages` are set."""
-    ledger = _ledger(work, precision, sequence_length, constants)
+    holds = holdings(work, precision, sequence_length, constants)
     kind = cluster.accelerator.kind
     shares = pipeline.shares(strategy)
-    micro = ledger.micro(strategy)
-    fills = {rank: ledger.fill(strategy, shares.by_rank[rank], rank, micro) for rank in _fullest(strategy, shares)}
+    micro = holds.micro(strategy)
+    fills = {rank: _fill(holds, strategy, shares.by_rank[rank], rank, micro) for rank in _fullest(strategy, shares)}
     fullest = max(fills, key=lambda rank: fills[rank].tensors)
     tensors = fills[fullest].tensors
     away = [(each.left, sum(each.states)) for each in fills.values()]
@@ -150,7 +137,7 @@ def price_memory(
 
     def stage(rank: int) -> StageMemory:
         known = fills.get(rank)
-        return _stage(rank, known or ledger.fill(strategy, shares.by_rank[rank], rank, micro), constants, kind)
+        return _stage(rank, known or _fill(holds, strategy, shares.by_rank[rank], rank, micro), constants, kind)
 
     return MemoryPrice(
         stages=Stages(stage, strategy.pipeline_parallel_degree, fullest),
@@ -167,11 +154,11 @@ def host_bytes_per_node(
     work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_length: int, precision: str
 ) -> int:
     """What price_memory says of it beside GPUs, without the rest."""
-    ledger = _ledger(work, precision, sequence_length, MEMORY)
+    holds = holdings(work, precision, sequence_length, MEMORY)
     shares = pipeline.shares(strategy)
-    held = [ledger.held(strategy, shares.by_rank[rank]) for rank in _fullest(strategy, shares)]
+    held = [holds.held(strategy, shares.by_rank[rank]) for rank in _fullest(strategy, shares)]
     away = [(each.left, states) for each, _, states in held]
-    host, _, staging = _away(away, strategy, shares, ledger.micro(strategy))
+    host, _, staging = _away(away, strategy, shares, holds.micro(strategy))
     return _host_bytes(strategy, "cuda", host, staging, 0) * min(cluster.gpus_per_node, strategy.num_gpus)
 
 
@@ -181,7 +168,7 @@ def _away(
     """Of a rank, at most: bytes (in host memory, on NVMe, of a checkpoint's one copy). `ranks`: (offloaded, states that stay)."""
     host = max(left.host_bytes for left, _ in ranks)
     if strategy.offload.activations == "host":
-        host += max(_kept(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
+        host += max(kept_bytes(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
     return host, max(left.nvme_bytes for left, _ in ranks), max(states for _, states in ranks)
 
 
@@ -194,11 +181,11 @@ def _host_bytes(strategy: Strategy, kind: str, offloaded: float, staging: float,
 
 def fits(work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_length: int, precision: str) -> bool:
     """What price_memory says of it, at the first pipeline rank that is too full."""
-    ledger = _ledger(work, precision, sequence_length, MEMORY)
-    shares, micro = pipeline.shares(strategy), ledger.micro(strategy)
+    holds = holdings(work, precision, sequence_length, MEMORY)
+    shares, micro = pipeline.shares(strategy), holds.micro(strategy)
     kind, usable, peak, away = cluster.accelerator.kind, _usable_bytes(cluster), 0, []
     for rank in _fullest(strategy, shares):
-        fill = ledger.fill(strategy, shares.by_rank[rank], rank, micro)
+        fill = _fill(holds, strategy, shares.by_rank[rank], rank, micro)
         peak = max(peak, fill.tensors + reserve_bytes(fill.tensors, kind))
         if peak > usable:
             return False
@@ -226,17 +213,17 @@ def standing(
     work: Workload, strategy: Strategy, share: pipeline.Share, cluster: Cluster, *, sequence_length: int, precision: str
 ) -> Standing:
     """Of what price_memory counts, a lower bound that no micro batch's size and no recomputing changes."""
-    ledger = _ledger(work, precision, sequence_length, MEMORY)
-    held, _, states = ledger.held(strategy, share)
+    holds = holdings(work, precision, sequence_length, MEMORY)
+    held, _, states = holds.held(strategy, share)
     once, late = (
-        states + standing_bytes(work, strategy, share, held, ledger.element, late=late) for late in (False, True)
+        states + standing_bytes(work, strategy, share, held, holds.element, late=late) for late in (False, True)
     )
     return Standing(once, late, held.left.host_bytes + states * (cluster.accelerator.kind == "cuda"))
 
 
 def micro_bytes(work: Workload, strategy: Strategy, *, sequence_length: int, precision: str) -> MicroBytes:
     """One micro batch on any pipeline rank."""
-    return _ledger(work, precision, sequence_length, MEMORY).micro(strategy)
+    return holdings(work, precision, sequence_length, MEMORY).micro(strategy)
 
 
 def tensor_budget(cluster: Cluster) -> float:
@@ -257,177 +244,6 @@ def _usable_bytes(cluster: Cluster) -> int:
     return int(cluster.accelerator.memory_bytes * (1 - min(margin, LARGEST_MARGIN)))
 
 
-class _Ledger:
-    """One model's bytes in one precision and sequence length. Keeps what it has worked out, under every field of the strategy
-    that it read (but for the bytes of the offload's link, which are no bytes held): a search asks again and again."""
-
-    __slots__ = ("_held", "_micros", "constants", "element", "precision", "sequence_length", "work")
-
-    def __init__(self, work: Workload, precision: str, sequence_length: int, constants: MemoryConstants) -> None:
-        self.work, self.precision, self.sequence_length, self.constants = work, precision, sequence_length, constants
-        self.element = ELEMENT[precision]
-        self._micros: dict[tuple[object, ...], MicroBytes] = {}
-        self._held: dict[tuple[object, ...], tuple[Held, tuple[int, int, int], int]] = {}
-
-    def micro(self, strategy: Strategy) -> MicroBytes:
-        key = (
-            strategy.micro_batch_size,
-            strategy.tensor_parallel_degree,
-            strategy.pipeline_parallel_degree > 1,
-            strategy.sequence_parallel,
-            strategy.activation_checkpointing,
-            strategy.attention,
-            strategy.fused_norm,
-            strategy.states,
-            strategy.zero_stage,
-        )
-        known = self._micros.get(key)
-        if known is None:
-            known = _micro_batch(self.work, strategy, self.constants, self.sequence_length, self.element)
-            self._micros[key] = known
-        return known
-
-    def held(self, strategy: Strategy, share: pipeline.Share) -> tuple[Held, tuple[int, int, int], int]:
-        """What a rank holds of the model, and of it parameters, master weights and moments, and their sum."""
-        key = (
-            share.layers,
-            share.embedding,
-            share.head,
-            strategy.engine,
-            strategy.tensor_parallel_degree,
-            strategy.zero_stage,
-            strategy.zero_group_size,
-            strategy.states,
-            strategy.offload,
-        )
-        known = self._held.get(key)
-        if known is None:
-            held = _held(self.work, strategy, share, self.precision)
-            gpu = held.left.gpu
-            states = (int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states))
-            known = self._held[key] = held, states, sum(states)
-        return known
-
-    def fill(self, strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> _Fill:
-        """A pipeline rank at the largest of its moments."""
-        held, states, num_bytes = self.held(strategy, share)
-        saved = _saved(strategy, share, rank, micro)
-        moments = native_moments if self.work.native else published_moments
-        fullest = max(moments(self.work, strategy, share, held, micro, saved, self.element), key=size_of)
-        _, gathered, gradients, activations, logits, buffers, temporary = fullest
-        rest = int(gathered) + int(gradients) + int(activations) + int(logits) + int(buffers) + int(temporary)
-        return _Fill(held.left, states, fullest, num_bytes + rest)
-
-
-_KNOWN: dict[tuple[int, int, int, str], _Ledger] = {}
-_MOST_KNOWN = 512
-
-
-def _ledger(work: Workload, precision: str, sequence_length: int, constants: MemoryConstants) -> _Ledger:
-    """Cached by identity, as roofline.py's."""
-    key = id(work), id(constants), sequence_length, precision
-    known = _KNOWN.get(key)
-    if known is None or known.work is not work or known.constants is not constants:
-        if len(_KNOWN) >= _MOST_KNOWN:
-            _KNOWN.clear()
-        known = _KNOWN[key] = _Ledger(work, precision, sequence_length, constants)
-    return known
-
-
-def _micro_batch(
-    work: Workload, strategy: Strategy, constants: MemoryConstants, sequence_length: int, element: int
-) -> MicroBytes:
-    tokens = strategy.micro_batch_size * sequence_length
-    hidden = float(tokens * work.hidden_size * element)
-    shape = {"tokens": tokens, "sequence_length": sequence_length, "element": element}
-    layer = kept = recompute.saved_bytes(work, strategy, constants, selective=False, **shape)
-    kind = strategy.activation_checkpointing
-    again = 0.0
-    if kind == "full":
-        kept = recompute.boundary_bytes(work, strategy, tokens=tokens, element=element)
-        again = layer - kept
-    elif kind == "selective":
-        kept = recompute.saved_bytes(work, strategy, constants, selective=True, **shape)
-        if not (work.native and strategy.sequence_parallel):
-            kept = min(layer, kept)
-        again = recompute.selective_again_bytes(work, strategy, tokens=tokens, element=element)
-    if work.native:
-        working = native_working(work, strategy, tokens, element)
-    else:
-        working = constants.working_elements * hidden
-        if kind == "full":
-            scores = recompute.score_bytes(work, strategy, **shape)
-            again = constants.recompute_layers * (layer - constants.score_copies * scores)
-            again += constants.recompute_scores * scores
-    split = strategy.tensor_parallel_degree if strategy.sequence_parallel else 1
-    return MicroBytes(
-        hidden=hidden,
-        layer=layer,
-        checkpointed=kept,
-        logits=tensor.logit_bytes(work, strategy, constants, tokens=tokens, element=element),
-        widened=tensor.widened_bytes(work, strategy, tokens=tokens, element=element),
-        working=working,
-        again=again,
-        pending=tokens * element * pipeline.pending_elements(work, strategy),
-        final=hidden * 2 / split,
-        numbers=16.0 * tokens,
-        boundary=hidden / split if strategy.pipeline_parallel_degree > 1 else 0.0,
-    )
-
-
-def _held(work: Workload, strategy: Strategy, share: pipeline.Share, precision: str) -> Held:
-    """What a rank holds of the model, before any batch."""
-    block = tensor.block_parameters(work, strategy)
-    ends = {"embedding": share.embedding, "head": share.head}
-    outside = tensor.outside_parameters(work, strategy, **ends)
-    parameters = share.layers * block + outside
-    rows = zero.padding(work, strategy, **ends) if work.native and strategy.zero_stage else (0.0, 0.0)
-    states = zero.state_bytes(parameters, strategy, precision, rows[0] + share.layers * rows[1])
-    owned = parameters / zero.group_size(strategy)
-    table = work.vocab_size * work.embedding_size if outside else 0
-    largest = max(table, work.ffn_size * work.hidden_size) / strategy.tensor_parallel_degree / zero.group_size(strategy)
-    left = offload.offloaded(states, strategy, num_owned_parameters=owned, element=ELEMENT[precision], largest=largest)
-    return Held(left, parameters, block, outside, rows)
-
-
-def _kept(share: pipeline.Share, micro: MicroBytes) -> float:
-    """Activations of one micro batch on one rank."""
-    return share.checkpointed * micro.checkpointed + (share.layers - share.checkpointed) * micro.layer
-
-
-_CARRIED = pipeline.States(*((pipeline.State(at_once, 0.0, 1.0),) for at_once in (1.0, 0.0, 0.0, 1.0)))
-
-
-def _saved(strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> Saved:
-    one = _kept(share, micro)
-    final, flights = micro.final * share.head, pipeline.in_flight(strategy, rank)
-    numbers = micro.numbers * pipeline.first_in_flight(strategy) if share.embedding else 0.0
-    sends = pipeline.kept_sends(strategy, rank)
-    sent = sends[0] * micro.boundary, sends[1] * micro.boundary
-    if strategy.offload.activations == "host":
-        # A block at work and the one that comes back from the host meanwhile; at the head none has come yet.
-        one = min(one, 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed))
-        # What came in from another rank stays, beside its copy.
-        given = micro.boundary * flights * (strategy.num_virtual_stages - share.embedding)
-        most = one + given
-        return Saved(most, most, -one, given + final, final, numbers, one, 0.0, given, _CARRIED, sent)
-    states = pipeline.states(strategy, rank)
-    turned = -one / strategy.num_virtual_stages
-    if not pipeline.splits(strategy):
-        piled = final * (pipeline.heads_in_flight(strategy) - 1)
-        most = states.begin[0].forward * one + piled
-        return Saved(most, most, turned, most + final, final, numbers, one, 0.0, piled, states, sent)
-    waits = share.layers * micro.pending
-    if strategy.pipeline_schedule == "zbv":
-        waits = max(waits, one)  # a search counts on no less (bounds.py)
-    # A pass over the inputs turns what a stage's forward left into what its weights wait for, block by block.
-    turned += waits / strategy.num_virtual_stages
-    last = micro.checkpointed if share.checkpointed == share.layers else min(micro.layer, micro.checkpointed)
-    most = max([forward * one + inputs * waits for forward, inputs, _ in states.begin])
-    ever = most + max(0.0, turned + last - micro.pending)
-    return Saved(most, ever, turned, most + final, final, numbers, one, waits, 0.0, states, sent)
-
-
 class _Fill(NamedTuple):
     """A rank at its peak."""
 
@@ -436,6 +252,17 @@ class _Fill(NamedTuple):
     """Parameters, master weights, moments."""
     moment: Moment
     tensors: int
+
+
+def _fill(holds: Holdings, strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> _Fill:
+    """A pipeline rank at the largest of its moments."""
+    held, states, num_bytes = holds.held(strategy, share)
+    saved = saved_of(strategy, share, rank, micro)
+    moments = native_moments if holds.work.native else published_moments
+    fullest = max(moments(holds.work, strategy, share, held, micro, saved, holds.element), key=size_of)
+    _, gathered, gradients, activations, logits, buffers, temporary = fullest
+    rest = int(gathered) + int(gradients) + int(activations) + int(logits) + int(buffers) + int(temporary)
+    return _Fill(held.left, states, fullest, num_bytes + rest)
 
 
 def _reserve(constants: MemoryConstants, kind: str) -> tuple[float, float]:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from orchestrator.planner.holdings import Held, MicroBytes, Saved
 from strategies.catalog import ENGINES
 from strategies.engines.engine import BUCKET_BYTES
-from strategies.offload.cost import Offloaded
 from strategies.pipeline import cost as pipeline
-from strategies.pipeline.cost import Share, State, States
+from strategies.pipeline.cost import Share, State
 from strategies.strategy import Strategy
 from strategies.tensor import cost as tensor
 from strategies.workload import Workload
@@ -23,90 +23,8 @@ STEP_BYTES = 24
 Moment = tuple[str, float, float, float, float, float, float]
 
 
-class Held(NamedTuple):
-    """What a rank holds of the model."""
-
-    left: Offloaded
-    """States after offload."""
-    parameters: float
-    block: float
-    """Parameters of one block."""
-    outside: float
-    """Parameters outside the blocks."""
-    padding: tuple[float, float]
-    """Elements of a rank's uneven part, (outside the blocks, of one block)."""
-
-
-class MicroBytes(NamedTuple):
-    """Bytes of one micro batch on any rank."""
-
-    hidden: float
-    """One activation of the residual stream."""
-    layer: float
-    """An uncheckpointed layer's."""
-    checkpointed: float
-    """A checkpointed layer's."""
-    logits: tuple[float, float]
-    """(at the loss, one copy)."""
-    widened: float
-    """What the loss widens of them at once."""
-    working: float
-    """A block's backward pass beyond what was saved."""
-    again: float
-    """What is computed again of a checkpointed layer, alive while it goes backward."""
-    pending: float
-    """A layer's between the halves of a split backward pass."""
-    final: float
-    """What the head keeps: the last block's output and its norm's."""
-    numbers: float
-    """Ids and positions."""
-    boundary: float
-    """An activation from another pipeline rank."""
-
-
-class Saved(NamedTuple):
-    """Activations of all micro batches in flight."""
-
-    most: float
-    """As a backward pass begins."""
-    ever: float
-    """In it."""
-    turned: float
-    """What it adds to them, gone where it is not split."""
-    at_head: float
-    """At their most, while logits are there, with what the head keeps."""
-    final: float
-    """Of it, what the head keeps of one micro batch."""
-    numbers: float
-    """What the embedding keeps of them: ids and positions."""
-    one: float
-    """Of one micro batch, between forward and backward."""
-    waits: float
-    """And between the halves of a split backward pass."""
-    piled: float
-    """What else is kept of the micro batches that wait: by the head of gpipe; what came in, where all else is on the host."""
-    states: States
-    sent: tuple[float, float]
-    """What other pipeline ranks may not have received yet, (as a forward pass ends, as a backward pass begins)."""
-
-    @property
-    def others(self) -> float:
-        """When a pass through the first block ends."""
-        return self.most + self.turned
-
-
 def size_of(moment: Moment) -> float:
     return moment[1] + moment[2] + moment[3] + moment[4] + moment[5] + moment[6]
-
-
-def native_working(work: Workload, strategy: Strategy, tokens: int, element: int) -> float:
-    """The feed-forward's backward pass: gradients of ReLU's output and input, of the residual stream and of the norm's
-    output; or, where weights are larger than activations, one of its weight gradients in place of the second."""
-    tensor_degree = strategy.tensor_parallel_degree
-    wide = tokens * work.ffn_size / tensor_degree
-    weight = work.ffn_size * work.hidden_size / tensor_degree
-    vectors = 4 * work.hidden_size  # gradients of norms and biases
-    return element * (wide + max(wide, weight) + 2 * tokens * work.hidden_size + vectors)
 
 
 def published_moments(
