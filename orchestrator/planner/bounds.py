@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from operator import itemgetter
 
 from orchestrator.planner.carried import least_carried_s
@@ -23,14 +24,18 @@ from orchestrator.planner.groups import (
     PER_STEP,
     Batch,
     Busy,
+    Core,
     Fewest,
     Fixed,
     Kept,
     Least,
     Lot,
     Pass,
+    Rest,
+    Row,
     Shape,
     Sharding,
+    point,
 )
 from orchestrator.planner.holdings import MicroBytes
 from orchestrator.planner.memory import ROUNDING, micro_bytes, standing, tensor_budget
@@ -60,6 +65,7 @@ class Bounds(Extremes):
         self._lots: dict[tuple[Shape, int, Sharding | None], list[tuple[float, Lot]]] = {}
         self._lots_by_batch: dict[tuple[Shape, int], list[Lot]] = {}
         self._fixed: dict[tuple[Shape, int, Sharding | None, Offload], Fixed] = {}
+        self._rests: dict[tuple[Shape, bool, int, Sharding, Offload], Rest] = {}
         self._busy: dict[tuple[Shape, bool, int], Busy] = {}
         self._floors: dict[Shape, float] = {}
         self._carries: dict[tuple[int, bool, int, Least], tuple[float, float]] = {}
@@ -307,7 +313,35 @@ class Bounds(Extremes):
         a_layer, hidden = self.carried_s(lot.shape.tensor, lot.sequence_parallel, lot.batch.micro, lot.anything)
         return max(again_s, lot.batch.accumulation * (a_layer * lot.fewest - hidden))
 
-    def avoidable_s(self, strategy: Strategy, batch: Batch) -> float:
+    def rest(self, row: Row) -> Rest:
+        """A row's, priced under the first schedule with as little recomputed as is open."""
+        away = stays(row.offload)  # what they cost is in extra_s
+        key = row.shape, row.sequence_parallel, row.micro, row.sharding, away
+        if key not in self._rests:
+            schedule, virtual = row.batch.schedules[0]
+            core = Core(row.shape, row.sequence_parallel, row.micro, schedule, virtual)
+            kinds, counts = self.space.recomputes(row.shape.pipeline, virtual)
+            kind, layers = (kinds[0], self.space.layers_of(kinds[0])) if kinds else ("full", counts[0])
+            strategy = self.problem.strategy(point(core, row.sharding, away, kind, layers))
+            time = self.problem.time(strategy)
+            # The first schedule has the fewest stages a rank, and transfers.
+            self._rests[key] = Rest(
+                time.step_s - time.pipeline_bubble_s - self._avoidable_s(strategy, row.batch),
+                self._hideable_s(time, row.zero),
+                time.compute_s + time.recompute_s + time.tensor_parallel_s,
+            )
+        return self._rests[key]
+
+    def row_s(self, row: Row, rest: Rest, least: Least, idle: float) -> float:
+        """Seconds of a step of a row's members with such a bubble."""
+        again_s = self.again_s(row.lot, least)
+        is_open = "none" in self.space.recomputes(row.shape.pipeline, 1)[0]
+        extra_s = self.extra_s(row.lot, row.offload, again_s) if is_open else 0.0
+        busy = self.busy_s(row.shape, row.sequence_parallel, row.micro)
+        bubble_s = (again_s + max(0.0, busy.total_s - rest.slowest_s) / max(1, row.shape.pipeline - 1)) * idle
+        return rest.step_s + extra_s - min(rest.hideable_s, extra_s) + bubble_s
+
+    def _avoidable_s(self, strategy: Strategy, batch: Batch) -> float:
         """Of a strategy's messages, what another schedule of the batch may not have: under zbv one rank holds both ends of the
         model, where layers are not dealt evenly the slowest rank may hold neither, and with several stages a rank replicas of a
         shard wait for a step's last micro batch."""
@@ -324,7 +358,7 @@ class Bounds(Extremes):
             seconds += max(0.0, problem.time(strategy).data_parallel_s - problem.time(once).data_parallel_s)
         return seconds
 
-    def hideable_s(self, time: TimePrice, zero: int) -> float:
+    def _hideable_s(self, time: TimePrice, zero: int) -> float:
         """Of the waiting for replicas, what more compute can hide: ZeRO 2 and 3 talk in the middle of it."""
         if zero < 2:
             return 0.0
@@ -369,3 +403,9 @@ class Bounds(Extremes):
         parameters = min(stepped(problem.work, strategy, end._replace(layers=fewest)) for end in ends)
         step_s = sum(optimizer_s(roof, strategy, parameters, TIME))
         return Fixed(budget - stands.once, budget - stands.late, on_host - stands.host, step_s)
+
+
+@lru_cache(maxsize=256)
+def stays(offload: Offload) -> Offload:
+    """The same without activations."""
+    return replace(offload, activations="none")

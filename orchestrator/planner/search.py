@@ -16,12 +16,10 @@ import gc
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
-from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from orchestrator.planner.bounds import INFINITE, SLACK, Bounds
+from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, stays
 from orchestrator.planner.fits import Fits
 from orchestrator.planner.groups import Core, Least, Rest, Row, Shape, Sharding, point, simplicity
 from orchestrator.planner.problem import Choice, Problem
@@ -90,7 +88,6 @@ class _Search:
         self.heap: list[tuple[float, int, Any, int, Shape, int, Any]] = []
         self.order = count()
         self.done: set[Family] = set()
-        self.rests: dict[tuple[Any, ...], Rest] = {}
         self.opened: dict[tuple[Shape, int, Offload], None] = {}
         """Families that were looked at: where nothing fits, all but those that hold more than another one that does not fit."""
         self.host_holds: dict[tuple[Shape, int, str], bool] = {}
@@ -219,7 +216,7 @@ class _Search:
                 if self._host_holds(shape, zero, offload):
                     self._reject(shape, "nvme", each, "host memory holds what would go to NVMe, which is slower")
                 else:
-                    away = _stays(offload)
+                    away = stays(offload)
                     families[away] = (*families.get(away, ()), offload)
             for away, kept in families.items():
                 floor_s = floor + self.bounds.fixed(shape, zero, None, away).step_s
@@ -237,7 +234,7 @@ class _Search:
 
     def _over(self, shape: Shape, zero: int, sharding: Sharding | None, offload: Offload) -> tuple[float, float]:
         """Fewest.over of a family, with any sharding or one."""
-        fixed = self.bounds.fixed(shape, zero, sharding, _stays(offload))
+        fixed = self.bounds.fixed(shape, zero, sharding, stays(offload))
         fewest = self.bounds.fewest(shape, self.space.batches_of(shape, zero, sharding))
         return fewest.over(fixed, carried=offload.activations != "none")
 
@@ -328,36 +325,9 @@ class _Search:
         self._push_next(rows)
         size = row.lot.size
         if not self._is_done(row.shape, row.zero, row.offload, size):
-            rest = self._rest(row)
-            floor_s = self._floor_s(row, rest, row.least, row.lot.idle)
+            rest = self.bounds.rest(row)
+            floor_s = self.bounds.row_s(row, rest, row.least, row.lot.idle)
             self._push(floor_s, row.shape, size, self._open_row, row, rest)
-
-    def _rest(self, row: Row) -> Rest:
-        away = _stays(row.offload)  # what they cost is in extra_s
-        key = row.shape, row.sequence_parallel, row.micro, row.sharding, away
-        if key not in self.rests:
-            schedule, virtual = row.batch.schedules[0]
-            core = Core(row.shape, row.sequence_parallel, row.micro, schedule, virtual)
-            kinds, counts = self.space.recomputes(row.shape.pipeline, virtual)
-            kind, layers = (kinds[0], self.space.layers_of(kinds[0])) if kinds else ("full", counts[0])
-            strategy = self.problem.strategy(point(core, row.sharding, away, kind, layers))
-            time = self.problem.time(strategy)
-            # The first schedule has the fewest stages a rank, and transfers.
-            self.rests[key] = Rest(
-                time.step_s - time.pipeline_bubble_s - self.bounds.avoidable_s(strategy, row.batch),
-                self.bounds.hideable_s(time, row.zero),
-                time.compute_s + time.recompute_s + time.tensor_parallel_s,
-            )
-        return self.rests[key]
-
-    def _floor_s(self, row: Row, rest: Rest, least: Least, idle: float) -> float:
-        """Bound of a row's members with such a bubble."""
-        again_s = self.bounds.again_s(row.lot, least)
-        is_open = "none" in self.space.recomputes(row.shape.pipeline, 1)[0]
-        extra_s = self.bounds.extra_s(row.lot, row.offload, again_s) if is_open else 0.0
-        busy = self.bounds.busy_s(row.shape, row.sequence_parallel, row.micro)
-        bubble_s = (again_s + max(0.0, busy.total_s - rest.slowest_s) / max(1, row.shape.pipeline - 1)) * idle
-        return rest.step_s + extra_s - min(rest.hideable_s, extra_s) + bubble_s
 
     def _open_row(self, size: int, row: Row, rest: Rest) -> None:
         """(micro batch, sequence parallel) -> schedules, each with its own bubble and micro batches in flight."""
@@ -373,7 +343,7 @@ class _Search:
                 continue
             idle = bubble_fraction(schedule, shape.pipeline, virtual, batch.accumulation)
             core = Core(shape, lot.sequence_parallel, batch.micro, schedule, virtual)
-            floor_s = self._floor_s(row, rest, least, idle)
+            floor_s = self.bounds.row_s(row, rest, least, idle)
             self._push(floor_s, shape, number, self._open_core, core, row.sharding, row.offload, least)
 
     def _open_core(self, size: int, core: Core, sharding: Sharding, offload: Offload, least: Least) -> None:
@@ -420,12 +390,6 @@ class _Search:
                 low = middle + 1
             middle = (low + high) // 2
         return found, priced
-
-
-@lru_cache(maxsize=256)
-def _stays(offload: Offload) -> Offload:
-    """The same without activations."""
-    return replace(offload, activations="none")
 
 
 def _told_over(num_bytes: float) -> str:
