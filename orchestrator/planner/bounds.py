@@ -8,7 +8,7 @@ The bounds hold for any model in which
   activations of min(m, p) micro batches, or of two layers where all others wait on the host;
 - more checkpointed layers hold fewer bytes, and take longer where activations stay on the GPU.
 
-tests/unit/test_search.py holds the search against brute force, which needs none of this, and the bounds of bytes against prices.
+tests/unit/test_search.py holds the search against brute force, which needs none of this, and every bound against prices.
 """
 
 from __future__ import annotations
@@ -272,16 +272,15 @@ class Bounds(Extremes):
         return self._fewest[key]
 
     def _find_fewest(self, shape: Shape, batches: list[Batch]) -> Fewest:
-        first, (kinds, counts) = self.rank_layers(shape.pipeline)[0], self.space.recomputes(shape.pipeline, 1)
-        partly = "num_checkpointed_layers_per_stage" in self.space.pins
+        first, (kinds, layers) = self.rank_layers(shape.pipeline)[0], self.anything(shape.pipeline)
+        opens = ("none", "selective", "full") if self.partly else (*kinds, *["full"] * (layers is not None))
         few, once, stay, here, waiting = min(first, 2), False, INFINITE, INFINITE, INFINITE
         for batch in batches:
             once = once or batch.accumulation < 2 * shape.pipeline
             flights = self.least_of(shape.pipeline, batch)[1]
             for flag in self.space.sequence_parallels(shape.tensor):
                 kept = self.kept(shape.tensor, flag, batch.micro)
-                sizes = kept[:3] if partly else [getattr(kept, kind) for kind in [*kinds, *["full"] * bool(counts)]]
-                one = min(sizes)
+                one = min(getattr(kept, kind) for kind in opens)
                 waiting = min(waiting, first * one * flights)
                 stay = min(stay, first * one * flights + kept.working)
                 here = min(here, few * one + kept.working)
