@@ -189,7 +189,8 @@ def _micro_batch(
         widened=tensor.widened_bytes(work, strategy, tokens=tokens, element=element),
         working=working,
         again=again,
-        pending=tokens * element * pipeline.pending_elements(work, strategy),
+        # With mean and deviation of two norms, in 32 bit.
+        pending=tokens * (element * pipeline.pending_elements(work, strategy) + 4 * 4),
         final=hidden * 2 / split,
         numbers=16.0 * tokens,
         boundary=hidden / split if strategy.pipeline_parallel_degree > 1 else 0.0,

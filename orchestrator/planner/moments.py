@@ -171,11 +171,12 @@ def _whole_moments(
     # The first bucket is full, and goes, when its blocks are through.
     through = int(max(0.0, BUCKET_BYTES / gradient - largest) / held.block)
     reduced = max(0.0, saved.ever - behind - through * min(micro.layer, micro.checkpointed))
-    # What comes for the next pass; half a backward pass holds what came in and what goes out until it is done.
-    small = saved.numbers + STEP_BYTES + 4 * work.hidden_size * element
+    # What comes for the next pass. Where passes are split, the gradient that came in waits for the weights of the last block,
+    # beside sequence parallelism in a copy; what goes out is among `ends`.
+    small = saved.numbers + STEP_BYTES + 4 * work.hidden_size * element * (1 + splits)
     before, sent = saved.sent
     small += sent
-    ahead = micro.boundary * (3 if splits else 1) + small
+    ahead = micro.boundary * (1 + (splits and strategy.sequence_parallel)) + small
     forward = max([f * saved.one + i * saved.waits for f, i, _ in saved.states.forward])
     return (
         ("forward", gathered, grads, forward, parts.piled, ahead + before - sent, parts.wide),
@@ -232,7 +233,7 @@ def _sharded_moments(
     # Ids and positions, the step's own numbers, gradients of the norms that lie between two units; what a pipeline brought for
     # this pass and brings for the next.
     before, sent = saved.sent
-    small = saved.numbers + STEP_BYTES + 4 * work.hidden_size * element + (3 if splits else 2) * micro.boundary + sent
+    small = saved.numbers + STEP_BYTES + 4 * work.hidden_size * element * (1 + splits) + 2 * micro.boundary + sent
     forward = small + before - sent
     gradients, whole = left.gpu.gradients, wide * parameters if waits else 0.0
     head_table, at_end = parts.head_table, ("optimizer", 0.0, gradients, 0.0, 0.0, 0.0, STEP_BYTES)
