@@ -350,9 +350,8 @@ def _waiting_moments(
         with the embedding, the last stage."""
         found = -1.0, 0.0, 0.0
         for flights, inputs, part in states:
-            left = (
-                min(1.0, max(0.0, flights - at_work) / (heads - 1)) if heads > 1 else 1.0
-            )  # of those that gpipe's head keeps
+            # Of those that gpipe's head keeps.
+            left = min(1.0, max(0.0, flights - at_work) / (heads - 1)) if heads > 1 else 1.0
             kept = flights * one + inputs * waits + saved.piled * left + more
             had = part * blocks + wide_root * (part > 0.0 or inputs > 0.0 if share.head or splits else part == 1.0)
             if kept + had + parts.piled * left > sum(found):

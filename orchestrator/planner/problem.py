@@ -138,7 +138,7 @@ class Problem:
             activation_checkpointing=c.recompute,  # type: ignore[arg-type]
             offload=c.offload,
             micro_batch_size=c.micro,
-            gradient_accumulation_steps=-(-self.global_batch_size // (c.data * c.micro)),
+            gradient_accumulation_steps=self.accumulation(c.data, c.micro),
             stages=stages,
             **self.pinned_fields,
         )
