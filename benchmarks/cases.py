@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchestrator.models.architecture import Architecture, make_architecture
-from orchestrator.planner.stages import cut
+from strategies.pipeline.stages import cut
 from strategies.strategy import MESH_ORDER, Offload, Strategy
 
 

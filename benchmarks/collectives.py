@@ -29,7 +29,7 @@ from benchmarks.parity import BUCKET_BYTES, NUM_DRAWN, session_of, steps
 from benchmarks.pool import Pool
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.workloads import workload
-from orchestrator.planner.ledger import Ledger, Line, ledger
+from strategies.price.messages import Ledger, Line, ledger
 from strategies.sizes import Place
 from strategies.zero.states import DTYPES
 

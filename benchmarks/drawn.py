@@ -18,9 +18,9 @@ from benchmarks.cases import Run, Task
 from clusters.cluster import Cluster
 from clusters.hardware import Accelerator, Host, Link
 from orchestrator.models.architecture import Architecture, make_architecture
-from orchestrator.planner.memory import MEMORY_ERROR
 from orchestrator.planner.problem import PlanError, Problem
-from orchestrator.planner.solve import Solution, solve
+from orchestrator.planner.search.solve import Solution, solve
+from strategies.price.memory import MEMORY_ERROR
 from strategies.strategy import Offload, Strategy
 
 

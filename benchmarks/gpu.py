@@ -34,7 +34,7 @@ from orchestrator.planner.problem import Problem
 FOLDER = Path(__file__).parents[1] / "docs" / "measurements"
 MEASURED_STEPS = 6
 CASE_TIMEOUT_S = 300.0
-PRELOADED = ["torch", "orchestrator.models.opt", "orchestrator.planner.live", "strategies.engines.native"]
+PRELOADED = ["torch", "orchestrator.models.opt", "orchestrator.planner.trace.live_bytes", "strategies.engines.native"]
 
 
 # Measuring: one process for each GPU ----------------------------------------------------------------------------------
@@ -46,7 +46,7 @@ def measure(case: Case, rank: int, store: str) -> dict[str, Any]:
     import torch.distributed as dist
 
     from orchestrator.models.opt import OPT
-    from orchestrator.planner.live import LiveBytes
+    from orchestrator.planner.trace.live_bytes import LiveBytes
     from strategies.engines.engine import MicroBatch
     from strategies.engines.native import build_session
 

@@ -25,8 +25,8 @@ from clusters.cluster import Cluster
 from clusters.inventory.local import cpu_cluster
 from orchestrator.models.architecture import Architecture, make_architecture
 from orchestrator.models.opt import OPT, initial_weights
-from orchestrator.planner.live import LiveBytes
 from orchestrator.planner.problem import Choice, Problem
+from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.engine import MicroBatch
 from strategies.engines.native import build_session
 from strategies.strategy import Offload

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.published import NOISY, ORDER_ONLY, Case, Score, cases, headline, score
-from orchestrator.planner.memory import price_memory
-from orchestrator.planner.roofline import Roofline
-from orchestrator.planner.time import step_time
 from strategies import constants as home
 from strategies.constants import GIB, MEMORY, TIME, MemoryConstants, TimeConstants
+from strategies.price.memory import price_memory
+from strategies.price.roofline import Roofline
+from strategies.price.step_time import step_time
 
 BOUNDS: dict[str, tuple[float, float]] = {
     "matmul": (0.5, 1.0), "flash": (0.3, 1.0), "score_products": (0.2, 1.0), "memory": (0.6, 0.92), "nvlink": (0.6, 0.85),

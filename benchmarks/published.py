@@ -19,7 +19,7 @@ from clusters.cluster import Cluster
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.workloads import workload
 from orchestrator.planner.problem import Problem
-from orchestrator.planner.stages import cut
+from strategies.pipeline.stages import cut
 from strategies.strategy import Offload, Strategy
 from strategies.workload import Workload
 

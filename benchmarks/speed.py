@@ -21,9 +21,9 @@ import torch
 from orchestrator.models.architecture import CATALOG, Architecture
 from orchestrator.models.opt import OPT, initial_weights
 from orchestrator.models.workloads import workload
-from orchestrator.planner.stages import cut
 from strategies.engines.engine import MicroBatch, OptimizerSettings
 from strategies.engines.native import build_session
+from strategies.pipeline.stages import cut
 from strategies.strategy import Strategy
 
 LEARNING_RATE = 1e-4

@@ -21,7 +21,7 @@ from benchmarks import parity
 from benchmarks.cases import ARCH, Case
 from benchmarks.engines import HOST, MATH, Row, session_of, steps
 from benchmarks.pool import Pool
-from orchestrator.planner.live import LiveBytes
+from orchestrator.planner.trace.live_bytes import LiveBytes
 
 HALF = 5
 BOUNDS = {"fp32": 2e-5, "bf16": 3e-2}

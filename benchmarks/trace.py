@@ -20,7 +20,7 @@ from typing import Any
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import CATALOG, Architecture, make_architecture
 from orchestrator.planner.problem import Choice, Problem
-from orchestrator.planner.trace import trace
+from orchestrator.planner.trace.play import trace
 from strategies.pipeline.cost import shares
 from strategies.strategy import Schedule, impossible
 

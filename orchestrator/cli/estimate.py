@@ -40,7 +40,7 @@ def command(job: str | None, as_json: bool, trace: bool, **flags: Any) -> int:
     """The bytes that JOB's strategy, or the one that the flags name, holds on every pipeline rank."""
     made = plan(load_job(job), top=0) if job else plan(parse_job(_mapping(flags)), top=0)
     if trace:
-        from orchestrator.planner.traced import with_trace
+        from orchestrator.planner.trace.child import with_trace
 
         made = with_trace(made)
     if as_json:

@@ -21,7 +21,7 @@ def command(job: str, as_json: bool, html: str | None, top: int | None, sensitiv
     """Plans JOB, a YAML file. Nothing is started, no GPU is needed. Exit code 3: does not fit, or misses a target."""
     made = plan(load_job(job), top=top if top is not None else 20 if as_json or html else 3)
     if trace:
-        from orchestrator.planner.traced import with_trace
+        from orchestrator.planner.trace.child import with_trace
 
         made = with_trace(made)
     if html:

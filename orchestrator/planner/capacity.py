@@ -12,7 +12,7 @@ from orchestrator.planner.document import strategy_dict
 from orchestrator.planner.problem import PlanError, Problem
 from orchestrator.planner.render import strategy_told, wrapped
 from orchestrator.planner.result import Wanted
-from orchestrator.planner.solve import Solution, solve
+from orchestrator.planner.search.solve import Solution, solve
 from strategies.strategy import Offload
 
 ClusterOf = Callable[[int], Cluster]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from orchestrator.planner.gantt import Bar
+from strategies.pipeline.timeline import Bar
 
 if TYPE_CHECKING:
     from orchestrator.planner.capacity import Cell

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clusters.cluster import weaker_links
-from orchestrator.planner.groups import Shape, simplicity
 from orchestrator.planner.problem import Choice, PlanError, Problem
 from orchestrator.planner.render import offload_told
 from orchestrator.planner.result import Found, SearchResult, Wanted, told_excess
-from orchestrator.planner.solve import SLOWER, Solution, solve
-from orchestrator.planner.time import Price
+from orchestrator.planner.search.candidates import Shape, simplicity
+from orchestrator.planner.search.solve import SLOWER, Solution, solve
+from strategies.price.step_time import Price
 from strategies.strategy import Offload, Strategy, without_effect
 
 TOO_LARGE_PART = 4

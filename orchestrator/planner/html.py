@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from orchestrator.planner import charts
 from orchestrator.planner.formulas import headline_formulas, memory_formulas, time_formulas
-from orchestrator.planner.gantt import timeline
 from orchestrator.planner.render import (
     COMPONENTS,
     TIMES,
@@ -21,6 +20,7 @@ from orchestrator.planner.render import (
     sensitivity_told,
     strategy_told,
 )
+from strategies.pipeline.timeline import timeline
 
 if TYPE_CHECKING:
     from orchestrator.planner.capacity import Capacity

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from clusters.calibration.runs import PRIOR_ERROR
 from orchestrator.planner import explain
 from orchestrator.planner.problem import PlanError, Problem
-from orchestrator.planner.solve import Solution, solve
+from orchestrator.planner.search.solve import Solution, solve
 from orchestrator.planner.targets import judged, wanted_of, would_meet
 from strategies.catalog import ENGINES
 from strategies.strategy import Offload, Strategy
@@ -17,8 +17,8 @@ from strategies.strategy import Offload, Strategy
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
     from orchestrator.planner.result import SearchResult
-    from orchestrator.planner.time import Price
     from orchestrator.spec import Job
+    from strategies.price.step_time import Price
 
 __all__ = ["Plan", "PlanError", "plan"]
 

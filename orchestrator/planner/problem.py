@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.workloads import workload
-from orchestrator.planner.memory import MemoryPrice, fits, host_bytes_per_node, price_memory
-from orchestrator.planner.stages import cut
-from orchestrator.planner.time import Price, TimePrice, price_time
 from strategies.catalog import ENGINES, Capability
+from strategies.pipeline.stages import cut
+from strategies.price.memory import MemoryPrice, fits, host_bytes_per_node, price_memory
+from strategies.price.step_time import Price, TimePrice, price_time
 from strategies.strategy import MESH_ORDER, Offload, Schedule, States, Strategy, impossible
 from strategies.workload import Workload
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from orchestrator.planner.bounds import Bounds
-from orchestrator.planner.fits import Fits
-from orchestrator.planner.groups import Shape
-from orchestrator.planner.memory import MemoryPrice
 from orchestrator.planner.problem import Choice
+from orchestrator.planner.search.bounds import Bounds
+from orchestrator.planner.search.candidates import Shape
+from orchestrator.planner.search.fits import Fits
+from strategies.price.memory import MemoryPrice
 from strategies.strategy import Offload
 
 GIB = 2**30

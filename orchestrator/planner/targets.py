@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.planner.result import Wanted
-from orchestrator.planner.solve import Solution, solve
+from orchestrator.planner.search.solve import Solution, solve
 
 if TYPE_CHECKING:
     from orchestrator.spec import Job

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from numpy import arange
 
-from orchestrator.planner.live import LiveBytes
+from orchestrator.planner.trace.live_bytes import LiveBytes
 from orchestrator.telemetry.records import Event, StepReport
 from orchestrator.training import checkpoint
 from orchestrator.training.assignment import Outcome

@@ -1,5 +1,5 @@
 """Where offloaded tensors live, declared as they are made: on a CPU machine host and device are the same memory, so no
-tensor's device tells them apart, and what counts bytes (orchestrator/planner/live.py) asks here."""
+tensor's device tells them apart, and what counts bytes (orchestrator/planner/trace/live_bytes.py) asks here."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ import pytest
 
 from benchmarks.oracle import fills, predict, table
 from benchmarks.published import Case, cases, headline
-from orchestrator.planner.roofline import roofline
 from strategies.constants import MemoryConstants, TimeConstants
+from strategies.price.roofline import roofline
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from benchmarks.collectives import differences, judge, rows
 from benchmarks.pool import Pool
 from orchestrator.models.architecture import CATALOG
 from orchestrator.models.workloads import workload
-from orchestrator.planner.ledger import Line, ledger
-from orchestrator.planner.stages import cut
 from strategies import sizes
+from strategies.pipeline.stages import cut
+from strategies.price.messages import Line, ledger
 from strategies.strategy import Strategy
 
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.cases import Case, Trial
 from benchmarks.parity import judge, session_of, steps
 from benchmarks.pool import Pool
-from orchestrator.planner.live import LiveBytes
+from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.strategy import Offload
 
 

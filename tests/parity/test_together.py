@@ -17,7 +17,7 @@ from benchmarks.cases import ARCH, Case
 from benchmarks.parity import micro_batches, session_of, steps, whole
 from benchmarks.pool import Pool
 from orchestrator.models.opt import OPT
-from orchestrator.planner.live import LiveBytes
+from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.native import build_session
 
 

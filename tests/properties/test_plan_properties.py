@@ -12,9 +12,9 @@ from clusters.catalog import load_cluster
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import make_architecture
 from orchestrator.planner.problem import Choice, Problem
-from orchestrator.planner.search import search
-from orchestrator.planner.solve import solve
-from orchestrator.planner.space import Space
+from orchestrator.planner.search.axes import Space
+from orchestrator.planner.search.best_first import search
+from orchestrator.planner.search.solve import solve
 
 GIB = 2**30
 quick = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

@@ -11,10 +11,6 @@ import pytest
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import CATALOG
 from orchestrator.models.workloads import workload
-from orchestrator.planner.ledger import ledger
-from orchestrator.planner.memory import price_memory
-from orchestrator.planner.stages import cut
-from orchestrator.planner.time import price, price_time
 from strategies.constants import MEMORY, TIME
 from strategies.links import Links, Message, all_reduce_s, blocking_s, half_s, ring
 from strategies.offload.cost import exposed_s, offloaded
@@ -30,6 +26,10 @@ from strategies.pipeline.cost import (
 )
 from strategies.pipeline.cost import messages as pipeline_messages
 from strategies.pipeline.schedules import orders, received, stage_rank
+from strategies.pipeline.stages import cut
+from strategies.price.memory import price_memory
+from strategies.price.messages import ledger
+from strategies.price.step_time import price, price_time
 from strategies.strategy import Offload, Strategy
 from strategies.tensor.cost import gradient_message, logit_bytes
 from strategies.tensor.cost import messages as tensor_messages

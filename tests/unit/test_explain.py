@@ -10,13 +10,13 @@ import pytest
 
 from orchestrator.planner import explain
 from orchestrator.planner.capacity import Question, capacity, told
-from orchestrator.planner.gantt import timeline
 from orchestrator.planner.html import capacity_page, page
 from orchestrator.planner.plan import Plan, plan
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.render import bar, bytes_told, render, seconds_told
 from orchestrator.spec import parse_job
 from strategies.pipeline.cost import bubble_fraction
+from strategies.pipeline.timeline import timeline
 
 
 @pytest.fixture(scope="module")

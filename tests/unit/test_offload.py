@@ -13,7 +13,7 @@ import torch
 from benchmarks import cases, parity
 from clusters.inventory import scratch
 from orchestrator.models.opt import OPT, initial_weights
-from orchestrator.planner.live import LiveBytes
+from orchestrator.planner.trace.live_bytes import LiveBytes
 from orchestrator.training.checkpoint import _stage
 from strategies.engines.native import NativeSession, build_session
 from strategies.offload import adam, files

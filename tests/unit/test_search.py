@@ -12,14 +12,14 @@ import pytest
 from clusters.catalog import load_cluster
 from clusters.cluster import Cluster, weaker_links
 from orchestrator.models.architecture import make_architecture
-from orchestrator.planner.bounds import Bounds
 from orchestrator.planner.explain import sensitivity
-from orchestrator.planner.groups import Shape, Sharding
 from orchestrator.planner.problem import Problem
 from orchestrator.planner.result import Wanted
-from orchestrator.planner.search import search
-from orchestrator.planner.solve import SLOWER, solve
-from orchestrator.planner.space import Space
+from orchestrator.planner.search.axes import Space
+from orchestrator.planner.search.best_first import search
+from orchestrator.planner.search.bounds import Bounds
+from orchestrator.planner.search.candidates import Shape, Sharding
+from orchestrator.planner.search.solve import SLOWER, solve
 from strategies.catalog import unbuilt
 from strategies.strategy import Offload
 

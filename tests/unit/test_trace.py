@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.models.architecture import block_parameters, make_architecture, num_parameters
-from orchestrator.planner.trace import _batches, trace
+from orchestrator.planner.trace.play import _batches, trace
 from strategies.pipeline.schedules import Action, orders
 from strategies.strategy import Stage, Strategy
 

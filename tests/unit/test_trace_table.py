@@ -8,7 +8,7 @@ from benchmarks.trace import CASES, MEDIUM, Case, compare
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import make_architecture
 from orchestrator.planner.problem import Choice, Problem
-from orchestrator.planner.trace import trace
+from orchestrator.planner.trace.play import trace
 from strategies.engines.engine import BUCKET_BYTES
 
 CLUSTER = load_cluster("a100-80gb-1x8")

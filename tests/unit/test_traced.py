@@ -10,10 +10,10 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.cli import main
-from orchestrator.planner import traced
 from orchestrator.planner.plan import plan
 from orchestrator.planner.problem import PlanError
 from orchestrator.planner.render import trace_told
+from orchestrator.planner.trace import child as traced
 from orchestrator.spec import parse_job
 from strategies.strategy import Strategy, without_effect
 

@@ -7,9 +7,18 @@ out otherwise or computes the weights apart."""
 
 from __future__ import annotations
 
-from orchestrator.planner.groups import PER_MICRO_BATCH, PER_STEP, Batch, Core, Leanest, Shape, Sharding, point
 from orchestrator.planner.problem import Choice
-from orchestrator.planner.space import Space
+from orchestrator.planner.search.axes import Space
+from orchestrator.planner.search.candidates import (
+    PER_MICRO_BATCH,
+    PER_STEP,
+    Batch,
+    Core,
+    Leanest,
+    Shape,
+    Sharding,
+    point,
+)
 from strategies.pipeline.cost import Share, bubble_fraction, in_flight_of, shares
 from strategies.strategy import Offload, Place, Schedule
 

@@ -12,8 +12,8 @@ from functools import cached_property, lru_cache
 from itertools import product
 from typing import Any
 
-from orchestrator.planner.groups import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, point
 from orchestrator.planner.problem import Choice, PlanError, Problem
+from orchestrator.planner.search.candidates import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, point
 from strategies.catalog import unbuilt, wrong_precision
 from strategies.strategy import INTERLEAVED, Offload, Schedule, Strategy
 

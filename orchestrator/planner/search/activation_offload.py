@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from orchestrator.planner.problem import Problem
-from orchestrator.planner.roofline import roofline
 from strategies.offload.cost import HIDDEN, activations_s, exposed_s
 from strategies.pipeline.cost import Share
+from strategies.price.roofline import roofline
 from strategies.strategy import Strategy
 
 

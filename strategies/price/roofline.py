@@ -71,11 +71,11 @@ class Roofline:
         self._heads: dict[tuple[int, int], float] = {}
         self.links = Links(cluster, constants)
         self.talk: dict[tuple[object, ...], Any] = {}
-        """Seconds of a tensor group's messages (time.py)."""
+        """Seconds of a tensor group's messages (step_time.py)."""
         self.gradients: dict[tuple[object, ...], tuple[float, float]] = {}
-        """Seconds of gradients' and sharded parameters' messages (time.py)."""
+        """Seconds of gradients' and sharded parameters' messages (step_time.py)."""
         self.tied: dict[tuple[object, ...], float] = {}
-        """Seconds of a tied table's gradient (time.py)."""
+        """Seconds of a tied table's gradient (step_time.py)."""
         half_size = constants.matmul_half_size * math.sqrt(dense / 312e12)
         self._products = (self.peak * constants.matmul, half_size, cluster.accelerator.num_multiprocessors)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from orchestrator.planner.roofline import ELEMENT
 from strategies.constants import MemoryConstants
 from strategies.offload import cost as offload
 from strategies.pipeline import cost as pipeline
+from strategies.price.roofline import ELEMENT
 from strategies.recompute import cost as recompute
 from strategies.strategy import Strategy
 from strategies.tensor import cost as tensor

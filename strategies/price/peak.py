@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from orchestrator.planner.holdings import Held, MicroBytes, Saved
 from strategies.catalog import ENGINES
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.pipeline import cost as pipeline
 from strategies.pipeline.cost import Share, State
+from strategies.price.rank_memory import Held, MicroBytes, Saved
 from strategies.strategy import Strategy
 from strategies.tensor import cost as tensor
 from strategies.workload import Workload

@@ -1,6 +1,6 @@
 """Bytes of every pipeline rank, by component, at the peak of its step: the fold of the rooms' cost doors.
 
-The peak is the largest of the step's moments (moments.py), not a sum of maxima. docs/explanation/memory-model.md.
+The peak is the largest of the step's moments (peak.py), not a sum of maxima. docs/explanation/memory-model.md.
 
 For a search, all else equal: bytes never fall as micro_batch_size grows at fixed accumulation, never rise with a wider
 zero_group_size, and more checkpointed layers (one or more) never hold more: but with `selective` beside sequence parallelism
@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import NamedTuple, overload
 
 from clusters.cluster import Cluster
-from orchestrator.planner.holdings import Holdings, MicroBytes, holdings, kept_bytes, saved_of
-from orchestrator.planner.moments import Moment, native_moments, published_moments, size_of, standing_bytes
 from strategies.constants import MEMORY, MemoryConstants
 from strategies.offload import cost as offload
 from strategies.pipeline import cost as pipeline
+from strategies.price.peak import Moment, native_moments, published_moments, size_of, standing_bytes
+from strategies.price.rank_memory import Holdings, MicroBytes, holdings, kept_bytes, saved_of
 from strategies.strategy import Strategy
 from strategies.workload import Workload
 

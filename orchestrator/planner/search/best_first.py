@@ -19,9 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import Any
 
-from orchestrator.planner.bounds import INFINITE, SLACK, Bounds, stays
-from orchestrator.planner.fits import Fits
-from orchestrator.planner.groups import Core, Least, Rest, Row, Shape, Sharding, point, simplicity
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.result import (
     GIB,
@@ -33,7 +30,10 @@ from orchestrator.planner.result import (
     Wanted,
     excess,
 )
-from orchestrator.planner.space import Space
+from orchestrator.planner.search.axes import Space
+from orchestrator.planner.search.bounds import INFINITE, SLACK, Bounds, stays
+from orchestrator.planner.search.candidates import Core, Least, Rest, Row, Shape, Sharding, point, simplicity
+from orchestrator.planner.search.fits import Fits
 from strategies.pipeline.cost import bubble_fraction, in_flight_of
 from strategies.strategy import Offload
 

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 from clusters.cluster import Cluster
-from orchestrator.planner.memory import MemoryPrice, price_memory
-from orchestrator.planner.roofline import Layer, Roofline, roofline
 from strategies.constants import TIME, TRANSFER_S, TimeConstants
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.links import all_reduce_s, blocking_s
 from strategies.offload import cost as offload
 from strategies.pipeline import cost as pipeline
+from strategies.price.memory import MemoryPrice, price_memory
+from strategies.price.roofline import Layer, Roofline, roofline
 from strategies.strategy import Strategy
 from strategies.tensor import cost as tensor
 from strategies.workload import Workload

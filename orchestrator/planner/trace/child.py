@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.planner.memory import MemoryPrice, Stages, reserve_bytes
 from orchestrator.planner.problem import PlanError
 from strategies.catalog import unbuilt
 from strategies.pipeline import cost as pipeline
+from strategies.price.memory import MemoryPrice, Stages, reserve_bytes
 
 if TYPE_CHECKING:
     from orchestrator.planner.plan import Plan
@@ -98,7 +98,7 @@ def _child(plan: Plan, pipeline_ranks: list[int]) -> list[dict[str, Any]]:
         "precision": problem.precision,
         "pipeline_ranks": pipeline_ranks,
     }
-    command = [sys.executable, "-W", "ignore", "-m", "orchestrator.planner.trace"]
+    command = [sys.executable, "-W", "ignore", "-m", "orchestrator.planner.trace.play"]
     try:
         done = subprocess.run(
             command, input=json.dumps(asked), capture_output=True, text=True, timeout=LIMIT_S, check=False

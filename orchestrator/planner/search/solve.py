@@ -7,10 +7,10 @@ from dataclasses import dataclass, fields
 from clusters.cluster import weaker_links
 from orchestrator.planner.problem import Choice, PlanError, Problem, check, check_batch, check_rules
 from orchestrator.planner.result import SearchResult, Wanted
-from orchestrator.planner.search import search
-from orchestrator.planner.space import Space, require_candidates
-from orchestrator.planner.time import Price
+from orchestrator.planner.search.axes import Space, require_candidates
+from orchestrator.planner.search.best_first import search
 from strategies.catalog import ENGINES, Limit, unbuilt, wrong_precision
+from strategies.price.step_time import Price
 from strategies.strategy import Strategy
 
 SLOWER = 0.9

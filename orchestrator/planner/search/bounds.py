@@ -18,9 +18,10 @@ from dataclasses import replace
 from functools import lru_cache
 from operator import itemgetter
 
-from orchestrator.planner.carried import least_carried_s
-from orchestrator.planner.extremes import Extremes
-from orchestrator.planner.groups import (
+from orchestrator.planner.problem import Choice
+from orchestrator.planner.search.activation_offload import least_carried_s
+from orchestrator.planner.search.axes import Space
+from orchestrator.planner.search.candidates import (
     PER_STEP,
     Batch,
     Busy,
@@ -37,14 +38,13 @@ from orchestrator.planner.groups import (
     Sharding,
     point,
 )
-from orchestrator.planner.holdings import MicroBytes
-from orchestrator.planner.memory import ROUNDING, micro_bytes, standing, tensor_budget
-from orchestrator.planner.problem import Choice
-from orchestrator.planner.roofline import roofline
-from orchestrator.planner.space import Space
-from orchestrator.planner.time import SILENT, TimePrice, again_s, optimizer_s, sent_s, stepped, tensor_s, tied_s
+from orchestrator.planner.search.extremes import Extremes
 from strategies.constants import TIME
 from strategies.pipeline.cost import Share
+from strategies.price.memory import ROUNDING, micro_bytes, standing, tensor_budget
+from strategies.price.rank_memory import MicroBytes
+from strategies.price.roofline import roofline
+from strategies.price.step_time import SILENT, TimePrice, again_s, optimizer_s, sent_s, stepped, tensor_s, tied_s
 from strategies.strategy import Offload, Strategy
 
 INFINITE = float("inf")

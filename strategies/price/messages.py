@@ -1,6 +1,6 @@
 """The messages of one step as one rank takes part in them: by kind, group and dtype, to the byte. Pure.
 
-The same cost doors that time.py turns into seconds, folded over a step instead. Everything that a session's `step` sends is in
+The same cost doors that step_time.py turns into seconds, folded over a step instead. Everything that a session's `step` sends is in
 it; what the training loop sends beside (votes on stopping, checkpoints, evaluation) goes over groups of its own and is not.
 """
 
@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from orchestrator.planner.roofline import ELEMENT
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.links import Group, Kind, Message
 from strategies.pipeline import cost as pipeline
+from strategies.price.roofline import ELEMENT
 from strategies.sizes import FIRST, Place
 from strategies.strategy import Strategy
 from strategies.tensor import cost as tensor

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.opt import OPT
-from orchestrator.planner.live import LiveBytes
+from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.engine import BUCKET_BYTES, MicroBatch
 from strategies.engines.native import NativeSession, build_session
 from strategies.strategy import SPLIT_BACKWARD, Offload, Stage, Strategy

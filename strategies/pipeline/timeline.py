@@ -1,4 +1,4 @@
-"""A pipeline's schedule played through: which rank does what, when. Pure; for the eye, the price is time.py's.
+"""A pipeline's schedule played through: which rank does what, when. Pure; for the eye, the price is cost.py's.
 
 GPipe, 1F1B and interleaved 1F1B run each rank's published order (arXiv:1811.06965; arXiv:2104.04473, section 2.2). The zero
 bubble schedules take what can start first: a backward, else a forward while another micro batch may be held, else the gradients
