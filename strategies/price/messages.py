@@ -1,7 +1,8 @@
 """The messages of one step as one rank takes part in them: by kind, group and dtype, to the byte. Pure.
 
-The same cost doors that step_time.py turns into seconds, folded over a step instead. Everything that a session's `step` sends is in
-it; what the training loop sends beside (votes on stopping, checkpoints, evaluation) goes over groups of its own and is not.
+The same cost doors that step_time.py turns into seconds, folded over a step instead. Everything that a session's `step` sends
+is in it; what the training loop sends beside (votes on stopping, checkpoints, evaluation) goes over groups of its own and is
+not.
 """
 
 from __future__ import annotations
