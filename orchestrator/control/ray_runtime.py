@@ -3,7 +3,7 @@
 It is a child of `run`, apart from it, because a Ray driver dies or hangs with its raylet: `run` outlives both and starts
 another. It decides nothing. Commands come as JSON lines on standard input, answers leave on standard output:
 
-    {"do": "begin", "num_workers": 2, "num_gpus": 0}   -> {"kind": "ready", "port", "pids", "phases"} or failed
+    {"do": "begin", "num_workers", "num_gpus", "limits"}  -> {"kind": "ready", "port", "pids", "phases"} or failed
     {"do": "train", "assignments": [...]}              -> {"kind": "outcome", ...} or {"kind": "failed", "failure", "cause"}
     {"do": "stop", "cause": "Ctrl-C"}                     an outcome follows
 
@@ -28,12 +28,8 @@ from typing import Any
 from clusters.calibration.measure import WORKER_ENVIRONMENT
 from orchestrator.control.actor import TrainingWorker
 from orchestrator.control.processes import MARK, end, end_marked
+from orchestrator.training.limits import Limits
 
-GRACE_S = 3.0
-"""After a worker failed: how long the others may tell what they saw, so that the cause is told and not a consequence."""
-FINISH_S = 30.0
-"""After a worker finished: how long the others may take to."""
-START_S = 120.0
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing travels through Ray's object store; this is about the least that Ray takes."""
 QUIET = {
@@ -61,7 +57,7 @@ class Runtime:
         self.logs, self.session, self.tell = logs, session, tell
         self.ray: Any = None
         self.group: Any = None
-        self.num_workers = 0
+        self.limits = Limits()
         self.actors: list[Any] = []
         self.pids: list[int] = []
         self.running: dict[Any, int] = {}
@@ -69,7 +65,8 @@ class Runtime:
 
     # Start ------------------------------------------------------------------------------------------------------------
 
-    def begin(self, *, num_workers: int, num_gpus: int) -> None:
+    def begin(self, *, num_workers: int, num_gpus: int, limits: Mapping[str, float]) -> None:
+        self.limits = Limits(**limits)
         phases: dict[str, float] = {}
         started = time.perf_counter()
         if self.ray is None:
@@ -133,8 +130,9 @@ class Runtime:
 
         bundle = {"CPU": 1.0, **({"GPU": 1.0} if num_gpus else {})}
         self.group = placement_group([bundle] * num_workers, strategy="STRICT_PACK")
-        if not self.group.wait(START_S):
-            raise Failed("no_start", f"Ray found no place for {num_workers} workers in {START_S:.0f} s")
+        limit_s = self.limits.ray_s
+        if not self.group.wait(limit_s):
+            raise Failed("no_start", f"Ray found no place for {num_workers} workers in {limit_s:.0f} s")
 
     def _start_workers(self, num_workers: int, num_gpus: int) -> int:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -150,7 +148,7 @@ class Runtime:
             for rank in range(num_workers)
         ]
         try:
-            about = ray.get([worker.about.remote() for worker in self.actors], timeout=START_S)
+            about = ray.get([worker.about.remote() for worker in self.actors], timeout=self.limits.ray_s)
         except Exception as error:
             raise Failed("no_start", f"the workers did not start: {_first_line(error)}") from None
         self.pids = [worker["pid"] for worker in about]
@@ -180,10 +178,11 @@ class Runtime:
                 rank = self.running.pop(future)
                 answers[rank] = self._answer(future)
             if deadline is None and answers:
-                wait_s = GRACE_S if any("error" in answer for answer in answers.values()) else FINISH_S
+                failed = any("error" in answer for answer in answers.values())
+                wait_s = self.limits.grace_s if failed else self.limits.finish_s
                 deadline = time.monotonic() + wait_s
             elif deadline is not None and any("error" in answer for answer in answers.values()):
-                deadline = min(deadline, time.monotonic() + GRACE_S)
+                deadline = min(deadline, time.monotonic() + self.limits.grace_s)
             if any(answer.get("died") for answer in answers.values()):
                 break
         self.running = {}

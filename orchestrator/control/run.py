@@ -21,6 +21,7 @@ from orchestrator.telemetry import report
 from orchestrator.telemetry.records import Event, StepReport, append
 from orchestrator.training import manifest
 from orchestrator.training.assignment import Assignment
+from orchestrator.training.limits import SCALE, Limits, from_environment
 from strategies.catalog import ENGINES
 from strategies.engines.installed import is_installed
 
@@ -119,6 +120,7 @@ def _run(
     from orchestrator.telemetry.metrics import Metrics
 
     planned = plan(job, cluster=cluster, built_only=True)
+    limits = read_limits().for_steps_of(planned.price.time.step_s)
     refuse_uninstalled(planned.strategy.engine, job)
     refuse_elsewhere(cluster, planned.strategy.num_gpus, job)
     if not planned.fits:
@@ -135,6 +137,7 @@ def _run(
         policy=Policy(max_restarts=job.recovery.max_restarts),
         start_host=early.start,
         stop=stop,
+        limits=limits,
         began_unix_s=clock.began_unix_s,
         phases=clock.laps,
     )
@@ -156,7 +159,7 @@ def _run(
         clock.lap("prepare_s")
         folder.write_job(job)
         folder.write_plan(document)
-        supervisor.assign = assigner(job, planned, folder, str(index.directory), on_gpus=on_gpus)
+        supervisor.assign = assigner(job, planned, folder, str(index.directory), limits, on_gpus=on_gpus)
         append(folder.events, _begun(job, planned, done))
         metrics = Metrics(document, num_gpus=num_gpus)
         stack.callback(metrics.close)
@@ -170,6 +173,13 @@ def _run(
         view.note(told)
     report.write(folder.path)
     return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=url)
+
+
+def read_limits() -> Limits:
+    try:
+        return from_environment()
+    except ValueError as error:
+        raise RunRefused(str(error), where=f"environment: {SCALE}", fix=f"unset {SCALE}") from None
 
 
 def refuse_uninstalled(engine: str, job: Job) -> None:
@@ -192,7 +202,7 @@ def served(metrics: Metrics, port: int) -> str:
 
 
 def assigner(
-    job: Job, plan: Plan, folder: RunFolder, data_directory: str, *, on_gpus: bool
+    job: Job, plan: Plan, folder: RunFolder, data_directory: str, limits: Limits, *, on_gpus: bool
 ) -> Callable[[int, str | None], Sequence[dict[str, Any]]]:
     """One assignment a rank, whenever a group starts."""
     peak = plan.cluster.accelerator.peak_flops.get(job.training.precision)
@@ -213,6 +223,7 @@ def assigner(
                 master_port=port,
                 resume_from=resume_from,
                 peak_flops=peak,
+                limits=limits,
                 # A host optimizer wants the cores that no other worker needs; workers on cores have one each.
                 num_threads=max(1, len(os.sched_getaffinity(0)) // world) if on_gpus else 1,
             ).to_mapping()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 from orchestrator.control.folder import RunFolder
@@ -17,11 +17,8 @@ from orchestrator.control.recovery import Failure, FailureKind, GiveUp, Policy, 
 from orchestrator.telemetry.records import Event, StepReport, Tail, append
 from orchestrator.training import manifest
 from orchestrator.training.assignment import Outcome
+from orchestrator.training.limits import Limits
 
-START_LIMIT_S = 300.0
-"""From a `begin` to a group that is ready. Seconds on an idle machine; a machine in trouble is given time."""
-STOP_LIMIT_S = 600.0
-"""From a stop that was asked for to its checkpoint."""
 TICK_S = 0.1
 
 Assign = Callable[[int, str | None], Sequence[Mapping[str, Any]]]
@@ -73,6 +70,7 @@ class Supervisor:
     start_host: Callable[[], Host]
     stop: Stop
     watchers: Sequence[Watcher] = ()
+    limits: Limits = field(default_factory=Limits)
     began_unix_s: float = field(default_factory=time.time)
     """When the user's command began; first_step_s counts from here."""
     phases: dict[str, float] = field(default_factory=dict)
@@ -95,7 +93,7 @@ class Supervisor:
             self._host = host
         elif self._host is None:
             self._host = self.start_host()
-        self._host.tell(do="begin", num_workers=self.num_workers, num_gpus=self.num_gpus)
+        self._host.tell(do="begin", num_workers=self.num_workers, num_gpus=self.num_gpus, limits=asdict(self.limits))
 
     def run(self) -> Ending:
         """From the newest whole checkpoint to the end, through failures. `begin` was called once before."""
@@ -137,7 +135,7 @@ class Supervisor:
         return self._train()
 
     def _hear_until_ready(self) -> dict[str, Any] | Ending | Failure:
-        deadline = time.monotonic() + START_LIMIT_S
+        deadline = time.monotonic() + self.limits.begin_s
         while time.monotonic() < deadline:
             if self.stop.cause is not None:
                 return self._stopped_before_training()
@@ -145,9 +143,8 @@ class Supervisor:
             if message is None:
                 continue
             return message if message["kind"] == "ready" else self._failure(message)
-        return self._failure(
-            {"kind": "failed", "failure": "no_start", "cause": f"the workers did not start in {START_LIMIT_S:.0f} s"}
-        )
+        cause = f"the workers did not start in {self.limits.begin_s:.0f} s"
+        return self._failure({"kind": "failed", "failure": "no_start", "cause": cause})
 
     def _train(self) -> Ending | Failure:
         told_at: float | None = None
@@ -164,8 +161,8 @@ class Supervisor:
                 self._host.tell(do="stop", cause=self.stop.cause)
                 self._write("stopping", f"{self.stop.cause}: a checkpoint, then the end")
                 told_at = time.monotonic()
-            if told_at is not None and time.monotonic() - told_at > STOP_LIMIT_S:
-                return self._ending("stopped", f"{self.stop.cause}: no checkpoint within {STOP_LIMIT_S:.0f} s")
+            if told_at is not None and time.monotonic() - told_at > self.limits.save_s:
+                return self._ending("stopped", f"{self.stop.cause}: no checkpoint within {self.limits.save_s:.0f} s")
 
     def _hear(self) -> dict[str, Any] | None:
         assert self._host is not None

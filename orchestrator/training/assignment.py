@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from orchestrator.training.limits import Limits
 from strategies.strategy import Offload, Stage, Strategy
 
 
@@ -38,6 +39,8 @@ class Assignment:
     """torch's threads in this process; workers that share cores share them by this."""
     measure_memory: bool = True
     """Count live tensor bytes by component on the second step of this process."""
+    limits: Limits = field(default_factory=Limits)
+    """How long this rank may wait for what."""
 
     @property
     def tag(self) -> str:
@@ -49,7 +52,8 @@ class Assignment:
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Assignment:
         """The inverse of to_mapping, through JSON too."""
-        return cls(**{**mapping, "strategy": strategy_from_mapping(mapping["strategy"])})
+        strategy, limits = strategy_from_mapping(mapping["strategy"]), Limits(**mapping.get("limits", {}))
+        return cls(**{**mapping, "strategy": strategy, "limits": limits})
 
 
 def strategy_from_mapping(mapping: Mapping[str, Any]) -> Strategy:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as distributed_c10d
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.overrides import TorchFunctionMode
 
@@ -45,8 +46,6 @@ from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
 from strategies.engines.engine import OptimizerSettings, Session
 from strategies.engines.native import build_session as build_native
 
-TIMEOUT = timedelta(minutes=10)
-"""Longest wait for another rank; a rank that dies is noticed at once, this is for one that hangs."""
 AUTO_EVERY_S = 600.0
 MAY_DIFFER = ("cluster", "strategy", "objective", "targets", "checkpoint", "recovery")
 """Parts of the job that no loss depends on."""
@@ -154,8 +153,12 @@ def set_up(
 def join(assignment: Assignment, device: torch.device) -> None:
     """The torch process group of the whole world: gloo between CPUs, nccl between GPUs with gloo for what lies on the host."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    patience = timedelta(seconds=assignment.limits.collective_s)
+    # A group that is made without a timeout, as a DeviceMesh makes its own, takes torch's 30 minutes, not the world's.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, patience)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun opened the rendezvous
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(backend, timeout=patience)
         return
     if assignment.master_address in ("127.0.0.1", "localhost") and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name may lead nowhere
@@ -166,10 +169,10 @@ def join(assignment: Assignment, device: torch.device) -> None:
             assignment.master_port,
             assignment.world_size,
             is_master=assignment.rank == 0,
-            timeout=TIMEOUT,
+            timeout=timedelta(seconds=assignment.limits.rendezvous_s),
         )
     dist.init_process_group(
-        backend, store=store, rank=assignment.rank, world_size=assignment.world_size, timeout=TIMEOUT
+        backend, store=store, rank=assignment.rank, world_size=assignment.world_size, timeout=patience
     )
 
 

@@ -11,6 +11,7 @@ from orchestrator.control.folder import RunFolder
 from orchestrator.control.recovery import Policy
 from orchestrator.control.supervisor import Ending, Stop, Supervisor
 from orchestrator.telemetry.records import Event, StepReport, append, read
+from orchestrator.training.limits import Limits
 
 READY = {"kind": "ready", "port": 1234, "pids": [1], "phases": {"ray_s": 0.1}}
 LOST = {"kind": "failed", "failure": "worker_lost", "cause": "the process of rank 1 of 2 died"}
@@ -149,9 +150,9 @@ def test_an_interrupt_before_there_are_workers_ends_the_command_where_it_is():
         Stop().ask("Ctrl-C")
 
 
-def test_a_group_that_never_starts_is_given_up_by_a_bounded_wait(supervise, monkeypatch):
-    monkeypatch.setattr("orchestrator.control.supervisor.START_LIMIT_S", 0.0)
+def test_a_group_that_never_starts_is_given_up_by_a_bounded_wait(supervise):
     supervisor, hosts = supervise([], [], [])
+    supervisor.limits = Limits(begin_s=0.0)
     ending = supervisor.run()
     assert (ending.kind, ending.num_restarts) == ("lost", 3)
     assert all(host.ended for host in hosts)
