@@ -14,6 +14,8 @@ from clusters.cluster import Cluster
 __all__ = ["accelerator", "accelerator_names", "load_cluster"]
 
 _SIZED = re.compile(r"(?P<gpu>.+)-(?P<nodes>[0-9]+)x(?P<per_node>[0-9]+)")
+_COUNTED = re.compile(r"(?P<gpu>.+)-(?P<count>[1-9][0-9]{0,5})")
+"""A GPU and how many of them, as people write it who do not think of nodes."""
 
 
 def load_cluster(value: str | Path | Mapping[str, Any], directory: str | Path | None = None) -> Cluster:
@@ -49,6 +51,12 @@ def _named(value: str) -> Cluster:
     except ValueError as error:
         if sized or "unknown GPU" not in str(error):
             raise
+        if (counted := _COUNTED.fullmatch(value)) and counted["gpu"] in accelerator_names():
+            count = int(counted["count"])
+            shape = f"{count // 8}x8" if count > 8 and count % 8 == 0 else f"1x{count}"
+            raise ValueError(
+                f"cluster {value}: a number of GPUs without nodes; did you mean {counted['gpu']}-{shape}?"
+            ) from None
         raise ValueError(
             f"{error}\n  to fix: one of these, GPU-NxM (8 nodes of 8: a100-80gb-8x8), or a file.yaml"
         ) from None

@@ -11,8 +11,55 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.spec.errors import Fault, Keys, dotted, nearest
 from orchestrator.spec.job import Job
-from orchestrator.spec.sections import Section
+from orchestrator.spec.sections import OffloadSpec, Section
 from orchestrator.spec.values import FILES, KEYS, NUMBER, TEXT
+
+OTHER_NAMES: dict[str, Keys] = {
+    "lr": ("training", "optimizer", "learning_rate"),
+    "max_lr": ("training", "optimizer", "learning_rate"),
+    "wd": ("training", "optimizer", "weight_decay"),
+    "eps": ("training", "optimizer", "epsilon"),
+    "clip_grad": ("training", "optimizer", "gradient_clip"),
+    "max_grad_norm": ("training", "optimizer", "gradient_clip"),
+    "warmup": ("training", "schedule", "warmup_steps"),
+    "max_steps": ("training", "steps"),
+    "num_steps": ("training", "steps"),
+    "dtype": ("training", "precision"),
+    "eval_every": ("training", "evaluate_every"),
+    "batch_size": ("batch", "global_batch_size"),
+    "seq_len": ("batch", "sequence_length"),
+    "seq_length": ("batch", "sequence_length"),
+    "max_seq_len": ("batch", "sequence_length"),
+    "zero": ("strategy", "zero_stage"),
+    "dp": ("strategy", "data_parallel_degree"),
+    "tp": ("strategy", "tensor_parallel_degree"),
+    "tensor_parallel": ("strategy", "tensor_parallel_degree"),
+    "tensor_parallel_size": ("strategy", "tensor_parallel_degree"),
+    "pp": ("strategy", "pipeline_parallel_degree"),
+    "pipeline_parallel": ("strategy", "pipeline_parallel_degree"),
+    "pipeline_parallel_size": ("strategy", "pipeline_parallel_degree"),
+    "micro_batch": ("strategy", "micro_batch_size"),
+    "gradient_checkpointing": ("strategy", "activation_checkpointing"),
+    "recompute": ("strategy", "activation_checkpointing"),
+    "accumulation": ("strategy", "gradient_accumulation_steps"),
+    "grad_accum": ("strategy", "gradient_accumulation_steps"),
+    "save_every": ("checkpoint", "every"),
+    "gpus": ("cluster", "gpus_per_node"),
+    "num_gpus": ("cluster", "gpus_per_node"),
+}
+"""What other trainers call a field -> the keys that lead to it here."""
+OTHER_WORDS = {
+    "cpu": "host",
+    "ram": "host",
+    "disk": "nvme",
+    "ssd": "nvme",
+    "float32": "fp32",
+    "float64": "fp64",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+}
+"""What other trainers call a value -> the word for it here."""
 
 _WANTED = {
     "int_type": "a whole number",
@@ -42,7 +89,7 @@ def fault_of(error: ErrorDetails) -> Fault:
     path = keys_of(error)
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind in ("extra_forbidden", "invalid_key"):
-        return _unknown(path, section_at(path[:-1]))
+        return _unknown(path, section_at(path[:-1]), value)
     if kind == "missing":
         return _missing(path)
     name = f"`{dotted(path)}`"
@@ -82,6 +129,10 @@ def _wrong_type(path: Keys, value: Any, wanted: str) -> Fault:
     if wanted == _WANTED["model_type"] and section is not None:
         words, some = section.bare_words, ", ".join(list(known_keys(section))[:4])
         guess = nearest(value, words.replace(",", " ").split()) if isinstance(value, str) and words else None
+        if section is OffloadSpec and OTHER_WORDS.get(str(value), value) in ("host", "nvme"):
+            place = OTHER_WORDS.get(str(value), value)
+            what = "`offload` says what leaves the GPU, and then where to"
+            return Fault(path=path, message=f"{said}; {what}", fix=f"write `offload: {{optimizer: {place}}}`")
         fix = f"did you mean {guess}?" if guess else f"write keys such as {some}, each on an indented line of its own"
         return Fault(path=path, message=f"{said}, {f'neither {words} nor' if words else 'not'} {wanted}", fix=fix)
     fix = f"write {wanted}, as in `{example(path)}`"
@@ -112,27 +163,43 @@ def _choice(path: Keys, value: Any) -> Fault:
         what = "version of the format" if path[-1] == "version" else "value"
         return Fault(path=path, message=f"{said}; the only {what} today is 1", fix=f"write `{path[-1]}: 1`")
     words = [flow(choice) for choice in choices]
-    guess, listed = nearest(value, words), ", ".join(words)
+    listed, other = ", ".join(words), OTHER_WORDS.get(str(value))
+    guess = other if other in words else nearest(value, words)
     fix = f"did you mean {guess}? known: {listed}" if guess else f"write one of {listed}"
     return Fault(path=path, message=f"{said}, which is none of the known words", fix=fix)
 
 
-def _unknown(path: Keys, owner: type[Section] | None) -> Fault:
+def _unknown(path: Keys, owner: type[Section] | None, value: Any) -> Fault:
     key, known = str(path[-1]), list(known_keys(owner)) if owner else []
     where = f"`{dotted(path[:-1])}`" if len(path) > 1 else "a job"
     homes = [f"`{home}`" if home else "the top level" for home in _homes(key)]
     guess = nearest(key, known)
     if key == "<<":
         fix = "YAML 1.2 has no merge keys: write the keys out"
+    elif homes:  # before a guess: a key that is right elsewhere lost its indentation, not its spelling
+        fix = f"`{key}` belongs in {' or '.join(homes)}: {'indent it under that line' if len(path) == 1 else 'move it there'}"
+    elif key in OTHER_NAMES:
+        fix = _in_our_words(OTHER_NAMES[key], path[:-1], value)
     elif guess:
         fix = f"did you mean `{guess}`?"
-    elif homes:
-        fix = f"`{key}` belongs in {' or '.join(homes)}: move it there"
     else:
         fix = f"delete it; known here: {', '.join(known)}"
     return Fault(
         path=path, message=f"unknown key `{key:.60}` in {where}; nothing would come of it", fix=fix, of_key=True
     )
+
+
+def _in_our_words(ours: Keys, here: Keys, value: Any) -> str:
+    """The fix for a key that is named otherwise here: its name, and its section where that is another one."""
+    if ours[:-1] == here:
+        return f"did you mean `{ours[-1]}`?"
+    if ours == ("cluster", "gpus_per_node"):
+        count = value if type(value) is int and value > 0 else 8
+        sized = f"{count // 8}x8" if count > 8 and count % 8 == 0 else f"1x{count}"
+        return (
+            f"the cluster says how many: write `cluster: GPU-{sized}` (nodes x GPUs of each), as in `a100-80gb-{sized}`"
+        )
+    return f"did you mean `{ours[-1]}`? it belongs in `{dotted(ours[:-1])}`"
 
 
 def _homes(key: str) -> list[str]:

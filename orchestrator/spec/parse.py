@@ -117,6 +117,8 @@ def _model(sections: dict[str, Any], directory: Path, shaky: bool) -> Generator[
         else:
             named = [word for word in SHAPE if word in message.split()]
             path = ("model", named[-1] if named else "name")
+            if model.name is not None and (directory / model.name / "config.json").is_file():
+                fix = f"{model.name} is a folder with a config.json: write `model: {{path: {model.name}}}`"
         yield Fault(path=path, message=message, fix=fix)
         return None
     return shape

@@ -65,6 +65,19 @@ ONE_FAULT = {
         GOOD + "training:\n  learning_rate: 1e-3\n", "6:3", "unknown key", "belongs in `training.optimizer`",
     ),
     "misplaced pin": (GOOD + "zero_stage: 1\n", "5:1", "unknown key `zero_stage`", "belongs in `strategy`"),
+    "unindented key": (GOOD + "data:\ntrain: [a]\n", "6:1", "unknown key `train`", "belongs in `data`: indent it under"),
+    "a count of GPUs": (GOOD + "gpus: 8\n", "5:1", "unknown key `gpus`", "`cluster: GPU-1x8`"),
+    "a large count of GPUs": (GOOD + "num_gpus: 64\n", "5:1", "unknown key `num_gpus`", "as in `a100-80gb-8x8`"),
+    "GPUs of a cluster": (
+        GOOD + "cluster: {gpu: a100-80gb, gpus: 8}\n", "5:27", "unknown key `gpus` in `cluster`", "mean `gpus_per_node`?",
+    ),
+    "lr": (GOOD + "lr: 1e-3\n", "5:1", "unknown key `lr`", "`learning_rate`? it belongs in `training.optimizer`"),
+    "lr where the rate is": (
+        GOOD + "training: {optimizer: {lr: 1e-3}}\n", "5:24", "unknown key `lr`", "did you mean `learning_rate`?",
+    ),
+    "zero": (GOOD + "zero: 2\n", "5:1", "unknown key `zero`", "did you mean `zero_stage`? it belongs in `strategy`"),
+    "zero in the strategy": (GOOD + "strategy: {zero: 2}\n", "5:12", "unknown key `zero`", "did you mean `zero_stage`?"),
+    "batch_size": (GOOD + "batch_size: 8\n", "5:1", "unknown key", "`global_batch_size`? it belongs in `batch`"),
     "foreign key": (GOOD + "qwerty: 1\n", "5:1", "unknown key `qwerty`", "known here: version, name, task"),
     "merge key": (GOOD + "training:\n  <<: {steps: 1}\n", "6:3", "unknown key `<<`", "no merge keys"),
     "missing section": (GOOD[: GOOD.index("batch")], "1:1", "`batch` is missing", "add `batch: {global_batch_size: 512"),
@@ -75,6 +88,7 @@ ONE_FAULT = {
     "no value": (GOOD.replace("name: a", "name:"), "2:6", "`name` has no value", "as in `name: opt-1.3b-alpaca`"),
     "no optional value": (GOOD + "objective:\n", "5:11", "`objective` has no value", "or delete the line"),
     "number in quotes": (GOOD + "training: {steps: '100'}\n", "5:19", "'100', not a whole number", "without quotes"),
+    "100 billions": (GOOD + "training: {tokens: 100B}\n", "5:20", "'100B', not a whole number", "write 100e9"),
     "underscores": (GOOD + "training: {steps: 1_000}\n", "5:19", "'1_000', not a whole", "separators: 1000"),
     "leading zero": (GOOD + "training: {seed: 017}\n", "5:18", "'017', not a whole number", "write 17"),
     "sexagesimal": (GOOD + "training: {steps: 1:30}\n", "5:19", "'1:30', not a whole number", "as in `steps: 1000`"),
@@ -98,6 +112,11 @@ ONE_FAULT = {
     "list as section": (GOOD + "training: [1]\n", "5:11", "is a list, not keys and values", "keys such as steps"),
     "word as strategy": (GOOD + "strategy: zero3\n", "5:11", "'zero3', neither auto nor keys", "keys such as engine"),
     "word as offload": (GOOD + "strategy: {offload: optimzer}\n", "5:21", "'optimzer', neither none", "mean optimizer?"),
+    "offload to the CPU": (
+        GOOD + "strategy: {offload: cpu}\n", "5:21", "'cpu'; `offload` says what leaves", "`offload: {optimizer: host}`",
+    ),
+    "optimizer to the CPU": (GOOD + "strategy: {offload: {optimizer: cpu}}\n", "5:33", "'cpu'", "did you mean host?"),
+    "a precision in torch's words": (GOOD + "training: {precision: float32}\n", "5:23", "'float32'", "did you mean fp32?"),
     "activations to nvme": (GOOD + "strategy: {offload: {activations: nvme}}\n", "5:35", "'nvme'", "none, host"),
     "context parallel": (GOOD + "strategy: {context_parallel_degree: 2}\n", "5:37", "the only value today", "degree: 1`"),
     "duration": (GOOD + "targets: {for: 10 minutes}\n", "5:16", "'10 minutes'; it is not a duration", "as in 10m"),
@@ -127,6 +146,10 @@ ONE_FAULT = {
         with_model("{name: opt-125m, initialize: weights}"), "3:37", "there are no weights", "`initialize: random`",
     ),
     "unknown cluster": (GOOD + "cluster: a100-80g-8x8\n", "5:10", "unknown GPU 'a100-80g'", "did you mean a100-80gb?"),
+    "a count without nodes": (
+        GOOD + "cluster: a100-40gb-8\n", "5:10", "a number of GPUs without nodes", "did you mean a100-40gb-1x8?",
+    ),
+    "a large count without nodes": (GOOD + "cluster: h100-80gb-64\n", "5:10", "without nodes", "mean h100-80gb-8x8?"),
     "no cluster file": (GOOD + "cluster: no.yaml\n", "5:10", "cannot read the cluster file", "a path that exists"),
     "unknown GPU": (GOOD + "cluster: {gpu: a100-80g}\n", "5:16", "unknown GPU 'a100-80g'", "did you mean a100-80gb?"),
     "two rates": (
@@ -184,6 +207,15 @@ def test_a_fault_says_where_what_and_how_to_fix_it(tmp_path, text, place, messag
     assert f"{error['line']}:{error['column']}" == place
     assert message in error["message"]
     assert fix in error["fix"]
+
+
+def test_a_folder_that_is_named_like_a_catalog_model_is_suggested_as_a_path(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (error,) = faults(tmp_path, with_model("hf"))
+    assert "path" not in error["fix"]
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    (error,) = faults(tmp_path, with_model("hf"))
+    assert error["fix"] == "hf is a folder with a config.json: write `model: {path: hf}`"
 
 
 def test_all_faults_of_a_file_are_shown_at_once_in_their_order(tmp_path):
