@@ -1,14 +1,17 @@
-"""shardwise estimate: the bytes of one strategy on every pipeline rank, without a GPU and without a search for a better one."""
+"""shardwise estimate: the bytes of one strategy on every pipeline rank, without a GPU. What a job and the options leave open, the
+planner chooses."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from orchestrator.cli.errors import CommandError
 from orchestrator.planner.plan import Plan, plan
-from orchestrator.spec import load_job, parse_job
+from orchestrator.spec import Job, load_job, parse_job
 
 SHOWN = ("version", "fits", "model", "cluster", "strategy", "memory")
 """Keys of the plan that --json prints."""
@@ -37,8 +40,12 @@ SHOWN = ("version", "fits", "model", "cluster", "strategy", "memory")
 @click.option("--json", "as_json", is_flag=True, help="Print the plan's memory and strategy as JSON.")
 @click.option("--trace", is_flag=True, help="Play the step on fake devices too (seconds; needs torch, no GPU).")
 def command(job: str | None, as_json: bool, trace: bool, **flags: Any) -> int:
-    """The bytes that JOB's strategy, or the one that the flags name, holds on every pipeline rank."""
-    made = plan(load_job(job), top=0) if job else plan(parse_job(_mapping(flags)), top=0)
+    """The bytes that JOB's strategy holds on every pipeline rank, each option in place of what JOB says; without JOB, those of
+    the strategy that the options name."""
+    context = click.get_current_context()
+    given = {name for name in flags if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    asked = _changed(load_job(job), {name: flags[name] for name in sorted(given)}) if job else None
+    made = plan(asked or parse_job(_mapping(flags)), top=0)
     if trace:
         from orchestrator.planner.trace.child import with_trace
 
@@ -51,6 +58,43 @@ def command(job: str | None, as_json: bool, trace: bool, **flags: Any) -> int:
     else:
         click.echo("\n".join(_table(made)))
     return 0 if made.fits else 3
+
+
+PINS = {
+    "recompute": "activation_checkpointing",
+    "accumulation": "gradient_accumulation_steps",
+    **{
+        name: name
+        for name in (
+            *("data_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree", "zero_stage"),
+            *("sequence_parallel", "offload", "micro_batch_size"),
+        )
+    },
+}
+"""Option -> the field of the strategy that it pins."""
+
+
+def _changed(job: Job, options: dict[str, Any]) -> Job:
+    """The job with the options in place of what it says."""
+    if not options:
+        return job
+    if "model" in options:
+        raise CommandError(
+            f"--model {options['model']} stands in place of a job, and {job.file} is one",
+            "leave out the one or the other",
+        )
+    mapping = job.to_mapping()
+    pinned = {} if mapping.get("strategy", "auto") == "auto" else dict(mapping["strategy"])
+    pinned |= {PINS[name]: value for name, value in options.items() if name in PINS}
+    mapping["strategy"] = pinned
+    if "sequence_length" in options:
+        mapping["batch"] = mapping["batch"] | {"sequence_length": options["sequence_length"]}
+    if "precision" in options:
+        mapping["training"] = mapping.get("training", {}) | {"precision": options["precision"]}
+    if "cluster" in options:
+        file = Path(options["cluster"])
+        mapping["cluster"] = str(file.resolve()) if file.is_file() else options["cluster"]
+    return parse_job(mapping, directory=job.directory)
 
 
 def _mapping(flags: dict[str, Any]) -> dict[str, Any]:
