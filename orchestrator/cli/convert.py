@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli.errors import CommandError, ExitCode
+from orchestrator.cli.runs import directory_option, run_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,13 +36,15 @@ MAX_GROUP_BYTES = 4 * 2**30
     show_default=True,
     help="Of the weights that are written.",
 )
+@directory_option
 @click.option("--json", "as_json", is_flag=True, help="Print {target, checkpoint, step, num_parameters, tokenizer}.")
-def command(source: Path, target: Path, dtype: str, as_json: bool) -> int:
-    """Writes the checkpoint SOURCE (or the newest whole one of the run SOURCE) as the Hugging Face folder TARGET."""
+def command(source: Path, target: Path, dtype: str, directory: str, as_json: bool) -> int:
+    """Writes the newest whole checkpoint of SOURCE, a run's name or folder, or the checkpoint SOURCE, as the Hugging Face folder
+    TARGET."""
     from orchestrator.models.architecture import num_parameters
     from orchestrator.training.manifest import CheckpointRefused
 
-    ref = find_checkpoint(source)
+    ref = find_checkpoint(source, directory)
     try:
         arch = _architecture(ref)
         _write(ref, arch, target, dtype)
@@ -67,28 +70,30 @@ def command(source: Path, target: Path, dtype: str, as_json: bool) -> int:
     return ExitCode.DONE
 
 
-def find_checkpoint(source: Path) -> CheckpointRef:
-    """The checkpoint at a path, or the newest whole one of a run. CommandError where there is none."""
+def find_checkpoint(source: Path, directory: str) -> CheckpointRef:
+    """Return the newest whole checkpoint of a run (its name in `directory`, as `status` takes it, or its folder), or the
+    checkpoint at a path. CommandError where there is none."""
     from orchestrator.telemetry.records import Event
     from orchestrator.training.manifest import MANIFEST, CheckpointRefused, latest, verify
 
-    if (source / "config.json").is_file() and not (source / MANIFEST).is_file():
-        raise CommandError(
-            f"{source} is a Hugging Face folder already",
-            fix=f"train from it: write `model: {{path: {source}}}` in the job",
-        )
-    if not source.is_dir():
-        raise CommandError(f"{source} does not exist", "give a run (runs/NAME) or a checkpoint", ExitCode.NOT_FOUND)
+    run = next((path for path in (Path(directory) / source, source) if (path / "checkpoints").is_dir()), None)
+    whole = run is None and source.is_dir() and ((source / MANIFEST).is_file() or source.name.startswith("step-"))
+    if run is None and not whole:
+        if (source / "config.json").is_file():
+            raise CommandError(
+                f"{source} is a Hugging Face folder already",
+                fix=f"train from it: write `model: {{path: {source}}}` in the job",
+            )
+        run = run_folder(str(source), directory).path
     refused: list[Event] = []
     try:
-        whole = (source / MANIFEST).is_file() or source.name.startswith("step-")
-        ref = verify(source) if whole else latest(source / "checkpoints", report=refused.append)
+        ref = verify(source) if run is None else latest(run / "checkpoints", report=refused.append)
     except CheckpointRefused as error:
         raise CommandError(str(error), fix="choose the one before it") from None
     for event in refused:
         click.echo(event.cause, err=True)
     if ref is None:
-        fix = "give a run (runs/NAME) with a finished checkpoint, or the checkpoint's folder"
+        fix = "give a run with a finished checkpoint (`shardwise status`), or the checkpoint's folder"
         raise CommandError(f"{source} holds no whole checkpoint", fix, ExitCode.NOT_FOUND)
     return ref
 

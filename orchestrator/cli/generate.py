@@ -9,6 +9,7 @@ import click
 
 from orchestrator.cli.convert import find_checkpoint
 from orchestrator.cli.errors import CommandError, ExitCode
+from orchestrator.cli.runs import directory_option
 
 
 @click.command("generate")
@@ -30,17 +31,25 @@ from orchestrator.cli.errors import CommandError, ExitCode
     help="Draw from the likeliest tokens that together have this probability.",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Same seed, same text.")
+@directory_option
 @click.option("--json", "as_json", is_flag=True, help="Print {checkpoint, step, prompt, text, num_tokens, ended}.")
 def command(
-    source: Path, prompt: str, max_tokens: int, temperature: float, top_p: float, seed: int, as_json: bool
+    source: Path,
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    directory: str,
+    as_json: bool,
 ) -> int:
-    """Samples text from the checkpoint SOURCE, or from the newest whole one of the run SOURCE (runs/NAME)."""
+    """Samples text from the newest whole checkpoint of SOURCE, a run's name or folder, or from the checkpoint SOURCE."""
     from orchestrator.training.data import DataError
     from orchestrator.training.generate import generate, load_model
     from orchestrator.training.manifest import CheckpointRefused
     from orchestrator.training.tokenizer import kept_tokenizer
 
-    ref = find_checkpoint(source)
+    ref = find_checkpoint(source, directory)
     try:
         tokenizer = kept_tokenizer(ref.path.absolute().parent.parent)
         model = load_model(ref)

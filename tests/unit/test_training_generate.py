@@ -58,9 +58,17 @@ def test_the_verb_goes_on_from_a_prompt_and_repeats_itself_by_seed(assignment, c
     assert main(["generate", outcome.checkpoint, "--max-tokens", "3"]) == 0, "without a prompt: the start of a text"
 
 
+def test_the_verb_takes_the_name_that_status_takes(assignment, capsys):
+    outcome, *_ = run(assignment)
+    folder = Path(assignment.run_directory)
+    arguments = [folder.name, "--directory", str(folder.parent), "--max-tokens", "3", "--json"]
+    assert main(["generate", *arguments]) == 0
+    assert json.loads(capsys.readouterr().out)["checkpoint"] == outcome.checkpoint
+
+
 def test_a_mistake_of_the_users_says_what_to_do(assignment, tmp_path, capsys):
     assert main(["generate", str(tmp_path / "nowhere")]) == 6
-    assert "give a run (runs/NAME)" in capsys.readouterr().err
+    assert "there is no run" in capsys.readouterr().err
     run(assignment)
     shutil.rmtree(Path(assignment.run_directory) / "tokenizer")
     assert main(["generate", assignment.run_directory]) == 2

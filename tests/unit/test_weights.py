@@ -165,11 +165,19 @@ def test_convert_writes_the_newest_checkpoint_as_a_folder_that_transformers_read
     assert tokenizer.eos_token == "<|endoftext|>"
 
 
+def test_convert_takes_the_name_that_status_takes(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run.parent == tmp_path / "runs"
+    for number, source in enumerate(([run.name], [run.name, "--directory", str(run.parent)], [f"runs/{run.name}"])):
+        assert main(["convert", source[0], f"opt-{number}", *source[1:], "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["step"] == 3
+
+
 def test_convert_says_what_it_cannot_take(run, tmp_path, capsys):
     main(["convert", str(run / "checkpoints" / "step-00000003"), str(tmp_path / "opt"), "--dtype", "bfloat16"])
     cases = [
-        (tmp_path / "nowhere", tmp_path / "new", 6, "nowhere does not exist"),
-        (tmp_path / "cache", tmp_path / "new", 6, "holds no whole checkpoint"),
+        (tmp_path / "nowhere", tmp_path / "new", 6, "there is no run"),
+        (tmp_path / "cache", tmp_path / "new", 6, "there is no run"),
         (tmp_path / "opt", tmp_path / "new", 2, "is a Hugging Face folder already"),
         (run, tmp_path / "opt", 2, "is there already and not empty"),
     ]
