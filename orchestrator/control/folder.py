@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from clusters.files import write_atomically
 from orchestrator.spec import Job, SpecError, parse_job
 from orchestrator.telemetry.records import EVENTS, METRICS
 
@@ -72,10 +73,10 @@ class RunFolder:
 
     def write_job(self, job: Job) -> None:
         text = f"# The job of this run. Its paths are relative to {job.directory.resolve()}\n"
-        write_whole(self.job, text + yaml.safe_dump(job.to_mapping(), sort_keys=False))
+        write_atomically(self.job, text + yaml.safe_dump(job.to_mapping(), sort_keys=False))
 
     def write_plan(self, plan: Mapping[str, Any]) -> None:
-        write_whole(self.plan, json.dumps(plan, indent=1))
+        write_atomically(self.plan, json.dumps(plan, indent=1))
 
     def move_aside(self) -> Path | None:
         """Makes room for a fresh run; nothing is deleted."""
@@ -171,10 +172,3 @@ def held(folder: RunFolder) -> Iterator[None]:
         file.write(f"{os.getpid()}\n")
         file.flush()
         yield
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clusters.files import publish
 from orchestrator.models.architecture import Architecture
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -181,7 +182,7 @@ def write_folder(folder: Path, arch: Architecture, weights: Iterable[tuple[str, 
         (partial / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         if folder.exists():
             folder.rmdir()
-        os.replace(partial, folder)
+        publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -211,7 +212,7 @@ def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> str:
         size, total = size + num_bytes, total + num_bytes
     flush()
     if num_files == 1:
-        (folder / "model-00001.safetensors").rename(folder / WEIGHTS)
+        publish(folder / "model-00001.safetensors", folder / WEIGHTS)
     else:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")

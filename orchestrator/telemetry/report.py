@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from clusters.files import write_atomically
 from orchestrator.telemetry.goodput import ENDS, Ledger, ledger_of
 from orchestrator.telemetry.records import EVENTS, METRICS, Event, StepReport, last_of_each_step, read
 
@@ -48,9 +48,7 @@ HIDDEN = ("metrics_endpoint",)
 def write(folder: Path) -> Path:
     """Writes the folder's report.html anew."""
     target = folder / "report.html"
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text(page(data_of(folder)), encoding="utf-8")
-    os.replace(partial, target)
+    write_atomically(target, page(data_of(folder)))
     return target
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from clusters.files import publish
 from orchestrator.training import corpus, shard
 from orchestrator.training.data import INDEX, DataError, DataIndex, Source, Split, read_index, unigram_entropy
 from orchestrator.training.tokenizer import Tokenizer, check_vocabulary, load_saved, load_tokenizer, train_bpe
@@ -361,7 +362,7 @@ def _publish(partial: Path, target: Path, index: DataIndex) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         os.replace(target, aside)
-    os.replace(partial, target)
+    publish(partial, target)
     shutil.rmtree(aside, ignore_errors=True)
 
 

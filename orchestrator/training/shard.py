@@ -19,6 +19,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clusters.files import publish, write_atomically
 from orchestrator.training import corpus
 from orchestrator.training.data import SPLITS, DataError, Source, Split
 from orchestrator.training.tokenizer import Tokenizer
@@ -78,7 +79,7 @@ def make(work: Work, tokenizer: Tokenizer, directory: Path, progress: Callable[[
         for split in SPLITS:
             if writer.num_tokens[split]:
                 shards[split] = (f"{work.stem}-{split}.bin", writer.num_tokens[split])
-                os.replace(partial[split], directory / shards[split][0])
+                publish(partial[split], directory / shards[split][0])
     finally:
         for file in partial.values():
             file.unlink(missing_ok=True)
@@ -96,10 +97,8 @@ def make(work: Work, tokenizer: Tokenizer, directory: Path, progress: Callable[[
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = file.with_suffix(".json.partial")
-    partial.write_text(json.dumps(value), encoding="utf-8")
-    os.replace(partial, file)
+    """Writes a value as JSON, whole or not at all."""
+    write_atomically(file, json.dumps(value))
 
 
 def _finished(work: Work, directory: Path) -> Source | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clusters.files import publish, write_atomically
 from orchestrator.training.data import DataError, DataIndex
 
 END_OF_TEXT = "<|endoftext|>"
@@ -94,7 +95,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return str(self.inner.decode([int(token) for token in ids], skip_special_tokens=True))
 
     def save(self, directory: Path) -> None:
-        self.inner.save(str(directory / FILE))
+        partial = directory / f"{FILE}.partial"
+        self.inner.save(str(partial))
+        publish(partial, directory / FILE)
 
 
 def load_tokenizer(name: str, base: Path) -> Tokenizer:
@@ -145,7 +148,7 @@ def keep_tokenizer(index: DataIndex, run_directory: Path) -> None:
     folder = run_directory / KEPT
     folder.mkdir(parents=True, exist_ok=True)
     load_saved(index.directory, index.tokenizer).save(folder)
-    (folder / DESCRIPTION).write_text(json.dumps(dict(index.tokenizer)), encoding="utf-8")
+    write_atomically(folder / DESCRIPTION, json.dumps(dict(index.tokenizer)))
 
 
 def kept_tokenizer(run_directory: Path) -> Tokenizer:
