@@ -23,13 +23,26 @@ class Task:
         if self == TASK:
             return ""
         kin = " narrow" * (arch.word_embedding_size is not None) + " untied" * (not arch.tied_embeddings)
-        return f" of {arch.num_layers}x{arch.hidden_size}{kin} on {self.global_batch_size}x{self.sequence_length}"
+        family = f" {arch.family}" * (arch.family != TASK.arch.family)
+        return (
+            f" of{family} {arch.num_layers}x{arch.hidden_size}{kin} on {self.global_batch_size}x{self.sequence_length}"
+        )
 
 
 ARCH = make_architecture(
     family="opt", num_layers=4, hidden_size=24, num_heads=4, ffn_size=44, vocab_size=61, max_position=16
 )
 TASK = Task(ARCH, global_batch_size=7, sequence_length=12)
+FAMILIES = {
+    family: Task(make_architecture(family=family, num_layers=4, num_heads=4, **shape), 7, 12)
+    for family, shape in {
+        "gpt": {"hidden_size": 24, "ffn_size": 44, "vocab_size": 61, "max_position": 16},
+        "mpt": {"hidden_size": 24, "ffn_size": 44, "vocab_size": 61},
+        "llama": {"hidden_size": 24, "ffn_size": 44, "vocab_size": 61, "num_kv_heads": 2},
+        "bloom": {"hidden_size": 24, "ffn_size": 44, "vocab_size": 61},
+    }.items()
+}
+"""The same small task for each other family that is built; LLaMA with grouped-query heads."""
 NOWHERE = Offload()
 
 
@@ -150,6 +163,8 @@ class Trial:
 
     @property
     def kind(self) -> str:
+        if self.case.task.arch.family != ARCH.family:
+            return "family"
         if self.then is None:
             return "parity" if isinstance(self.case, Case) else "drawn"
         return "bitwise" if self.then == self.case else "resume"

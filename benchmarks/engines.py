@@ -30,7 +30,7 @@ NUM_STEPS, LEARNING_RATE = 10, 3e-3
 HOST, ALL_HOST = Offload(optimizer="host"), Offload(optimizer="host", parameters="host")
 INPUTS = Offload(activations="host")
 MATH = {"attention": "math"}
-TOTAL = sum(p.numel() for p in parity.OPT(ARCH).parameters())
+TOTAL = sum(p.numel() for p in parity.Decoder(ARCH).parameters())
 SHARED = 0.7
 """Part of a whole that a rank of two or more may hold of what is split: a half, and what padding adds."""
 
@@ -145,7 +145,7 @@ def rows() -> list[Row]:
 def session_of(row: Row) -> Any:
     warnings.simplefilter("ignore")
     with torch.device("meta"):
-        module = parity.OPT(ARCH)
+        module = parity.Decoder(ARCH)
     if row.proof == "recomputed":
         module.blocks[0].mlp.register_forward_pre_hook(lambda *_: RUNS.append(1))
     native = row.engine == "native"

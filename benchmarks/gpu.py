@@ -34,7 +34,12 @@ from orchestrator.planner.problem import Problem
 FOLDER = Path(__file__).parents[1] / "docs" / "measurements"
 MEASURED_STEPS = 6
 CASE_TIMEOUT_S = 300.0
-PRELOADED = ["torch", "orchestrator.models.opt", "orchestrator.planner.trace.live_bytes", "strategies.engines.native"]
+PRELOADED = [
+    "torch",
+    "orchestrator.models.decoder",
+    "orchestrator.planner.trace.live_bytes",
+    "strategies.engines.native",
+]
 
 
 # Measuring: one process for each GPU ----------------------------------------------------------------------------------
@@ -45,7 +50,7 @@ def measure(case: Case, rank: int, store: str) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    from orchestrator.models.opt import OPT
+    from orchestrator.models.decoder import Decoder
     from orchestrator.planner.trace.live_bytes import LiveBytes
     from strategies.engines.engine import MicroBatch
     from strategies.engines.native import build_session
@@ -68,7 +73,7 @@ def measure(case: Case, rank: int, store: str) -> dict[str, Any]:
         return torch.empty(shape, device=device).normal_(0, 0.006, generator=generator)
 
     with torch.device("meta"):
-        module = OPT(case.arch, attention=case.strategy.attention)
+        module = Decoder(case.arch, attention=case.strategy.attention)
     session = build_session(module, strategy=case.strategy, precision=case.precision, weights=weights, device=device)
     tokens = torch.Generator().manual_seed(rank)
     shape = (case.strategy.micro_batch_size, case.sequence_length + 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from benchmarks.cases import ARCH, Case, Trial
+from benchmarks.cases import ARCH, FAMILIES, Case, Run, Trial
 from strategies.strategy import Offload
 
 
@@ -104,6 +104,23 @@ def offloaded() -> list[Case]:
     return cases
 
 
+def families() -> list[Trial]:
+    """Every room under each family beside OPT: tensor and sequence parallelism, pipelines, ZeRO 0 to 3, recompute, offload; a
+    run saved under one split that goes on under another."""
+    splits = [
+        Case(world_size=4, zero_stage=3, tensor=2, sequence_parallel=True),
+        Case(world_size=4, zero_stage=0, tensor=2, pipeline=2, micro_batch_size=1),
+        Case(world_size=4, zero_stage=1, pipeline=2, virtual=2, schedule="zbv", recompute="full", micro_batch_size=1),
+        Case(world_size=2, zero_stage=2, recompute="selective"),
+        Case(world_size=4, zero_stage=1, tensor=2, sequence_parallel=True, recompute="full", offload=HOST),
+    ]
+    trials = []
+    for task in FAMILIES.values():
+        runs = [Run(case.strategy, case.precision, task) for case in splits]
+        trials += [Trial(run) for run in runs] + [Trial(runs[0], runs[2])]
+    return trials
+
+
 def matrix() -> list[Trial]:
     """ZeRO 0..3 x recompute x world size in each precision; hybrid groups; gather and reduce once a step; compositions;
     every pair of fourteen ways to save and to load; bitwise resumption with 3 and 4 workers."""
@@ -130,7 +147,7 @@ def matrix() -> list[Trial]:
         Case(world_size=4, zero_stage=1, pipeline=2, virtual=2, schedule="interleaved_1f1b", micro_batch_size=1),
         Case(world_size=8, zero_stage=1, tensor=2, pipeline=2, micro_batch_size=1),
     ]
-    trials = [Trial(case) for case in cases]
+    trials = [Trial(case) for case in cases] + families()
     trials += [Trial(a, b) for a, b in itertools.product(ends, ends) if a != b]
     for world, stage, precision in itertools.product((3, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16", "fp64")):
         case = Case(world_size=world, zero_stage=stage, precision=precision, micro_batch_size=1)

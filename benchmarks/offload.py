@@ -24,7 +24,7 @@ import torch
 from clusters.cluster import Cluster
 from clusters.inventory.local import cpu_cluster
 from orchestrator.models.architecture import Architecture, make_architecture
-from orchestrator.models.opt import OPT, initial_weights
+from orchestrator.models.decoder import Decoder, initial_weights
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.engine import MicroBatch
@@ -127,7 +127,7 @@ def train(run: Run, cluster: Cluster) -> Did:
         limit = data_bytes() + run.limit_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     with torch.device("meta"):
-        module = OPT(run.arch)
+        module = Decoder(run.arch)
     session = build_session(module, strategy=strategy, precision=run.precision, weights=initial_weights(run.arch, SEED))
     ids = torch.arange(2 * (SEQUENCE + 1)).view(2, -1) * 7919 % run.arch.vocab_size
     batch = MicroBatch(input_ids_BS=ids[:, :-1], target_ids_BS=ids[:, 1:], weight_B=torch.ones(2))
@@ -161,7 +161,7 @@ def warm_up(cluster: Cluster) -> None:
     tiny = Run(shape(32, 1), NVME)
     problem = tiny.problem(cluster)
     with torch.device("meta"):
-        module = OPT(tiny.arch)
+        module = Decoder(tiny.arch)
     session = build_session(
         module, strategy=problem.strategy(tiny.choice()), precision="fp32", weights=initial_weights(tiny.arch, SEED)
     )
@@ -215,7 +215,7 @@ def limit_table(arch: Architecture, cluster: Cluster) -> bool:
 
 def parameters(arch: Architecture) -> int:
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in OPT(arch).parameters())
+        return sum(parameter.numel() for parameter in Decoder(arch).parameters())
 
 
 def speed_table(arch: Architecture, cluster: Cluster) -> None:

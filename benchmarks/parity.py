@@ -32,7 +32,7 @@ from benchmarks.cases import Case, Run, Task, Trial
 from benchmarks.drawn import coverage, drawn
 from benchmarks.matrix import matrix
 from benchmarks.pool import Pool
-from orchestrator.models.opt import OPT, initial_weights
+from orchestrator.models.decoder import Decoder, initial_weights
 from strategies.engines.engine import MicroBatch, OptimizerSettings
 from strategies.engines.native import build_session
 
@@ -86,7 +86,7 @@ def micro_batches(case: Case | Run, rank: int) -> list[MicroBatch]:
 def reference(task: Task, precision: str, num_steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final weights of one process, in plain torch; 16 bit is held against fp32."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    module, value = OPT(task.arch).to(dtype), initial_weights(task.arch, SEED)
+    module, value = Decoder(task.arch).to(dtype), initial_weights(task.arch, SEED)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(value(name, parameter.shape))
@@ -112,7 +112,7 @@ def reference(task: Task, precision: str, num_steps: int) -> tuple[list[float], 
 
 def session_of(case: Case | Run, bucket_bytes: int = BUCKET_BYTES) -> Any:
     with torch.device("meta"):
-        module = OPT(case.task.arch)
+        module = Decoder(case.task.arch)
     return build_session(
         module,
         strategy=case.strategy,
@@ -240,7 +240,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Every strategy of the native engine against one process.")
     parser.add_argument("--slice", type=int, help="only so many rows, drawn with --seed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("parity", "drawn", "resume", "bitwise"))
+    parser.add_argument("--only", choices=("parity", "drawn", "family", "resume", "bitwise"))
     parser.add_argument("--log", type=Path, help="keeps the rows' verdicts; those it has are not played again")
     args = parser.parse_args()
     trials = [*matrix(), *(Trial(run) for run in drawn(NUM_DRAWN, args.seed))]

@@ -19,7 +19,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from orchestrator.models.architecture import CATALOG, Architecture
-from orchestrator.models.opt import OPT, initial_weights
+from orchestrator.models.decoder import Decoder, initial_weights
 from orchestrator.models.workloads import workload
 from strategies.engines.engine import MicroBatch, OptimizerSettings
 from strategies.engines.native import build_session
@@ -80,7 +80,7 @@ def ours(
         stages=cut(arch.num_layers, pipeline=1, virtual=1, v_shaped=False, head_layers=0.0, checkpointed=0),
     )
     with torch.device("meta"):
-        module = OPT(arch)
+        module = Decoder(arch)
     session = build_session(
         module,
         strategy=strategy,

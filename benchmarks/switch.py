@@ -141,7 +141,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     chains = random.Random(args.seed).sample(CHAINS, args.slice) if args.slice else CHAINS
-    parameters = [p.numel() for p in parity.OPT(ARCH).parameters()]
+    parameters = [p.numel() for p in parity.Decoder(ARCH).parameters()]
     print(f"     {'worst':>8} {'bound':>7} {'loading':>12}")
     result = []
     with ExitStack() as stack:

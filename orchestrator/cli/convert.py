@@ -106,21 +106,18 @@ def _job(ref: CheckpointRef) -> Job:
 
 
 def _architecture(ref: CheckpointRef) -> Architecture:
-    arch = _job(ref).architecture
-    if arch.family != "opt":
-        raise CommandError(f"the checkpoint is of family {arch.family}: only opt is written as a Hugging Face folder")
-    return arch
+    return _job(ref).architecture
 
 
 def _write(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str) -> None:
     import torch
 
-    from orchestrator.models.opt import OPT
+    from orchestrator.models.decoder import Decoder
     from orchestrator.models.weights import write_folder
     from orchestrator.training.checkpoint import read_into
 
     with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in OPT(arch).named_parameters()}
+        shapes = {name: parameter.shape for name, parameter in Decoder(arch).named_parameters()}
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         names = list(shapes)

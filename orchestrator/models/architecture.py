@@ -12,18 +12,24 @@ from typing import Literal, get_args
 
 Family = Literal["opt", "gpt", "mpt", "llama", "bloom", "glm"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+BUILT: tuple[Family, ...] = ("opt", "gpt", "mpt", "llama", "bloom")
+"""Families that have a torch module here; the others can be planned."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traits:
     """What all models of a family share."""
 
-    activation: Literal["relu", "gelu", "swiglu", "geglu"]
+    activation: Literal["relu", "gelu", "gelu_tanh", "swiglu", "geglu"]
+    """GELU exact (MPT) or by its tanh approximation (GPT-2, BLOOM); swiglu and geglu gate a second projection."""
     positions: Literal["learned", "alibi", "rotary"]
     bias: bool
     """Linear layers have a bias."""
     norm: Literal["layer", "rms"] = "layer"
     norm_bias: bool = True
+    norm_epsilon: float = 1e-5
+    initial_deviation: float = 0.02
+    """Standard deviation of the first weights."""
     position_offset: int = 0
     """Rows of the position table before position 0 (OPT: 2, where fairseq kept its padding index)."""
     embedding_norm: bool = False
@@ -47,8 +53,15 @@ class Traits:
 # (no_bias, alibi, low_precision_layernorm); LLaMA arXiv:2302.13971; BLOOM arXiv:2211.05100; GLM-130B arXiv:2210.02414
 # (DeepNorm: post-norm with scaled residuals; its checkpoints hold a final norm all the same).
 TRAITS: Mapping[Family, Traits] = {
-    "opt": Traits(activation="relu", positions="learned", bias=True, position_offset=2, vocab_size=50272),
-    "gpt": Traits(activation="gelu", positions="learned", bias=True),
+    "opt": Traits(
+        activation="relu",
+        positions="learned",
+        bias=True,
+        position_offset=2,
+        vocab_size=50272,
+        initial_deviation=0.006,
+    ),
+    "gpt": Traits(activation="gelu_tanh", positions="learned", bias=True),
     "mpt": Traits(activation="gelu", positions="alibi", bias=False, norm_bias=False, vocab_size=50432),
     "llama": Traits(
         activation="swiglu",
@@ -56,10 +69,11 @@ TRAITS: Mapping[Family, Traits] = {
         bias=False,
         norm="rms",
         norm_bias=False,
+        norm_epsilon=1e-6,
         tied_embeddings=False,
         vocab_size=32000,
     ),
-    "bloom": Traits(activation="gelu", positions="alibi", bias=True, embedding_norm=True, vocab_size=250880),
+    "bloom": Traits(activation="gelu_tanh", positions="alibi", bias=True, embedding_norm=True, vocab_size=250880),
     "glm": Traits(
         activation="geglu",
         positions="rotary",
@@ -90,6 +104,10 @@ class Architecture:
     post_norm: bool = False
     """The norm comes after the residual (OPT-350M, which then has no final norm; GLM-130B, which has one)."""
     dropout: float = 0.0
+    norm_epsilon: float = 1e-5
+    """Added to the variance in every norm."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary angles; without effect where positions are not rotary."""
 
     def __post_init__(self) -> None:
         if self.family not in TRAITS:
@@ -109,6 +127,9 @@ class Architecture:
                 raise ValueError(f"{field} is {getattr(self, field)}: it must be at least 1")
         if self.word_embedding_size is not None and self.word_embedding_size < 1:
             raise ValueError(f"word_embedding_size is {self.word_embedding_size}: it must be at least 1")
+        for field, number in (("norm_epsilon", self.norm_epsilon), ("rope_theta", self.rope_theta)):
+            if not number > 0.0:
+                raise ValueError(f"{field} is {number}: it must be above 0")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout is {self.dropout}: it must be at least 0 and below 1")
         if self.hidden_size % self.num_heads:
@@ -202,6 +223,8 @@ def make_architecture(
     word_embedding_size: int | None = None,
     post_norm: bool | None = None,
     dropout: float = 0.0,
+    norm_epsilon: float | None = None,
+    rope_theta: float = 10_000.0,
 ) -> Architecture:
     """An architecture, with what was left out as its family publishes it.
 
@@ -225,6 +248,8 @@ def make_architecture(
         word_embedding_size=word_embedding_size,
         post_norm=traits.post_norm if post_norm is None else post_norm,
         dropout=dropout,
+        norm_epsilon=traits.norm_epsilon if norm_epsilon is None else norm_epsilon,
+        rope_theta=rope_theta,
     )
 
 

@@ -1,12 +1,11 @@
-"""OPT weights to and from Hugging Face folders: config.json and safetensors, one tensor in memory at a time."""
+"""Weights to and from Hugging Face folders: config.json and safetensors, one tensor in memory at a time."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,125 +16,106 @@ from torch import Tensor
 
 from clusters.files import publish
 from orchestrator.models.architecture import Architecture
+from orchestrator.models.formats import FORMATS, Format, config_of_architecture
 
 MAX_SHARD_BYTES = 5 * 10**9
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
 
-_DECODER = "model.decoder."
-_PARTS = {
-    "attention.q": "self_attn.q_proj",
-    "attention.k": "self_attn.k_proj",
-    "attention.v": "self_attn.v_proj",
-    "attention.out": "self_attn.out_proj",
-    "attention_norm": "self_attn_layer_norm",
-    "mlp.up": "fc1",
-    "mlp.down": "fc2",
-    "mlp_norm": "final_layer_norm",
-}
-_OUTSIDE = {
-    "embed.tokens": _DECODER + "embed_tokens",
-    "embed.positions": _DECODER + "embed_positions",
-    "embed.project": _DECODER + "project_in",
-    "head.norm": _DECODER + "final_layer_norm",
-    "head.project": _DECODER + "project_out",
-    "head.output": "lm_head",
-}
-_OURS = {theirs: ours for ours, theirs in _PARTS.items()}
-_OURS_OUTSIDE = {theirs: ours for ours, theirs in _OUTSIDE.items()}
+# Dropout is the job's own, whatever the folder was trained with.
+_OF_TRAINING = (
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "emb_pdrop",
+    "attn_pdrop",
+)
+_SAME_TYPE = {"mistral": "llama"}
+"""A model_type whose blocks are those of another's, without what Format.fixed refuses."""
 
 
-def hugging_face_name(name: str) -> str:
-    """Our parameter's name in Hugging Face's OPTForCausalLM. KeyError for a name that no OPT has."""
-    stem, _, kind = name.rpartition(".")
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
-    if block:
-        return f"{_DECODER}layers.{block[1]}.{_PARTS[block[2]]}.{kind}"
-    return f"{_OUTSIDE[stem]}.{kind}"
-
-
-def our_name(name: str) -> str:
-    """The inverse of hugging_face_name."""
-    stem, _, kind = name.rpartition(".")
-    layer = re.fullmatch(re.escape(_DECODER) + r"layers\.(\d+)\.(.+)", stem)
-    if layer:
-        return f"blocks.{layer[1]}.{_OURS[layer[2]]}.{kind}"
-    return f"{_OURS_OUTSIDE[stem]}.{kind}"
-
-
-def config_of_architecture(arch: Architecture) -> dict[str, Any]:
-    """The config.json of an OPT."""
-    return {
-        "architectures": ["OPTForCausalLM"],
-        "model_type": "opt",
-        "num_hidden_layers": arch.num_layers,
-        "hidden_size": arch.hidden_size,
-        "num_attention_heads": arch.num_heads,
-        "ffn_dim": arch.ffn_size,
-        "vocab_size": arch.vocab_size,
-        "max_position_embeddings": arch.max_position,
-        "tie_word_embeddings": arch.tied_embeddings,
-        "word_embed_proj_dim": arch.embedding_size,
-        "do_layer_norm_before": not arch.post_norm,
-        "activation_function": "relu",
-        "dropout": arch.dropout,
-        "enable_bias": True,
-        "layer_norm_elementwise_affine": True,
-        "torch_dtype": "float32",
-    }
-
-
-# What shapes cannot tell: a folder that says otherwise would load, and compute something else.
-_FIXED = {
-    "model_type": "opt",
-    "activation_function": "relu",
-    "enable_bias": True,
-    "layer_norm_elementwise_affine": True,
-    "_remove_final_layer_norm": False,
-}
-_OF_THE_JOB = ("num_attention_heads", "num_hidden_layers", "do_layer_norm_before", "tie_word_embeddings")
-
-
-def check_config(folder: Path, arch: Architecture | None = None) -> None:
-    """ValueError where a folder's config.json is not that of an OPT as we build it, or not of this architecture."""
+def check_config(folder: Path, arch: Architecture | None = None) -> Format:
+    """The folder's format. ValueError where its config.json is of no family that is built, means something else than our
+    module of that family computes, or is not of this architecture."""
     file = folder / CONFIG
     config = _json(file)
-    wanted = dict(_FIXED)
-    if arch is not None:
-        ours = config_of_architecture(arch)
-        wanted |= {key: ours[key] for key in _OF_THE_JOB if key in config}
-    for key, want in wanted.items():
-        got = config.get(key, want)
+    kind = config.get("model_type")
+    form = next((f for f in FORMATS.values() if f.model_type == _SAME_TYPE.get(str(kind), kind)), None)
+    if form is None:
+        known = ", ".join(sorted(f.model_type for f in FORMATS.values()))
+        raise ValueError(f"{file}: model_type is {kind!r}: only these can be loaded: {known}")
+    if arch is not None and FORMATS[arch.family] is not form:
+        raise ValueError(
+            f"{file}: model_type is {kind!r}, not {FORMATS[arch.family].model_type!r}, as the job's model is"
+        )
+    fixed = {**form.fixed, **({"sliding_window": None} if kind == "mistral" else {})}
+    for key, want in fixed.items():
+        got = _nested(config, key, want)
         if got != want:
-            fix = (
-                "only OPT can be loaded"
-                if key == "model_type"
-                else "the job's model must be that of the folder"
-                if key in _OF_THE_JOB
-                else "our OPT has no such variant"
-            )
-            raise ValueError(f"{file}: {key} is {got!r}, not {want!r}: {fix}")
+            raise ValueError(f"{file}: {key} is {got!r}, not {want!r}: our module of this family has no such variant")
+    for key, want in ({} if arch is None else form.config(arch)).items():
+        got = config.get(key)
+        if got is not None and got != want and key not in _OF_TRAINING:
+            raise ValueError(f"{file}: {key} is {got!r}, not {want!r}: the job's model must be that of the folder")
+    return form
+
+
+def _nested(config: Mapping[str, Any], key: str, default: Any) -> Any:
+    value: Any = config
+    for word in key.split("."):
+        if not isinstance(value, Mapping) or word not in value:
+            return default
+        value = value[word]
+    return value
+
+
+def _ours(tensor: Tensor, form: Format, name: str, num_heads: int | None) -> Tensor:
+    """Our parameter out of the tensor that holds it."""
+    if form.is_transposed(name):
+        tensor = tensor.t()
+    piece = form.piece(name)
+    if piece is None:
+        return tensor
+    if not form.by_head:
+        return tensor.chunk(3)[piece]
+    assert num_heads is not None
+    heads: Tensor = tensor.unflatten(0, (num_heads, 3, -1))
+    return heads[:, piece].flatten(0, 1)
+
+
+def _theirs(parts: Sequence[Tensor], form: Format, name: str, num_heads: int) -> Tensor:
+    """The inverse of `_ours`: one of our parameters, or the three that they store as one."""
+    if len(parts) == 1:
+        tensor = parts[0]
+    elif form.by_head:
+        tensor = torch.stack([part.unflatten(0, (num_heads, -1)) for part in parts], 1).flatten(0, 2)
+    else:
+        tensor = torch.cat(list(parts))
+    return (tensor.t() if form.is_transposed(name) else tensor).detach().contiguous()
 
 
 def read_folder(folder: Path, arch: Architecture | None = None) -> Callable[[str, torch.Size], Tensor]:
     """(name, shape) -> that parameter in fp64, read from a Hugging Face folder when asked.
 
     Raises ValueError that names the folder and what is wrong with it: here, or when a tensor is missing or misshapen."""
-    check_config(folder, arch)
+    form = check_config(folder, arch)
     where = _where(folder)
+    num_heads = None if arch is None else arch.num_heads
 
     def value(name: str, shape: torch.Size) -> Tensor:
-        key = hugging_face_name(name)
-        key = key if key in where else key.removeprefix("model.")  # OPTModel's folders lack the first word
+        whole = form.key(name)
+        key = whole if whole in where else whole.removeprefix(form.base)  # folders without a head lack the first word
         if key not in where:
             raise ValueError(
-                f"{folder} lacks {hugging_face_name(name)} (our {name}): its download is not complete, or its model is "
-                "not the job's"
+                f"{folder} lacks {whole} (our {name}): its download is not complete, or its model is not the job's"
             )
         try:
             with safe_open(where[key], "pt") as file:
                 tensor: Tensor = file.get_tensor(key)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{where[key]}: {key} cannot be read ({error}): download the file again") from None
+        tensor = _ours(tensor, form, name, num_heads)
         if tensor.shape != shape:
             raise ValueError(f"{folder}: {key} has shape {list(tensor.shape)}, the job's model needs {list(shape)}")
         return tensor.double()
@@ -177,7 +157,7 @@ def write_folder(folder: Path, arch: Architecture, weights: Iterable[tuple[str, 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        dtype = _write_shards(partial, weights)
+        dtype = _write_shards(partial, arch, weights)
         config = config_of_architecture(arch) | {"torch_dtype": dtype}
         (partial / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
         if folder.exists():
@@ -187,8 +167,11 @@ def write_folder(folder: Path, arch: Architecture, weights: Iterable[tuple[str, 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> str:
+def _write_shards(folder: Path, arch: Architecture, weights: Iterable[tuple[str, Tensor]]) -> str:
     """The dtype of what was written."""
+    form = FORMATS[arch.family]
+    fused: dict[str, dict[int, Tensor]] = {}
+    """Parts of tensors of which not all parts have come."""
     held: dict[str, Tensor] = {}
     weight_map: dict[str, str] = {}
     size = total = num_files = 0
@@ -204,10 +187,17 @@ def _write_shards(folder: Path, weights: Iterable[tuple[str, Tensor]]) -> str:
         size = 0
 
     for name, tensor in weights:
-        num_bytes = tensor.numel() * tensor.element_size()
+        key, piece = form.key(name), form.piece(name)
+        parts = {0: tensor} if piece is None else fused.setdefault(key, {}) | {piece: tensor}
+        if piece is not None and len(parts) < 3:
+            fused[key] = parts
+            continue
+        fused.pop(key, None)
+        stored = _theirs([part for _, part in sorted(parts.items())], form, name, arch.num_heads)
+        num_bytes = stored.numel() * stored.element_size()
         if held and size + num_bytes > MAX_SHARD_BYTES:
             flush()
-        held[hugging_face_name(name)] = tensor.detach().contiguous()
+        held[key] = stored
         dtype = str(tensor.dtype).removeprefix("torch.")
         size, total = size + num_bytes, total + num_bytes
     flush()

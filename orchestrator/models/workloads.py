@@ -14,8 +14,9 @@ from orchestrator.models.architecture import (
 )
 from strategies.workload import Matmul, Tensor, Workload
 
-BUILT: tuple[Family, ...] = ("opt",)
-"""Families that have a torch module here."""
+TRACED: tuple[Family, ...] = ("opt",)
+"""Families whose bytes are priced as this project's own module holds them, held against its trace. Others are priced as the
+stacks that published them, though some of them train here too."""
 
 
 @lru_cache(maxsize=256)
@@ -25,7 +26,7 @@ def workload(arch: Architecture) -> Workload:
     num_up = 2 if traits.gated else 1
     # Saved of the feed-forward: ReLU its output; GeLU its input and output; a gate both projections, the activation of one
     # and the product.
-    saved_ffn = {"relu": 1, "gelu": 2, "swiglu": 4, "geglu": 4}[traits.activation]
+    saved_ffn = {"relu": 1, "gelu": 2, "gelu_tanh": 2, "swiglu": 4, "geglu": 4}[traits.activation]
     # Read and written: ReLU and GeLU 2 f; a gate 5 f (activation 2, product 3); transposes of q, k, v and the output 4 h,
     # rotary q and k 3 h more.
     rotary = 3 * hidden if traits.positions == "rotary" else 0
@@ -63,7 +64,7 @@ def workload(arch: Architecture) -> Workload:
         traffic_split_elements=(5 if traits.gated else 2) * ffn + 4 * hidden + rotary,
         num_kernels=14 + (3 if traits.gated else 0) + (4 if traits.positions == "rotary" else 0),
         attention_bias=arch.family == "bloom",
-        native=arch.family in BUILT,
+        native=arch.family in TRACED,
     )
 
 

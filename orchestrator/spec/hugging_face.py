@@ -106,4 +106,20 @@ def architecture_of(config: Mapping[str, Any], *, where: str, name: str = "") ->
         shape["post_norm"] = not config.get("do_layer_norm_before", True)
     if kind == "mpt":
         shape["ffn_size"] = int(config.get("expansion_ratio", 4) * shape["hidden_size"])
+    head_dim = config.get("head_dim")
+    if family == "llama" and head_dim is not None and head_dim * shape["num_heads"] != shape["hidden_size"]:
+        raise ValueError(
+            f"{where}: {shape['num_heads']} heads of head_dim {head_dim} are not hidden_size {shape['hidden_size']} wide; "
+            "our llama has no such variant"
+        )
+    rotary = config.get("rope_parameters") if isinstance(config.get("rope_parameters"), Mapping) else {}
+    for word, value in (
+        ("norm_epsilon", config.get("rms_norm_eps" if family == "llama" else "layer_norm_epsilon")),
+        ("rope_theta", (rotary or {}).get("rope_theta", config.get("rope_theta"))),
+    ):
+        if value is None:
+            continue
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"{where}: {word} is {value!r}, not a number")
+        shape[word] = float(value)
     return make_architecture(family=family, name=name, **shape)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from orchestrator.models.architecture import Architecture
-from orchestrator.models.opt import OPT
+from orchestrator.models.decoder import Decoder
 from orchestrator.training.checkpoint import read_into
 from orchestrator.training.manifest import CheckpointRef
 
 
-def load_model(ref: CheckpointRef) -> OPT:
+def load_model(ref: CheckpointRef) -> Decoder:
     """The model of a checkpoint of any strategy, whole, in fp32. Raises CheckpointRefused."""
     with torch.device("meta"):
-        model = OPT(Architecture(**ref.manifest["architecture"]))
+        model = Decoder(Architecture(**ref.manifest["architecture"]))
     model = model.to(torch.float32).to_empty(device="cpu").eval().requires_grad_(False)
     targets: dict[str, Any] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
     read_into(targets, ref)
@@ -31,7 +31,7 @@ def load_model(ref: CheckpointRef) -> OPT:
 
 @torch.inference_mode()
 def generate(
-    model: OPT,
+    model: Decoder,
     prompt: Sequence[int],
     *,
     max_tokens: int,
@@ -51,7 +51,7 @@ def generate(
     """
     if not prompt:
         raise ValueError("the prompt holds no token; give at least one character")
-    window = model.embed.positions.num_embeddings - model.embed.offset
+    window = model.arch.max_position
     generator = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     for _ in range(max_tokens):

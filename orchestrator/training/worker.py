@@ -27,7 +27,7 @@ import torch.distributed.distributed_c10d as distributed_c10d
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.overrides import TorchFunctionMode
 
-from orchestrator.models.opt import OPT, initial_weights
+from orchestrator.models.decoder import Decoder, initial_weights
 from orchestrator.models.weights import read_folder
 from orchestrator.models.workloads import workload
 from orchestrator.spec import parse_job
@@ -180,7 +180,7 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
     """The module on the meta device, split by the engine, filled a parameter at a time: never whole in memory twice."""
     architecture = job.architecture
     with torch.device("meta"), LeftAsTheyAre():
-        module = OPT(architecture, attention=assignment.strategy.attention)
+        module = Decoder(architecture, attention=assignment.strategy.attention)
     if job.initializes_from_weights:
         weights = read_folder(job.directory / str(job.model.path), architecture)
     else:

@@ -1,7 +1,7 @@
 """Tensor and pipeline parallelism on ColossalAI: HybridParallelPlugin, with ZeRO 0 or 1 over the replicas.
 
 Shardformer splits the modules that it knows, Hugging Face's: the project's module brings their configuration and the names of
-its parameters there (OPT.hugging_face), and every rank builds the whole of one in host memory before it is split.
+its parameters there (Decoder.hugging_face), and every rank builds the whole of one in host memory before it is split.
 
 B micro batch, S sequence, V vocabulary.
 """

@@ -35,6 +35,9 @@ Pending = list[tuple[nn.Parameter, Tensor, Tensor]]
 class Region:
     """Nothing is split."""
 
+    rank = 0
+    """Of this process in the tensor group."""
+
     def __init__(self) -> None:
         self.pending: Pending | None = None
         """A schedule that runs the gradients of weights apart collects them here; None: autograd computes them at once."""

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.cases import ARCH, Case
 from benchmarks.parity import micro_batches, session_of, steps, whole
 from benchmarks.pool import Pool
-from orchestrator.models.opt import OPT
+from orchestrator.models.decoder import Decoder
 from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.native import build_session
 
@@ -162,7 +162,7 @@ def test_the_step_can_be_played_on_fake_tensors_in_a_fake_world(zero_stage: int)
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     try:
         with torch.device("meta"):
-            module = OPT(ARCH)
+            module = Decoder(ARCH)
         with FakeTensorMode(allow_non_fake_inputs=True):
             session = build_session(
                 module, strategy=case.strategy, precision="bf16", weights=lambda _, shape: torch.empty(shape)
@@ -170,7 +170,7 @@ def test_the_step_can_be_played_on_fake_tensors_in_a_fake_world(zero_stage: int)
             steps(session, case, 0, 1)
             with LiveBytes(session.tensors()) as live:
                 steps(session, case, 0, 1)
-        num_parameters = sum(p.numel() for p in OPT(ARCH).parameters())
+        num_parameters = sum(p.numel() for p in Decoder(ARCH).parameters())
         shards = 1 if zero_stage == 0 else 8
         moments = live.live["optimizer_states"] / (8 * num_parameters / shards)
         assert 1 <= moments < 1.1, "the first rank holds the padded share"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.models.architecture import make_architecture
-from orchestrator.models.opt import OPT, initial_weights
+from orchestrator.models.decoder import Decoder, initial_weights
 from orchestrator.training import checkpoint
 from orchestrator.training.checkpoint import CheckpointFailed, CheckpointInfo, CheckpointRefused
 from orchestrator.training.manifest import fingerprint, latest, prune, read_manifest, sweep, verify
@@ -40,7 +40,7 @@ def architecture(hidden_size=24):
 def session(*, zero_stage=0, replicas=1, seed=1, hidden_size=24, precision="fp32"):
     arch = architecture(hidden_size)
     with torch.device("meta"):
-        module = OPT(arch)
+        module = Decoder(arch)
     states = "full" if precision != "bf16" else "sharded_fp32" if zero_stage >= 2 else "mixed"
     strategy = Strategy(
         data_parallel_degree=replicas,

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from clusters.files import write_atomically
 from orchestrator.control.folder import RunFolder
 from orchestrator.models.architecture import make_architecture
-from orchestrator.models.opt import OPT
+from orchestrator.models.decoder import Decoder
 from orchestrator.models.weights import write_folder
 from orchestrator.planner.plan import plan
 from orchestrator.spec import parse_job
@@ -91,7 +91,7 @@ def prepared_data_and_kept_tokenizer(folder: Path) -> None:
 def weights_of_a_model(folder: Path) -> None:
     shape = {"num_layers": 1, "hidden_size": 8, "num_heads": 2, "ffn_size": 16, "vocab_size": 32, "max_position": 8}
     arch = make_architecture(family="opt", **shape)
-    write_folder(folder / "opt", arch, OPT(arch).named_parameters())
+    write_folder(folder / "opt", arch, Decoder(arch).named_parameters())
 
 
 def checkpoints_written_twice(folder: Path) -> None:

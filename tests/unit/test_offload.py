@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import cases, parity
 from clusters.inventory import scratch
-from orchestrator.models.opt import OPT, initial_weights
+from orchestrator.models.decoder import Decoder, initial_weights
 from orchestrator.planner.trace.live_bytes import LiveBytes
 from orchestrator.training.checkpoint import _stage
 from strategies.engines.native import NativeSession, build_session
@@ -39,7 +39,7 @@ def _small_pieces(monkeypatch: pytest.MonkeyPatch):
 
 def session(case: cases.Case, offload: Offload) -> NativeSession:
     with torch.device("meta"):
-        module = OPT(cases.ARCH)
+        module = Decoder(cases.ARCH)
     return build_session(
         module,
         strategy=replace(case.strategy, offload=offload),
@@ -86,7 +86,7 @@ def test_an_offloaded_run_is_the_undisturbed_one_bit_for_bit_and_holds_less(case
 
 def test_states_are_declared_where_they_live():
     case = cases.Case(world_size=1, zero_stage=0, precision="bf16")
-    elements = sum(p.numel() for p in OPT(cases.ARCH).parameters())
+    elements = sum(p.numel() for p in Decoder(cases.ARCH).parameters())
     one = session(case, Offload(optimizer="host"))
     assert sum(t.nbytes for t in one.tensors()["host"]) == 12 * elements
     assert one.tensors()["master_weights"] == one.tensors()["optimizer_states"] == []

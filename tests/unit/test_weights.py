@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, OPTForCausalLM
 from orchestrator.cli import main
 from orchestrator.models import weights
 from orchestrator.models.architecture import make_architecture
-from orchestrator.models.opt import OPT, initialize
-from orchestrator.models.weights import check_config, hugging_face_name, our_name, read_folder, write_folder
+from orchestrator.models.decoder import Decoder, initialize
+from orchestrator.models.formats import FORMATS
+from orchestrator.models.weights import check_config, read_folder, write_folder
 from orchestrator.spec import parse_job
 from orchestrator.training import checkpoint
 from orchestrator.training.checkpoint import CheckpointInfo
@@ -28,16 +29,9 @@ ARCH = make_architecture(**SHAPE)
 
 @pytest.fixture
 def module():
-    module = OPT(ARCH)
+    module = Decoder(ARCH)
     initialize(module, ARCH, seed=3)
     return module
-
-
-def test_every_name_has_an_inverse():
-    for arch in (ARCH, make_architecture(**SHAPE, tied_embeddings=False, word_embedding_size=16, post_norm=True)):
-        with torch.device("meta"):
-            for name, _ in OPT(arch).named_parameters():
-                assert our_name(hugging_face_name(name)) == name
 
 
 def test_a_folder_of_several_shards_loads_here_and_in_transformers(module, tmp_path, monkeypatch):
@@ -50,7 +44,7 @@ def test_a_folder_of_several_shards_loads_here_and_in_transformers(module, tmp_p
     theirs = dict(peer.named_parameters())
     for name, parameter in module.named_parameters():
         assert torch.equal(value(name, parameter.shape).float(), parameter)
-        assert torch.equal(theirs[hugging_face_name(name)], parameter)
+        assert torch.equal(theirs[FORMATS["opt"].key(name)], parameter)
     (tmp_path / "opt" / min(files)).unlink()
     with pytest.raises(ValueError, match="which its index names: its download is not complete"):
         read_folder(tmp_path / "opt", ARCH)
@@ -59,12 +53,16 @@ def test_a_folder_of_several_shards_loads_here_and_in_transformers(module, tmp_p
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type is 'llama', not 'opt': only OPT can be loaded"),
-        ({"activation_function": "gelu"}, "activation_function is 'gelu', not 'relu': our OPT has no such variant"),
+        ({"model_type": "llama"}, "model_type is 'llama', not 'opt', as the job's model is"),
+        (
+            {"activation_function": "gelu"},
+            "activation_function is 'gelu', not 'relu': our module of this family has no such variant",
+        ),
         ({"enable_bias": False}, "enable_bias is False, not True"),
         ({"_remove_final_layer_norm": True}, "_remove_final_layer_norm is True, not False"),
         ({"num_attention_heads": 8}, "num_attention_heads is 8, not 4: the job's model must be that of the folder"),
         ({"do_layer_norm_before": False}, "do_layer_norm_before is False, not True"),
+        ({"model_type": "t5"}, "model_type is 't5': only these can be loaded: bloom, gpt2, llama, mpt, opt"),
     ],
 )
 def test_a_folder_whose_shapes_fit_and_whose_meaning_does_not_is_refused(module, tmp_path, change, message):
@@ -74,6 +72,51 @@ def test_a_folder_whose_shapes_fit_and_whose_meaning_does_not_is_refused(module,
     (tmp_path / "opt" / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         read_folder(tmp_path / "opt", ARCH)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("gpt", {"activation_function": "gelu"}, "activation_function is 'gelu', not 'gelu_new'"),
+        ("gpt", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True, not False"),
+        ("mpt", {"attn_config": {"alibi": False}}, r"attn_config\.alibi is False, not True"),
+        ("mpt", {"no_bias": False}, "no_bias is False, not True"),
+        ("llama", {"rope_scaling": {"rope_type": "yarn"}}, "rope_scaling is .*, not None"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "llama3"}},
+            r"rope_parameters\.rope_type is 'llama3', not 'default'",
+        ),
+        ("llama", {"model_type": "mistral", "sliding_window": 8}, "sliding_window is 8, not None"),
+        ("llama", {"mlp_bias": True}, "mlp_bias is True, not False"),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}, "post_layernorm is True, not False"),
+        ("bloom", {"n_head": 8}, "n_head is 8, not 4: the job's model must be that of the folder"),
+    ],
+)
+def test_a_folder_of_another_family_that_computes_something_else_is_refused(tmp_path, family, change, message):
+    arch = make_architecture(**{**SHAPE, "family": family})
+    module = Decoder(arch)
+    initialize(module, arch, seed=3)
+    write_folder(tmp_path / "hf", arch, module.named_parameters())
+    check_config(tmp_path / "hf", arch)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        check_config(tmp_path / "hf", arch)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"family": "bloom", "ffn_size": 100}, "BloomForCausalLM has a feed-forward layer of 4 x 32, not of 100"),
+        ({"family": "mpt", "ffn_size": 100}, "MptForCausalLM has a feed-forward layer of 4 x 32, not of 100"),
+        ({"family": "gpt", "num_kv_heads": 2}, "GPT2LMHeadModel has as many key/value heads as heads, 4, not 2"),
+    ],
+)
+def test_a_shape_that_transformers_has_no_class_for_is_not_written(tmp_path, shape, message):
+    with pytest.raises(ValueError, match=message):
+        write_folder(tmp_path / "hf", make_architecture(**{**SHAPE, **shape}), [])
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

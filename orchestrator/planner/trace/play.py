@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.models.architecture import Architecture, block_parameters
-from orchestrator.models.opt import OPT
+from orchestrator.models.decoder import Decoder
 from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.engine import BUCKET_BYTES, MicroBatch
 from strategies.engines.native import NativeSession, build_session
@@ -187,7 +187,7 @@ def _play(
     dist.init_process_group("fake", rank=rank, world_size=strategy.num_gpus, store=FakeStore())
     try:
         with torch.device("meta"):
-            module = OPT(arch, attention=strategy.attention)
+            module = Decoder(arch, attention=strategy.attention)
         with FakeTensorMode(allow_non_fake_inputs=True):
             session = build_session(
                 module, strategy=strategy, precision=precision, weights=lambda _, shape: torch.zeros(shape)

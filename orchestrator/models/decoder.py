@@ -1,0 +1,306 @@
+"""The decoder that trains here, as one torch module for all families that are built: OPT, GPT-2/3, MPT, LLaMA, BLOOM.
+
+A family is a set of switches (`Traits` in architecture.py): norm, positions, activation, biases. On the same weights the
+module equals Hugging Face's class of that family (tests/unit/test_models.py).
+
+B micro batch, S sequence, H hidden, A heads, K key/value heads, D head dim, F ffn, V vocabulary. Local shares under tensor
+parallel keep the letters: heads are counted from the tensor, never from the configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orchestrator.models.architecture import BUILT, Architecture
+from strategies.tensor.region import WHOLE
+
+SPLIT: dict[str, str] = {
+    "embed.tokens.weight": "vocabulary",
+    "embed.positions.weight": "sequence",
+    "embed.project.weight": "replicated_partial",  # it widens each rank's part of the looked-up rows
+    "embed.norm.*": "replicated",
+    "blocks.*.attention.q.*": "column",
+    "blocks.*.attention.k.*": "column",
+    "blocks.*.attention.v.*": "column",
+    "blocks.*.attention.out.weight": "row",
+    "blocks.*.attention.out.bias": "replicated",
+    "blocks.*.mlp.gate.*": "column",
+    "blocks.*.mlp.up.*": "column",
+    "blocks.*.mlp.down.weight": "row",
+    "blocks.*.mlp.down.bias": "replicated",
+    "blocks.*_norm.*": "replicated",
+    "head.norm.*": "replicated",
+    "head.project.weight": "replicated",
+    "head.output.weight": "vocabulary",
+}
+"""How tensor parallelism splits each parameter: the model's own knowledge, so that no strategy names a family."""
+
+ATTENTION = ("flash", "fused_softmax", "math")
+"""flash: scaled_dot_product_attention, which keeps no [S, S] scores; the others write them out in torch."""
+
+
+def make_norm(arch: Architecture) -> nn.Module:
+    """The family's norm over the hidden size: LayerNorm with or without a bias, or RMSNorm (arXiv:1910.07467)."""
+    if arch.traits.norm == "rms":
+        return nn.RMSNorm(arch.hidden_size, eps=arch.norm_epsilon)
+    return nn.LayerNorm(arch.hidden_size, eps=arch.norm_epsilon, bias=arch.traits.norm_bias)
+
+
+def rotated(x_BASD: Tensor, theta: float) -> Tensor:
+    """Rotary positions (arXiv:2104.09864) as LLaMA applies them: dimension d turns together with d + D / 2, by the angle
+    position x theta ** (-2 d / D). Angles are computed in fp32, in fp64 for a model in fp64."""
+    sequence, head_dim = x_BASD.shape[2:]
+    wide = torch.promote_types(x_BASD.dtype, torch.float32)
+    exponent_E = torch.arange(0, head_dim, 2, device=x_BASD.device, dtype=wide) / head_dim
+    positions_S = torch.arange(sequence, device=x_BASD.device, dtype=wide)
+    angles_SE = positions_S[:, None] * (1.0 / theta**exponent_E)
+    cos_SD = torch.cat([angles_SE, angles_SE], -1).cos().to(x_BASD.dtype)
+    sin_SD = torch.cat([angles_SE, angles_SE], -1).sin().to(x_BASD.dtype)
+    first, second = x_BASD.chunk(2, -1)
+    return x_BASD * cos_SD + torch.cat([-second, first], -1) * sin_SD
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The slope of each head (ALiBi, arXiv:2108.12409, section 3): 2 ** (-8 i / n) for n heads, n a power of two; other
+    counts take the slopes of the power below, then every second one of the power above."""
+
+    def of_power(count: int) -> list[float]:
+        return [2.0 ** (-8.0 * (i + 1) / count) for i in range(count)]
+
+    below = 2 ** int(math.log2(num_heads))
+    return of_power(below) + of_power(2 * below)[0::2][: num_heads - below]
+
+
+class Attention(nn.Module):
+    """Causal self-attention, x_BSH -> x_BSH."""
+
+    def __init__(self, arch: Architecture, kind: str) -> None:
+        super().__init__()
+        hidden, bias = arch.hidden_size, arch.traits.bias
+        self.head_dim, self.num_heads, self.kind = arch.head_dim, arch.num_heads, kind
+        self.positions, self.theta = arch.traits.positions, arch.rope_theta
+        # Apart: on a CPU as fast as one [3H, H] (110 against 111 ms, 1 thread, B1 S512 H768, forward and backward), and a
+        # column split keeps whole heads.
+        self.q = nn.Linear(hidden, hidden, bias=bias)
+        self.k, self.v = (nn.Linear(hidden, arch.kv_size, bias=bias) for _ in range(2))
+        self.out = nn.Linear(hidden, hidden, bias=bias)
+        self.region = WHOLE
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        columns = self.region.columns(x_BSH, self.q, self.k, self.v)
+        batch, sequence, _ = columns[0].shape  # whole, where x_BSH may be split by sequence
+        q_BASD, k_BKSD, v_BKSD = (y.view(batch, sequence, -1, self.head_dim).transpose(1, 2) for y in columns)
+        if self.positions == "rotary":
+            q_BASD, k_BKSD = rotated(q_BASD, self.theta), rotated(k_BKSD, self.theta)
+        if (group := q_BASD.shape[1] // k_BKSD.shape[1]) > 1:  # grouped-query heads (arXiv:2305.13245)
+            k_BKSD, v_BKSD = k_BKSD.repeat_interleave(group, 1), v_BKSD.repeat_interleave(group, 1)
+        bias_ASS = self._alibi(q_BASD) if self.positions == "alibi" else None
+        if self.kind != "flash":
+            scores = q_BASD @ k_BKSD.transpose(-1, -2) / math.sqrt(self.head_dim)
+            if bias_ASS is None:
+                bias_ASS = _future(sequence, x_BSH.device)
+                y_BASD = scores.masked_fill(bias_ASS, float("-inf")).softmax(-1) @ v_BKSD
+            else:
+                y_BASD = (scores + bias_ASS).softmax(-1) @ v_BKSD
+        elif bias_ASS is None:
+            y_BASD = F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, is_causal=True)
+        else:
+            y_BASD = F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, attn_mask=bias_ASS)
+        return self.region.row(y_BASD.transpose(1, 2).reshape(batch, sequence, -1), self.out)
+
+    def _alibi(self, q_BASD: Tensor) -> Tensor:
+        """What ALiBi adds to the scores of this rank's heads, [A, S, S]: slope x (key - query), -inf for the future."""
+        heads, sequence = q_BASD.shape[1:3]
+        first = self.region.rank * heads
+        slopes = alibi_slopes(self.num_heads)[first : first + heads]
+        slopes_A = torch.tensor(slopes, device=q_BASD.device, dtype=q_BASD.dtype)
+        positions_S = torch.arange(sequence, device=q_BASD.device)
+        distance_SS = (positions_S[None, :] - positions_S[:, None]).to(q_BASD.dtype)
+        bias_ASS = slopes_A[:, None, None] * distance_SS
+        return bias_ASS.masked_fill(_future(sequence, q_BASD.device), float("-inf"))
+
+
+def _future(sequence: int, device: torch.device) -> Tensor:
+    """[S, S], true where the key comes after the query."""
+    return torch.ones(sequence, sequence, dtype=torch.bool, device=device).triu(1)
+
+
+class MLP(nn.Module):
+    """The feed-forward layer, x_BSH -> x_BSH: two linears around an activation, or a gate beside the first one
+    (arXiv:2002.05202)."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        hidden, ffn, bias = arch.hidden_size, arch.ffn_size, arch.traits.bias
+        self.activation = ACTIVATIONS[arch.traits.activation]
+        self.gate = nn.Linear(hidden, ffn, bias=bias) if arch.traits.gated else None
+        self.up, self.down = nn.Linear(hidden, ffn, bias=bias), nn.Linear(ffn, hidden, bias=bias)
+        self.region = WHOLE
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        if self.gate is None:
+            (y,) = self.region.columns(x_BSH, self.up)
+            return self.region.row(self.activation(y), self.down)
+        gate, y = self.region.columns(x_BSH, self.gate, self.up)
+        return self.region.row(self.activation(gate) * y, self.down)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": _gelu_tanh,
+    "swiglu": F.silu,
+    "geglu": F.gelu,
+}
+"""The function by its name in Traits; of a gated layer, that of the gate."""
+
+
+class Block(nn.Module):
+    """One layer; the norm stands before each half, or behind its residual (OPT-350M)."""
+
+    def __init__(self, arch: Architecture, kind: str) -> None:
+        super().__init__()
+        self.post_norm = arch.post_norm
+        self.attention_norm = make_norm(arch)
+        self.attention = Attention(arch, kind)
+        self.mlp_norm = make_norm(arch)
+        self.mlp = MLP(arch)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        if self.post_norm:
+            x_BSH = self.attention_norm(x_BSH + self.attention(x_BSH))
+            y: Tensor = self.mlp_norm(x_BSH + self.mlp(x_BSH))
+            return y
+        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH))
+        z: Tensor = x_BSH + self.mlp(self.mlp_norm(x_BSH))
+        return z
+
+
+class Embed(nn.Module):
+    """input_ids_BS -> x_BSH: tokens, widened where the table is narrower, plus learned positions or a norm where the
+    family has them."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        width, learned = arch.embedding_size, arch.traits.positions == "learned"
+        self.offset, self.max_position = arch.traits.position_offset, arch.max_position
+        self.tokens = nn.Embedding(arch.vocab_size, width)
+        rows = arch.max_position + arch.traits.position_offset
+        self.positions = nn.Embedding(rows, arch.hidden_size) if learned else None
+        self.project = nn.Linear(width, arch.hidden_size, bias=False) if width != arch.hidden_size else None
+        self.norm = make_norm(arch) if arch.traits.embedding_norm else None
+        self.region = WHOLE
+
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        sequence = input_ids_BS.shape[1]
+        if self.positions is not None and sequence > self.max_position:
+            raise ValueError(f"a sequence of {sequence} tokens is longer than max_position {self.max_position}")
+        x = self.region.rows(self.tokens, input_ids_BS)
+        if self.project is not None:
+            x = self.project(x)
+        if self.positions is not None:
+            positions_S = torch.arange(sequence, device=input_ids_BS.device) + self.offset
+            x = x + self.region.rows(self.positions, positions_S)
+        x = self.region.leave(x)
+        return x if self.norm is None else self.norm(x)
+
+
+class Head(nn.Module):
+    """x_BSH -> logits_BSV. A tied output reads the token table where it stands, so that it survives sharding."""
+
+    def __init__(self, arch: Architecture, embed: Embed) -> None:
+        super().__init__()
+        width = arch.embedding_size
+        self.norm = make_norm(arch) if arch.final_norm else None
+        self.project = nn.Linear(arch.hidden_size, width, bias=False) if width != arch.hidden_size else None
+        self.output = None if arch.tied_embeddings else nn.Linear(width, arch.vocab_size, bias=False)
+        self._embed = (embed,)  # in a tuple: a reference, not a submodule
+        self.region = WHOLE
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        if self.norm is not None:
+            x_BSH = self.norm(x_BSH)
+        if self.project is not None:
+            x_BSH = self.project(x_BSH)
+        weight = self._embed[0].tokens.weight if self.output is None else self.output.weight
+        return self.region.logits(x_BSH, weight)
+
+
+class Decoder(nn.Module):
+    """A whole model, input_ids_BS -> logits_BSV. Raises ValueError for an architecture that is not built."""
+
+    split = SPLIT
+
+    def __init__(self, arch: Architecture, *, attention: str = "flash") -> None:
+        super().__init__()
+        if arch.family not in BUILT:
+            built = ", ".join(BUILT)
+            raise ValueError(f"the torch module of family {arch.family!r} is not built; these are: {built}")
+        if arch.dropout:
+            raise ValueError(f"dropout {arch.dropout} is not built; set model.dropout to 0")
+        if attention not in ATTENTION:
+            raise ValueError(f"attention {attention!r} is not known: choose one of {', '.join(ATTENTION)}")
+        self.embed = Embed(arch)
+        self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(arch.num_layers))
+        self.head = Head(arch, self.embed)
+        self.hidden_size, self.arch = arch.hidden_size, arch
+        self.divides = {"num_heads": arch.num_heads, "num_kv_heads": arch.num_kv_heads}
+        """What tensor_parallel_degree must divide: a head is never split."""
+        self.shared = ("embed.tokens.weight",) if arch.tied_embeddings else ()
+        """Parameters of the embedding that the head uses too."""
+
+    def hugging_face(self) -> tuple[dict[str, Any], Callable[[str], str]]:
+        """(configuration, name of a parameter) of the same model there, for engines that split Hugging Face's modules."""
+        from orchestrator.models.formats import FORMATS, config_of_architecture
+
+        if self.arch.family != "opt":
+            raise ValueError(f"a model of family {self.arch.family} is not split by Hugging Face's modules; opt is")
+        return config_of_architecture(self.arch), FORMATS["opt"].key
+
+    def forward(self, input_ids_BS: Tensor) -> Tensor:
+        x_BSH = self.embed(input_ids_BS)
+        for block in self.blocks:
+            x_BSH = block(x_BSH)
+        logits_BSV: Tensor = self.head(x_BSH)
+        return logits_BSV
+
+
+def initial_weights(arch: Architecture, seed: int) -> Callable[[str, torch.Size], Tensor]:
+    """(name, shape) -> that parameter's first value in fp64, a function of seed and name alone.
+
+    Normal, of the family's standard deviation, the projections back into the residual stream divided by sqrt(2 L), biases 0,
+    norms 1: GPT-2, section 2.3; OPT, section 2.2. A parameter at a time, so that a sharded model never exists whole."""
+    residual = 1 / math.sqrt(2 * arch.num_layers)
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        if name.endswith("norm.weight"):
+            return torch.ones(shape, dtype=torch.float64)
+        if name.endswith("bias"):
+            return torch.zeros(shape, dtype=torch.float64)
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        scale = arch.traits.initial_deviation * (
+            residual if name.endswith(("attention.out.weight", "mlp.down.weight")) else 1.0
+        )
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale).double()
+
+    return value
+
+
+def initialize(module: nn.Module, arch: Architecture, seed: int) -> None:
+    """Fills a whole module in place with its first weights."""
+    value = initial_weights(arch, seed)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(value(name, parameter.shape))
