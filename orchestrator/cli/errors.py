@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import tempfile
 import time
 import traceback
 from enum import IntEnum
+from pathlib import Path
 
 MAX_SHOWN = 50
 """Faults of one job on a terminal; `validate --json` has all of them."""
@@ -21,6 +23,12 @@ class ExitCode(IntEnum):
     CANCELLED = 5
     NOT_FOUND = 6
     NOT_ALLOWED = 7
+
+
+STORAGE_ERRORS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK, errno.ESTALE}
+)
+"""What a file system says where the fault is neither the program's nor the job's."""
 
 
 class CommandError(Exception):
@@ -64,19 +72,37 @@ def answer(error: BaseException) -> int:
         where, _, fix = rest.partition("to fix: ")
         show(message, where=where.strip(), fix=fix.strip())
         return int(getattr(error, "exit_code", ExitCode.BAD_INPUT))
+    if isinstance(error, OSError) and error.errno in STORAGE_ERRORS:
+        return _storage(error)
     return _unexpected(error)
+
+
+def _storage(error: OSError) -> int:
+    """A disk that is full, broken or not ours: no fault of shardwise's and none of the job's."""
+    from orchestrator.control.disk import room_told
+
+    path = Path(str(error.filename)) if error.filename else Path.cwd()
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    fix = "free space there" if full else "look at that disk and who may write there"
+    show(f"{error.strerror}: {path}", where=room_told(path.resolve()), fix=f"{fix}, or write to another disk")
+    return ExitCode.FAILED
 
 
 def _unexpected(error: BaseException) -> int:
     """One line for the user; the traceback goes into a file that a report can carry."""
     prefix = f"shardwise-{time.strftime('%Y%m%d-%H%M%S')}-"
-    with tempfile.NamedTemporaryFile("w", prefix=prefix, suffix=".log", delete=False, encoding="utf-8") as log:
-        log.write(f"{sys.argv}\n")
-        log.writelines(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile("w", prefix=prefix, suffix=".log", delete=False, encoding="utf-8") as log:
+            log.write(f"{sys.argv}\n")
+            log.writelines(traceback.format_exception(error))
+        name = log.name
+    except OSError:  # no file takes it
+        traceback.print_exception(error)
+        name = "what is printed above"
     text = str(error).splitlines()
     show(
         f"{type(error).__name__}: {text[0] if text else 'no message'}",
         where="this is a fault of shardwise, not of your job",
-        fix=f"report it with {log.name}, where the traceback is",
+        fix=f"report it with {name}, where the traceback is",
     )
     return ExitCode.FAILED

@@ -113,6 +113,8 @@ def say(told: dict[str, Any], job_file: str) -> None:
         case "finished":
             loss = "" if told["loss"] is None else f", loss {told['loss']:.4f}"
             click.echo(f"done      {at}{loss}")
+            if told["cause"]:
+                click.echo(f"note      {told['cause']}")
         case "stopped":
             click.echo(f"stopped   at {at}: {told['cause']}\n  to go on: shardwise run {job_file}")
         case _:

@@ -29,6 +29,11 @@ TOLD = {
     "evaluation": "cyan",
     "stopping": "yellow",
     "lost": "red",
+    "disk_full": "red",
+    "records_delayed": "yellow",
+    "records_missing": "yellow",
+    "report_failed": "yellow",
+    "log_refused": "yellow",
 }
 """Events that a person is shown as they happen, with their colours; the others are in events.jsonl."""
 PLAIN_LINES = 20

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,13 @@ PEER_GONE = (
 class TrainingWorker:
     def __init__(self, logs: str, rank: int) -> None:
         self._stop_cause: str | None = None
-        file = os.open(Path(logs) / f"rank-{rank:04d}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._log_refused: str | None = None
+        log = Path(logs) / f"rank-{rank:04d}.log"
+        try:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        except OSError as error:  # no reason not to train
+            self._log_refused = f"{log.name} cannot be written: {error.strerror}; what rank {rank} prints is lost"
+            file = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):  # of the process, so that what C++ prints is in the log too
             os.dup2(file, descriptor)
         os.close(file)
@@ -41,7 +49,8 @@ class TrainingWorker:
         try:
             return json.dumps({"outcome": self._train(json.loads(assignment))})
         except Exception as error:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):  # a full disk takes no log; the cause travels in the answer
+                traceback.print_exc()
             told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
             return json.dumps(
                 {
@@ -51,22 +60,25 @@ class TrainingWorker:
                 }
             )
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                with contextlib.suppress(OSError):
+                    stream.flush()
 
     def _train(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
-        from orchestrator.telemetry.records import EVENTS, METRICS, Event, StepReport, append
+        from orchestrator.telemetry.journal import Journal
+        from orchestrator.telemetry.records import Event
         from orchestrator.training.assignment import Assignment
         from orchestrator.training.worker import train
 
         assignment = Assignment.from_mapping(mapping)
-        folder = Path(assignment.run_directory)
-
-        def report(record: StepReport | Event) -> None:
-            """Straight to the disk: a step that is in a checkpoint is in the file, whoever dies next."""
-            append(folder / (METRICS if isinstance(record, StepReport) else EVENTS), record)
-
-        return asdict(train(assignment, report=report, should_stop=lambda: self._stop_cause))
+        # Straight to the disk: a step that is in a checkpoint is in the file, whoever dies next.
+        journal = Journal(Path(assignment.run_directory))
+        if self._log_refused is not None:
+            journal.write(Event(time_unix_s=time.time(), kind="log_refused", cause=self._log_refused))
+        outcome = train(assignment, report=journal.write, sync=journal.sync, should_stop=lambda: self._stop_cause)
+        if assignment.rank == 0 and (missing := journal.sync()):
+            outcome = replace(outcome, cause="; ".join(filter(None, [outcome.cause, missing])))
+        return asdict(outcome)
 
     def stop(self, cause: str) -> None:
         self._stop_cause = cause

@@ -145,6 +145,17 @@ def holder(folder: RunFolder) -> int | None:
 
 
 @contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Gives a path to an OSError that names none, as those of a write that a full disk refuses."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def held(folder: RunFolder) -> Iterator[None]:
     """One `run` at a time. The kernel frees the lock with the process, however it ends: none is ever stale."""
     path = lock_of(folder)

@@ -12,6 +12,7 @@ The end of standard input ends everything: the parent has gone, or wants it so.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -120,10 +121,13 @@ class Runtime:
 
     def _keep_ray_logs(self) -> None:
         kept = self.logs / "ray"
-        kept.mkdir(exist_ok=True)
-        for name in ("raylet.out", "raylet.err", "gcs_server.out", "gcs_server.err"):
-            if (file := self.session / "session_latest" / "logs" / name).exists():
-                shutil.copy(file, kept / name)
+        try:
+            kept.mkdir(exist_ok=True)
+            for name in ("raylet.out", "raylet.err", "gcs_server.out", "gcs_server.err"):
+                if (file := self.session / "session_latest" / "logs" / name).exists():
+                    shutil.copy(file, kept / name)
+        except OSError as error:
+            _log(f"Ray's logs could not be kept: {error}")
 
     def _place(self, num_workers: int, num_gpus: int) -> None:
         from ray.util.placement_group import placement_group
@@ -202,7 +206,7 @@ class Runtime:
             try:
                 self.ray.kill(worker, no_restart=True)
             except Exception as error:
-                print(f"ray.kill: {error}", file=sys.stderr)
+                _log(f"ray.kill: {error}")
         end(self.pids)
         self.actors, self.pids, self.running = [], [], {}
 
@@ -243,6 +247,12 @@ def _leave_out_what_is_not_used() -> None:
         RayParams.__init__ = without
     if hasattr(Node, "start_api_server"):
         Node.start_api_server = lambda self, **settings: None
+
+
+def _log(text: str) -> None:
+    """A line into ray.log; a disk that refuses it is no reason to end."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def _first_line(error: BaseException) -> str:

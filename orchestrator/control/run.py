@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.control import lessons
-from orchestrator.control.folder import RunFolder, RunRefused, held
+from orchestrator.control.disk import room_told
+from orchestrator.control.folder import RunFolder, RunRefused, held, named
 from orchestrator.control.host import Host, RayHost
 from orchestrator.control.processes import end_marked
 from orchestrator.control.recovery import Policy
 from orchestrator.control.supervisor import Ending, Stop, Supervisor, Watcher
 from orchestrator.telemetry import report
-from orchestrator.telemetry.records import Event, StepReport, append
+from orchestrator.telemetry.journal import Journal
+from orchestrator.telemetry.records import Event, StepReport
 from orchestrator.training import manifest
 from orchestrator.training.assignment import Assignment
 from orchestrator.training.limits import SCALE, Limits, from_environment
@@ -91,7 +93,7 @@ def run_job(
     if job.data is None:
         raise RunRefused("the job has no data", where=job.file, fix="add data: {train: [corpus/*.txt]}")
     folder = RunFolder(Path(directory or job.checkpoint.directory).resolve() / job.name)
-    with held(folder):
+    with named(folder.path), held(folder):
         end_marked(str(folder.path))  # what a killed `run` left: it may still write
         if fresh and (aside := folder.move_aside()):
             view.note(f"starts over; what was there is kept in {aside}")
@@ -147,7 +149,7 @@ def _run(
     view.planned(planned, folder, done)
     if done >= job.num_steps:
         folder.write_plan(document)
-        report.write(folder.path)
+        write_report(folder, view)
         ending = Ending(kind="finished", step=done, cause="there was nothing left to do")
         return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=None)
     with contextlib.ExitStack() as stack:
@@ -160,18 +162,18 @@ def _run(
         folder.write_job(job)
         folder.write_plan(document)
         supervisor.assign = assigner(job, planned, folder, str(index.directory), limits, on_gpus=on_gpus)
-        append(folder.events, _begun(job, planned, done))
+        supervisor.journal.write(_begun(job, planned, done))
         metrics = Metrics(document, num_gpus=num_gpus)
         stack.callback(metrics.close)
         url = None if metrics_port is None else served(metrics, metrics_port)
         if url is not None:
-            append(folder.events, _event("metrics_endpoint", url, done, address=url))
+            supervisor.journal.write(_event("metrics_endpoint", url, done, address=url))
             view.note(f"metrics   {url}")
-        supervisor.watchers = [metrics, LiveReport(folder), *view.watchers]
+        supervisor.watchers = [metrics, LiveReport(folder, supervisor.journal), *view.watchers]
         ending = supervisor.run()
     if ending.kind == "finished" and (told := lessons.record(planned, folder, done)):
         view.note(told)
-    report.write(folder.path)
+    write_report(folder, view)
     return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=url)
 
 
@@ -257,13 +259,21 @@ def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
         )
 
 
+def write_report(folder: RunFolder, view: View) -> None:
+    """The last report.html; a disk that refuses it is told and fails no run."""
+    try:
+        report.write(folder.path)
+    except OSError as error:
+        view.note(f"report    could not be written: {error.strerror}; {room_told(folder.path)}")
+
+
 class LiveReport:
     """Writes report.html now and then while the run goes on."""
 
     EVERY_S = 60.0
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder, self.written = folder, time.monotonic()
+    def __init__(self, folder: RunFolder, journal: Journal) -> None:
+        self.folder, self.journal, self.written = folder, journal, time.monotonic()
 
     def on_step(self, step: StepReport) -> None:
         if time.monotonic() - self.written < self.EVERY_S:
@@ -272,7 +282,7 @@ class LiveReport:
         try:
             report.write(self.folder.path)
         except OSError as error:  # a full disk, say: no reason to stop training
-            append(self.folder.events, _event("report_failed", f"report.html: {error.strerror}", step.step))
+            self.journal.write(_event("report_failed", f"report.html: {error.strerror}", step.step))
 
     def on_event(self, event: Event) -> None:
         """A step follows soon."""

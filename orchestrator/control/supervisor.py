@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
+from orchestrator.control.disk import DiskWatch
 from orchestrator.control.folder import RunFolder
 from orchestrator.control.host import Host
 from orchestrator.control.recovery import Failure, FailureKind, GiveUp, Policy, on_failure
-from orchestrator.telemetry.records import Event, StepReport, Tail, append
+from orchestrator.telemetry.journal import Journal, told
+from orchestrator.telemetry.records import Event, StepReport, Tail, last_step
 from orchestrator.training import manifest
 from orchestrator.training.assignment import Outcome
 from orchestrator.training.limits import Limits
@@ -79,6 +81,10 @@ class Supervisor:
 
     def __post_init__(self) -> None:
         self._host: Host | None = None
+        self._disk = DiskWatch(self.folder.path)
+        self.journal = Journal(
+            self.folder.path, on_refusal=lambda error: self._tell_of_disk(self._disk.refused(told(error)))
+        )
         self._steps: Tail[StepReport] = Tail(self.folder.metrics, StepReport, from_end=True)
         self._events: Tail[Event] = Tail(self.folder.events, Event, from_end=True)
         self._step = 0
@@ -123,6 +129,9 @@ class Supervisor:
 
     def _attempt(self) -> Ending | Failure:
         resume = manifest.latest(self.folder.checkpoints, report=self._append)
+        if resume is not None and (recorded := last_step(self.folder.metrics)) < resume.step:
+            steps = f"steps {recorded + 1} to {resume.step}"
+            self._write("records_missing", f"metrics.jsonl lacks {steps}, which {resume.path.name} contains")
         self._step = max(self._step, resume.step if resume else 0)
         self._attempt_steps = 0
         ready = self._hear_until_ready()
@@ -167,6 +176,7 @@ class Supervisor:
     def _hear(self) -> dict[str, Any] | None:
         assert self._host is not None
         message = self._host.hear(TICK_S)
+        self._tell_of_disk(self._disk.look())
         self._catch_up()
         return message
 
@@ -231,6 +241,12 @@ class Supervisor:
     def _write(self, kind: str, cause: str, details: Mapping[str, Any] | None = None) -> None:
         self._append(Event(time_unix_s=time.time(), kind=kind, step=self._step, cause=cause, details=details or {}))
 
+    def _tell_of_disk(self, cause: str | None) -> None:
+        """To the watchers alone: the disk is what takes no event."""
+        if cause is not None:
+            for watcher in self.watchers:
+                watcher.on_event(Event(time_unix_s=time.time(), kind="disk_full", step=self._step, cause=cause))
+
     def _append(self, event: Event) -> None:
         """Into the file; the watchers hear of it with the next look."""
-        append(self.folder.events, event)
+        self.journal.write(event)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -11,6 +13,8 @@ from typing import Any, Generic, TypeVar
 
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
+END_BYTES = 2**16
+"""More than a hundred lines: what is read to know how far a run is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,20 +59,73 @@ Record = TypeVar("Record", StepReport, Event)
 
 
 def append(path: Path, record: StepReport | Event) -> None:
-    """Adds one line by one write, so that several processes may append to one file.
+    """Adds a record as one line. Raises OSError where the disk refuses it; `journal.Journal` never does."""
+    append_line(path, encode(record))
 
-    Where the last line is torn, because its writer was killed, the new one starts on a line of its own."""
-    line = json.dumps(asdict(record)).encode() + b"\n"
+
+def encode(record: StepReport | Event) -> bytes:
+    """A record as a line of JSON. JSON knows no NaN and no infinity: such a number becomes null, and `not_finite` of the line
+    says which one it was, by its place: {"loss": null, "not_finite": {"loss": "nan"}}."""
+    odd: dict[str, str] = {}
+    values = finite(asdict(record), odd)
+    return json.dumps(values | {"not_finite": odd} if odd else values, allow_nan=False).encode() + b"\n"
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """Adds one line by one write, so that several processes may append to one file. Raises OSError where not all of it
+    could be written.
+
+    Where the last line is torn, because its writer was killed or the disk was full, the new one starts on a line of its own:
+    looked at before, and once more after the write, since another process may have torn one in between."""
     with path.open("ab+", buffering=0) as file:
-        if file.seek(0, os.SEEK_END) > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                line = b"\n" + line
-        file.write(line)
+        end = file.seek(0, os.SEEK_END)
+        if end and _before(file, end) != b"\n":
+            line = b"\n" + line
+        while True:
+            if (written := file.write(line)) != len(line):
+                raise _refused(path, written)
+            start = file.tell() - len(line)
+            if line.startswith(b"\n") or start == 0 or _before(file, start) == b"\n":
+                return
+            line = b"\n" + line  # what was just written is the rest of a torn line, which readers pass over
+
+
+def _before(file: Any, position: int) -> bytes:
+    return os.pread(file.fileno(), 1, position - 1)
+
+
+def _refused(path: Path, written: int) -> OSError:
+    """A write that was cut short says no reason; where nothing else limits it, the disk is full."""
+    return OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({written} bytes of a line were written)", str(path))
+
+
+def finite(value: Any, odd: dict[str, str] | None = None, place: str = "") -> Any:
+    """A copy of a value made of mappings, sequences and numbers in which null stands for every number that JSON does not know;
+    `odd` gets them, by place."""
+    if isinstance(value, float) and not math.isfinite(value):
+        if odd is not None:
+            odd[place] = str(value)
+        return None
+    inside = f"{place}/" if place else ""
+    if isinstance(value, Mapping):
+        return {key: finite(each, odd, f"{inside}{key}") for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each, odd, f"{inside}{index}") for index, each in enumerate(value)]
+    return value
+
+
+def _restore(values: dict[str, Any], odd: Mapping[str, str]) -> None:
+    """The inverse of `finite`, in place."""
+    for place, number in odd.items():
+        *way, last = place.split("/")
+        holder: Any = values
+        for key in way:
+            holder = holder[int(key) if isinstance(holder, list) else key]
+        holder[int(last) if isinstance(holder, list) else last] = float(number)
 
 
 def read(path: Path, kind: type[Record]) -> Iterator[Record]:
-    """The records of a file, oldest first. Lines torn by a kill are passed over, and keys that are not known."""
+    """The records of a file, oldest first. Lines torn by a kill or a full disk are passed over, and keys that are not known."""
     if path.exists():
         with path.open("rb") as file:
             yield from parse(file, kind)
@@ -78,10 +135,21 @@ def parse(lines: Iterable[bytes], kind: type[Record]) -> Iterator[Record]:
     known = {f.name for f in fields(kind)}
     for line in lines:
         try:
-            values = json.loads(line)
+            values = json.loads(line)  # older files have NaN and Infinity, which Python reads
+            _restore(values, values.pop("not_finite", {}))
             yield kind(**{key: value for key, value in values.items() if key in known})
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, LookupError):
             continue
+
+
+def last_step(path: Path) -> int:
+    """The newest step that a metrics.jsonl has, from the end of the file alone; 0 where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - END_BYTES))
+            return max((report.step for report in parse(file, StepReport)), default=0)
+    except OSError:
+        return 0
 
 
 def steps(path: Path) -> list[StepReport]:
@@ -107,7 +175,7 @@ class Tail(Generic[Record]):
             with self.path.open("rb") as file:
                 file.seek(self._position)
                 chunk = file.read()
-        except FileNotFoundError:
+        except OSError:  # not there yet, or a disk in trouble: the next look tries again
             return []
         self._position += len(chunk)
         *lines, self._rest = (self._rest + chunk).split(b"\n")

@@ -194,6 +194,7 @@ class Loop:
         if self.saved_step == self.done:
             return
         self._tell_of_finished_save(wait=True)
+        self.reporter.sync()  # the records of a checkpoint's steps lie on the disk before it
         self.pending = checkpoint.save(
             self.session,
             self.settings.checkpoint_directory,
@@ -267,6 +268,8 @@ class Reporter:
     """Where step reports and events go."""
 
     report: Callable[[StepReport | Event], None]
+    sync: Callable[[], object] = lambda: None
+    """Brings what was reported onto the disk."""
 
     def event(self, kind: str, step: int, cause: str, **details: Any) -> None:
         self.report(Event(time_unix_s=time.time(), kind=kind, step=step, cause=cause, details=details))

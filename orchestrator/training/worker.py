@@ -33,7 +33,8 @@ from orchestrator.models.workloads import workload
 from orchestrator.spec import parse_job
 from orchestrator.spec.job import Job
 from orchestrator.spec.values import Duration
-from orchestrator.telemetry.records import Event, StepReport, append
+from orchestrator.telemetry.journal import Journal
+from orchestrator.telemetry.records import Event, StepReport
 from orchestrator.training import checkpoint
 from orchestrator.training.assignment import Assignment, Outcome
 from orchestrator.training.batches import Batches, Share
@@ -56,6 +57,7 @@ def train(
     *,
     report: Callable[[StepReport | Event], None],
     should_stop: Callable[[], str | None],
+    sync: Callable[[], object] = lambda: None,
 ) -> Outcome:
     """Trains one rank's part of a run to its end, a stop or a failure; collective over the world.
 
@@ -64,6 +66,7 @@ def train(
     Args:
         report: called on rank 0 alone, from this thread, once a step and for every event.
         should_stop: asked on every rank after every step; a cause, from any rank, is "checkpoint and stop".
+        sync: called on rank 0 before a checkpoint is written: what was reported is to be on the disk before it.
     """
     clock = Phases()
     torch.set_num_threads(assignment.num_threads)
@@ -76,7 +79,7 @@ def train(
     loop: Loop | None = None
     try:
         world = Groups()
-        reporter = Reporter(report) if world.rank == 0 else Reporter(lambda record: None)
+        reporter = Reporter(report, sync) if world.rank == 0 else Reporter(lambda record: None)
         try:
             loop = set_up(assignment, job, device, world, clock, reporter, should_stop)
         except (
@@ -342,11 +345,12 @@ def main(arguments: list[str]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: asked.append(signal.Signals(received).name))
 
-    def report(record: StepReport | Event) -> None:
-        name = "metrics.jsonl" if isinstance(record, StepReport) else "events.jsonl"
-        append(run_directory / name, record)
-
-    outcome = train(assignment, report=report, should_stop=lambda: asked[0] if asked else None)
+    journal = Journal(run_directory)
+    outcome = train(
+        assignment, report=journal.write, sync=journal.sync, should_stop=lambda: asked[0] if asked else None
+    )
+    if assignment.rank == 0 and (missing := journal.sync()):
+        print(missing, file=sys.stderr)
     if assignment.rank == 0:
         print(json.dumps(asdict(outcome)))
     return {"finished": 0, "failed": 1, "stopped": 5}[outcome.kind]

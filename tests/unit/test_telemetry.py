@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import subprocess
+import sys
 import urllib.request
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.telemetry.goodput import BUCKETS, Ledger, ledger_of
+from orchestrator.telemetry.journal import Journal
 from orchestrator.telemetry.metrics import Metrics
-from orchestrator.telemetry.records import Event, StepReport, Tail, append, read, steps
+from orchestrator.telemetry.records import Event, StepReport, Tail, append, encode, last_step, read, steps
 
 REPORT = StepReport(
     step=1,
@@ -65,7 +68,13 @@ def event(kind: str, at: float, **details: object) -> Event:
 
 
 @pytest.mark.parametrize(
-    "record", [REPORT, replace(REPORT, mfu=None, loss=math.nan), event("restart", 3.0, failure="ray_lost")]
+    "record",
+    [
+        REPORT,
+        replace(REPORT, mfu=None, loss=math.nan, gradient_norm=-math.inf),
+        event("restart", 3.0, failure="ray_lost"),
+        event("evaluation", 3.0, loss=math.inf, ranks=[{"loss": 1.0}, {"loss": math.nan}]),
+    ],
 )
 def test_a_record_comes_back_as_it_was(tmp_path, record):
     append(tmp_path / "file.jsonl", record)
@@ -109,6 +118,117 @@ def test_a_tail_gives_whole_lines_once(tmp_path):
     assert [report.step for report in tail.new()] == [2]
     assert tail.new() == []
     assert Tail(path, StepReport, from_end=True).new() == []
+
+
+def test_a_line_is_json_as_every_program_reads_it_and_keeps_what_was_no_number(tmp_path):
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    append(tmp_path / "metrics.jsonl", replace(REPORT, loss=math.nan, gradient_norm=math.inf))
+    values = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert (values["loss"], values["gradient_norm"]) == (None, None)
+    assert values["not_finite"] == {"loss": "nan", "gradient_norm": "inf"}
+
+
+def test_a_file_of_an_older_version_is_read_with_its_nan_and_infinity(tmp_path):
+    line = json.dumps(asdict(replace(REPORT, loss=math.nan, gradient_norm=math.inf)))
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    (back,) = steps(tmp_path / "metrics.jsonl")
+    assert math.isnan(back.loss)
+    assert back.gradient_norm == math.inf
+
+
+@pytest.mark.parametrize(("reports", "newest"), [(0, 0), (1, 1), (2000, 2000)])
+def test_the_newest_step_is_read_from_the_end_of_the_file(tmp_path, reports, newest):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"".join(encode(replace(REPORT, step=step)) for step in range(1, reports + 1)) + b'{"step": 9')
+    assert last_step(path) == newest
+
+
+# A disk that refuses -------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """A run folder whose files can be put out of reach: their folder becomes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir()
+
+    def refuse(self) -> None:
+        self.path.rename(self.path.with_name("aside"))
+        self.path.write_text("")
+
+    def take(self) -> None:
+        self.path.unlink()
+        self.path.with_name("aside").rename(self.path)
+
+
+def journal_of(disk: Disk, **settings):
+    clock = iter(range(100, 10_000))
+    refusals: list[OSError] = []
+    journal = Journal(disk.path, on_refusal=refusals.append, now=lambda: float(next(clock)), **settings)
+    return journal, refusals
+
+
+def test_what_a_disk_refuses_is_kept_and_written_in_order_with_an_event_that_says_since_when(tmp_path):
+    disk = Disk(tmp_path / "run")
+    journal, refusals = journal_of(disk)
+    journal.write(replace(REPORT, step=1))
+    disk.refuse()
+    for step in (2, 3, 4):
+        journal.write(replace(REPORT, step=step))
+    journal.write(event("evaluation", 3.0, loss=2.0))
+    assert "4 records are in memory alone" in journal.sync()
+    assert len(refusals) == 1  # told once
+    disk.take()
+    journal.write(replace(REPORT, step=5))
+    assert journal.sync() is None
+    assert [report.step for report in read(disk.path / "metrics.jsonl", StepReport)] == [1, 2, 3, 4, 5]
+    evaluation, delayed = read(disk.path / "events.jsonl", Event)
+    assert (evaluation.kind, delayed.kind) == ("evaluation", "records_delayed")
+    assert delayed.details == {"from_unix_s": 100.0, "to_unix_s": 101.0, "num_delayed": 5, "num_lost": 0}
+    assert "Not a directory, from 1970-01-01 00:01:40 to 1970-01-01 00:01:41 UTC" in delayed.cause
+
+
+def test_memory_is_bounded_and_the_oldest_steps_give_way_before_any_event(tmp_path):
+    disk = Disk(tmp_path / "run")
+    journal, _ = journal_of(disk, kept_bytes=8 * len(encode(REPORT)))
+    disk.refuse()
+    journal.write(event("restart", 1.0))
+    for step in range(1, 41):
+        journal.write(replace(REPORT, step=step))
+    disk.take()
+    journal.write(replace(REPORT, step=41))
+    written = [report.step for report in read(disk.path / "metrics.jsonl", StepReport)]
+    assert written == list(range(42 - len(written), 42))
+    assert 5 <= len(written) <= 8
+    restart, delayed = read(disk.path / "events.jsonl", Event)
+    assert restart.kind == "restart"
+    assert delayed.details["num_lost"] == 41 - len(written)
+    assert f"{41 - len(written)} of them are lost" in delayed.cause
+
+
+def test_a_half_line_that_a_full_disk_left_costs_itself_alone(tmp_path):
+    """A limit on the size of a file cuts a write short as a full disk does; another process has torn the last line meanwhile."""
+    program = """
+import resource, signal, sys
+from pathlib import Path
+from orchestrator.telemetry.journal import Journal
+from tests.unit.test_telemetry import REPORT, replace
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+folder = Path(sys.argv[1])
+journal = Journal(folder)
+journal.write(replace(REPORT, step=1))
+size = (folder / "metrics.jsonl").stat().st_size
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 100, resource.RLIM_INFINITY))
+journal.write(replace(REPORT, step=2))
+assert (folder / "metrics.jsonl").stat().st_size == size + 100
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+journal.write(replace(REPORT, step=3))
+"""
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
+    assert [report.step for report in read(tmp_path / "metrics.jsonl", StepReport)] == [1, 2, 3]
 
 
 # The ledger ----------------------------------------------------------------------------------------------------------
