@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
+import shutil
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import yaml
 
@@ -91,6 +95,15 @@ class RunFolder:
         os.replace(self.path, aside)
         return aside
 
+    def give_back(self, aside: Path | None) -> bool:
+        """Where nothing was begun in this new folder: removes it, and puts back what was moved aside for it."""
+        if self.job.exists() or self.events.exists():
+            return False
+        shutil.rmtree(self.path, ignore_errors=True)
+        if aside is not None:
+            os.replace(aside, self.path)
+        return True
+
     def check_continuation(self, job: Job) -> None:
         """Raises RunRefused where the job here had another trajectory: model, data, batch, seed or training."""
         if not self.job.exists():
@@ -131,19 +144,6 @@ def lock_of(folder: RunFolder) -> Path:
     return folder.path.with_name(f".{folder.path.name}.lock")
 
 
-def holder(folder: RunFolder) -> int | None:
-    """The process whose `run` holds the folder now, if one does."""
-    try:
-        with lock_of(folder).open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
-                return int(file.read().strip() or 0)
-    except FileNotFoundError:
-        pass
-    return None
-
-
 @contextmanager
 def named(path: Path) -> Iterator[None]:
     """Gives a path to an OSError that names none, as those of a write that a full disk refuses."""
@@ -155,13 +155,43 @@ def named(path: Path) -> Iterator[None]:
         raise
 
 
+_LOCK_RECORD = "hhqqi4x"
+"""struct flock of Linux: type, whence, start, length, process."""
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+"""What a file system says that knows no locks."""
+
+
+def holder(folder: RunFolder) -> int | None:
+    """The process whose `run` holds the folder now, if one does; 0 where its number is unknown.
+
+    It asks the kernel who holds the lock and takes none itself: a look must not refuse a `run` that starts meanwhile."""
+    try:
+        with lock_of(folder).open() as file:
+            answer = fcntl.fcntl(file, fcntl.F_OFD_GETLK, _whole_file(fcntl.F_WRLCK))
+            if struct.unpack(_LOCK_RECORD, answer)[0] == fcntl.F_UNLCK:
+                return None
+            return int(file.read().strip() or 0)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        if error.errno in NO_LOCKS:  # so nobody can hold one
+            return None
+        raise
+
+
+def _whole_file(kind: int) -> bytes:
+    return struct.pack(_LOCK_RECORD, kind, os.SEEK_SET, 0, 0, 0)
+
+
 @contextmanager
 def held(folder: RunFolder) -> Iterator[None]:
-    """One `run` at a time. The kernel frees the lock with the process, however it ends: none is ever stale."""
+    """One `run` at a time. The kernel frees the lock with the process, however it ends: none is ever stale. Where no run came
+    of it, nothing of it is left."""
     path = lock_of(folder)
+    is_new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
+        file = _locked(path, folder)
     except OSError as error:
         raise RunRefused(
             f"the run folder cannot be made: {error.strerror}",
@@ -169,17 +199,49 @@ def held(folder: RunFolder) -> Iterator[None]:
             fix="checkpoint.directory: a folder that you may write, or --directory FOLDER",
         ) from None
     with file:
+        with contextlib.suppress(OSError):  # the number is for messages; a full disk is told by what must be written
+            os.ftruncate(file.fileno(), 0)
+            file.write(f"{os.getpid()}\n".encode())
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            yield
+        finally:
+            if not folder.path.exists():
+                path.unlink(missing_ok=True)
+                if is_new:
+                    with contextlib.suppress(OSError):  # others have put something into it
+                        path.parent.rmdir()
+
+
+def _locked(path: Path, folder: RunFolder) -> BinaryIO:
+    """The open lock file, locked. One that was removed before it was locked is opened anew."""
+    while True:
+        file: BinaryIO = path.open("ab+", buffering=0)
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, _whole_file(fcntl.F_WRLCK))
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            file.close()
+            continue
+        except OSError as error:
             file.seek(0)
-            raise RunRefused(
-                f"this job runs already, in process {file.read().strip() or 'unknown'}",
-                where=str(folder.path),
-                fix="wait for it or stop it (Ctrl-C there), or give this job another name",
-            ) from None
-        file.seek(0)
-        file.truncate()
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
+            process = file.read().decode().strip() or "unknown"
+            file.close()
+            raise refused_lock(error, folder, process) from None
+        file.close()
+
+
+def refused_lock(error: OSError, folder: RunFolder, process: str) -> RunRefused:
+    """What a refused lock means: another run, or a file system that is not fit for one."""
+    if error.errno in (errno.EAGAIN, errno.EACCES):
+        return RunRefused(
+            f"this job runs already, in process {process}",
+            where=str(folder.path),
+            fix="wait for it or stop it (Ctrl-C there), or give this job another name",
+        )
+    why = "its file system knows no locks" if error.errno in NO_LOCKS else error.strerror
+    return RunRefused(
+        f"the run folder cannot be locked: {why}",
+        where=str(folder.path),
+        fix="checkpoint.directory: a folder on another file system, or --directory FOLDER",
+    )

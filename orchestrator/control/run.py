@@ -95,16 +95,36 @@ def run_job(
     folder = RunFolder(Path(directory or job.checkpoint.directory).resolve() / job.name)
     with named(folder.path), held(folder):
         end_marked(str(folder.path))  # what a killed `run` left: it may still write
-        if fresh and (aside := folder.move_aside()):
+        aside = folder.move_aside() if fresh else None
+        if aside is not None:
             view.note(f"starts over; what was there is kept in {aside}")
-        folder.check_continuation(job)
-        cluster = job.resolved_cluster or discovered()
-        folder.create()
-        early = Early(lambda: start_host(folder.path))  # Python and Ray are imported while the plan is made
+        is_new = not folder.path.exists()
         try:
-            return _run(job, cluster, folder, early, clock, view=view, stop=stop, metrics_port=metrics_port)
-        finally:
-            early.end()
+            return _in_folder(folder, job, clock, start_host, view=view, stop=stop, metrics_port=metrics_port)
+        except BaseException:
+            if is_new and folder.give_back(aside) and aside is not None:
+                view.note(f"nothing was begun: {folder.path} is as it was")
+            raise
+
+
+def _in_folder(
+    folder: RunFolder,
+    job: Job,
+    clock: Clock,
+    start_host: Callable[[Path], Host],
+    *,
+    view: View,
+    stop: Stop,
+    metrics_port: int | None,
+) -> RunResult:
+    folder.check_continuation(job)
+    cluster = job.resolved_cluster or discovered()
+    folder.create()
+    early = Early(lambda: start_host(folder.path))  # Python and Ray are imported while the plan is made
+    try:
+        return _run(job, cluster, folder, early, clock, view=view, stop=stop, metrics_port=metrics_port)
+    finally:
+        early.end()
 
 
 def _run(

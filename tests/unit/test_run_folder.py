@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import pytest
 
 from clusters.catalog import load_cluster
 from orchestrator.cli import main
-from orchestrator.control.folder import RunFolder, RunRefused, held
+from orchestrator.control.folder import RunFolder, RunRefused, held, holder, refused_lock
 from orchestrator.control.processes import end_marked, marked, marked_environment
 from orchestrator.control.run import refuse_elsewhere
 from orchestrator.spec import parse_job
@@ -100,6 +101,55 @@ def test_two_runs_of_one_job_cannot_collide(folder):
         pass
 
 
+def test_a_look_takes_no_lock_that_could_refuse_a_run(folder):
+    """A look that never ends; a `run` that starts meanwhile is not refused, and is seen."""
+    look = (
+        "import signal, sys; from pathlib import Path; from orchestrator.control import folder\n"
+        "folder.struct.unpack = lambda *_: (print('looking', flush=True), signal.pause())\n"
+        "folder.holder(folder.RunFolder(Path(sys.argv[1])))"
+    )
+    with held(folder):
+        pass
+    looking = subprocess.Popen([sys.executable, "-c", look, str(folder.path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert looking.stdout.readline() == "looking\n"
+        assert holder(folder) is None
+        with held(folder):
+            assert holder(folder) == os.getpid()
+        assert holder(folder) is None
+    finally:
+        looking.kill()
+        looking.communicate(timeout=10)
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.EAGAIN, "runs already, in process 12"),
+        (errno.ENOLCK, "its file system knows no locks"),
+        (errno.EOPNOTSUPP, "its file system knows no locks"),
+        (errno.EIO, "cannot be locked: Input/output error"),
+    ],
+)
+def test_a_refused_lock_is_told_as_what_it_is(folder, number, told):
+    assert told in refused_lock(OSError(number, os.strerror(number)), folder, "12").message
+
+
+def test_a_run_that_was_refused_leaves_nothing_and_gives_back_what_was_moved_aside(tmp_path):
+    folder = RunFolder(tmp_path / "runs" / "small")
+    with held(folder):
+        folder.create()
+        assert folder.give_back(None)
+    assert not (tmp_path / "runs").exists()
+    folder.create()
+    folder.write_job(job())
+    aside = folder.move_aside()
+    folder.create()
+    assert folder.give_back(aside)
+    assert folder.job.exists()
+    assert not folder.give_back(None)  # something was begun in it
+
+
 def test_the_lock_of_a_killed_run_is_free(folder):
     take = (
         "import os, sys; from pathlib import Path; from orchestrator.control.folder import RunFolder, held\n"
@@ -167,5 +217,5 @@ def test_run_refuses_what_it_cannot_do_before_it_writes(tmp_path, monkeypatch, c
     assert told in error
     assert fix in error
     assert "Traceback" not in error
-    assert not (tmp_path / "runs" / "refused" / "metrics.jsonl").exists()
+    assert not (tmp_path / "runs").exists()
     assert not marked(str((tmp_path / "runs" / "refused").resolve()))
