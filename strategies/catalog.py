@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from strategies.strategy import MESH_ORDER, Offload, States, Strategy
@@ -75,6 +75,16 @@ class Capability:
     limits: tuple[Limit, ...] = ()
 
 
+NO_FUSED_SOFTMAX = Limit(
+    field="attention",
+    applies=lambda s: s.attention == "fused_softmax",
+    reason="no fused softmax is built: attention runs as `flash`, or as `math` with its scores written out",
+)
+NO_FUSED_NORM = Limit(
+    field="fused_norm",
+    applies=lambda s: s.fused_norm,
+    reason="no fused norm is built: norms run as torch's own kernel",
+)
 NATIVE_STATES = (("mixed", "mixed_fp32_gradients", "full"), ("sharded_fp32", "full"))
 """What the native engine keeps at ZeRO 0 and 1, and at 2 and 3."""
 
@@ -96,6 +106,8 @@ ENGINES: dict[str, Capability] = {
         states=("mixed", "mixed", "sharded_fp32", "sharded_fp32"),
         plans_ahead=True,
         limits=(
+            NO_FUSED_SOFTMAX,
+            NO_FUSED_NORM,
             Limit(
                 field="offload",
                 applies=lambda s: (
@@ -142,6 +154,8 @@ ENGINES: dict[str, Capability] = {
         package="colossalai",
         precisions=_colossalai_precisions,
         limits=(
+            NO_FUSED_SOFTMAX,
+            NO_FUSED_NORM,
             Limit(
                 field="context_parallel_degree",
                 applies=lambda s: s.context_parallel_degree > 1,
@@ -238,6 +252,8 @@ ENGINES: dict[str, Capability] = {
         package="fairscale",
         precisions=lambda s: PRECISIONS[:3] if s.zero_stage == 3 else PRECISIONS,
         limits=(
+            NO_FUSED_SOFTMAX,
+            NO_FUSED_NORM,
             *(
                 Limit(
                     field=field,
@@ -293,6 +309,25 @@ ENGINES: dict[str, Capability] = {
         ),
     ),
 }
+
+
+PINNED_ALONE = (
+    *("engine", "tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree", "zero_stage"),
+    *("gather", "activation_checkpointing", "offload", "attention", "fused_norm", "compile"),
+)
+"""Fields that a pin alone may make impossible for the engine."""
+
+
+def unbuilt_pins(pins: Mapping[str, Any]) -> Iterator[tuple[str, Limit]]:
+    """Yield each pinned field that the engine does not carry out whatever else is chosen, and why."""
+    pinned = Strategy(**{each.name: pins[each.name] for each in fields(Strategy) if each.name in pins})
+    for name in PINNED_ALONE:
+        if name in pins and (limit := unbuilt(pinned, field=name)) is not None:
+            yield name, limit
+    if "states" in pins:
+        limits = [unbuilt(replace(pinned, zero_stage=zero), field="states") for zero in range(4)]
+        if all(limits) and limits[0] is not None:
+            yield "states", limits[0]
 
 
 def unbuilt(strategy: Strategy, *, field: str | None = None) -> Limit | None:

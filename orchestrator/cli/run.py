@@ -81,7 +81,9 @@ CODES = {
 def summary(result: RunResult, job: Job) -> dict[str, Any]:
     """The result as JSON."""
     from orchestrator.telemetry.records import steps
+    from orchestrator.training.manifest import latest
 
+    whole = latest(result.folder.checkpoints, report=lambda event: None, check=False)
     reports = steps(result.folder.metrics)
     last = reports[-1] if reports else None
     speeds = sorted(report.tokens_per_second_per_gpu for report in reports[-100:])
@@ -93,6 +95,7 @@ def summary(result: RunResult, job: Job) -> dict[str, Any]:
         "step": ending.step,
         "steps": result.num_steps,
         "restarts": ending.num_restarts,
+        "checkpoint_step": None if whole is None else whole.step,
         "loss": None if last is None else last.loss,
         "tokens_per_second_per_gpu": speeds[len(speeds) // 2] if speeds else None,
         "directory": str(result.folder.path),
@@ -118,7 +121,12 @@ def say(told: dict[str, Any], job_file: str) -> None:
         case "stopped":
             click.echo(f"stopped   at {at}: {told['cause']}\n  to go on: shardwise run {job_file}")
         case _:
-            fix = f"the logs are in {shown / 'logs'}; `shardwise run {job_file}` goes on from the newest checkpoint"
+            again = (
+                f"goes on after step {told['checkpoint_step']:,}"
+                if told["checkpoint_step"]
+                else "starts over: no checkpoint is whole"
+            )
+            fix = f"the logs are in {shown / 'logs'}; mended, `shardwise run {job_file}` {again}"
             show(f"stopped at {at}: {told['cause']}", where=str(shown / "events.jsonl"), fix=fix)
     click.echo(f"report    {shown / 'report.html'}")
 

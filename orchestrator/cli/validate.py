@@ -8,25 +8,40 @@ import click
 
 from orchestrator.cli.errors import ExitCode
 from orchestrator.spec import Job, SpecError, load_job
+from orchestrator.spec.acting import unbuilt
+from orchestrator.spec.errors import place
 
 
 @click.command("validate")
 @click.argument("job")
 @click.option(
-    "--json", "as_json", is_flag=True, help="Print {valid, name, errors[{file, line, column, message, fix}]}."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print {valid, name, errors[{file, line, column, message, fix}], notes[the same]}.",
 )
 def command(job: str, as_json: bool) -> int:
-    """Checks JOB, a YAML file, and shows all of its faults at once. Nothing is planned or started."""
+    """Checks JOB, a YAML file, and shows all of its faults at once. Nothing is planned or started. A note tells what can be
+    planned and not run; it leaves the exit code 0."""
     if not as_json:
-        click.echo(_summary(load_job(job)))
+        loaded = load_job(job)
+        click.echo("\n".join([_summary(loaded), *_notes(loaded)]))
         return ExitCode.DONE
     try:
         loaded = load_job(job)
     except SpecError as error:
-        click.echo(json.dumps({"valid": False, "name": None, "errors": error.errors}, indent=1))
+        click.echo(json.dumps({"valid": False, "name": None, "errors": error.errors, "notes": []}, indent=1))
         return error.exit_code
-    click.echo(json.dumps({"valid": True, "name": loaded.name, "errors": []}, indent=1))
+    told = {"valid": True, "name": loaded.name, "errors": [], "notes": unbuilt(loaded)}
+    click.echo(json.dumps(told, indent=1))
     return ExitCode.DONE
+
+
+def _notes(job: Job) -> list[str]:
+    return [
+        f"note: {entry['message']}; `run` refuses it\n  {place(entry)}\n  to fix: {entry['fix']}"
+        for entry in unbuilt(job)
+    ]
 
 
 def _summary(job: Job) -> str:

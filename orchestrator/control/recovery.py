@@ -69,7 +69,8 @@ def on_failure(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
         return GiveUp(reason=latest.cause)
     if latest.kind is FailureKind.OUT_OF_MEMORY:
         fix = "a smaller micro_batch_size, a higher zero_stage or more activation checkpointing needs less"
-        return GiveUp(reason=f"{latest.cause}; recovery.on_oom is stop; {fix}")
+        told = "the run stops (recovery.on_oom: stop), since choosing a smaller strategy by itself is not built yet"
+        return GiveUp(reason=f"{latest.cause}; {told}; {fix}")
     stuck = _same_in_a_row(history)
     lost = latest.kind in (FailureKind.RAY_LOST, FailureKind.NO_START)
     if stuck >= policy.same_error_limit and latest.kind in (FailureKind.WORKER_ERROR, FailureKind.NO_START):

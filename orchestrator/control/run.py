@@ -18,6 +18,7 @@ from orchestrator.control.host import Host, RayHost
 from orchestrator.control.processes import end_marked
 from orchestrator.control.recovery import Policy
 from orchestrator.control.supervisor import Ending, Stop, Supervisor, Watcher
+from orchestrator.spec import acting
 from orchestrator.telemetry import report
 from orchestrator.telemetry.journal import Journal
 from orchestrator.telemetry.records import Event, StepReport
@@ -84,7 +85,9 @@ def run_job(
         fresh: start over; what is there is moved aside.
         metrics_port: of the Prometheus endpoint on loopback; 0 picks a free one, None opens none.
 
-    Raises RunRefused, PlanError, DoesNotFit, DataError; what happens to the run itself is in the result."""
+    Raises SpecError, RunRefused, PlanError, DoesNotFit, DataError; what happens to the run itself is in the result. All that the
+    job and this machine tell is refused before the folder is made or a process started."""
+    acting.refuse_unbuilt(job)
     clock = Clock(time.time() if began_unix_s is None else began_unix_s)
     if job.num_steps is None:
         raise RunRefused(
@@ -92,6 +95,9 @@ def run_job(
         )
     if job.data is None:
         raise RunRefused("the job has no data", where=job.file, fix="add data: {train: [corpus/*.txt]}")
+    cluster = job.resolved_cluster or discovered()
+    planned = planned_for(job, cluster)
+    clock.lap("plan_s")
     folder = RunFolder(Path(directory or job.checkpoint.directory).resolve() / job.name)
     with named(folder.path), held(folder):
         end_marked(str(folder.path))  # what a killed `run` left: it may still write
@@ -100,7 +106,7 @@ def run_job(
             view.note(f"starts over; what was there is kept in {aside}")
         is_new = not folder.path.exists()
         try:
-            return _in_folder(folder, job, clock, start_host, view=view, stop=stop, metrics_port=metrics_port)
+            return _in_folder(folder, job, planned, clock, start_host, view=view, stop=stop, metrics_port=metrics_port)
         except BaseException:
             if is_new and folder.give_back(aside) and aside is not None:
                 view.note(f"nothing was begun: {folder.path} is as it was")
@@ -110,6 +116,7 @@ def run_job(
 def _in_folder(
     folder: RunFolder,
     job: Job,
+    planned: Plan,
     clock: Clock,
     start_host: Callable[[Path], Host],
     *,
@@ -118,18 +125,17 @@ def _in_folder(
     metrics_port: int | None,
 ) -> RunResult:
     folder.check_continuation(job)
-    cluster = job.resolved_cluster or discovered()
     folder.create()
-    early = Early(lambda: start_host(folder.path))  # Python and Ray are imported while the plan is made
+    early = Early(lambda: start_host(folder.path))  # Python and Ray are imported while the checkpoints are looked at
     try:
-        return _run(job, cluster, folder, early, clock, view=view, stop=stop, metrics_port=metrics_port)
+        return _run(job, planned, folder, early, clock, view=view, stop=stop, metrics_port=metrics_port)
     finally:
         early.end()
 
 
 def _run(
     job: Job,
-    cluster: Cluster,
+    planned: Plan,
     folder: RunFolder,
     early: Early,
     clock: Clock,
@@ -138,19 +144,12 @@ def _run(
     stop: Stop,
     metrics_port: int | None,
 ) -> RunResult:
-    from orchestrator.planner.plan import plan
     from orchestrator.telemetry.metrics import Metrics
 
-    planned = plan(job, cluster=cluster, built_only=True)
     limits = read_limits().for_steps_of(planned.price.time.step_s)
-    refuse_uninstalled(planned.strategy.engine, job)
-    refuse_elsewhere(cluster, planned.strategy.num_gpus, job)
-    if not planned.fits:
-        raise DoesNotFit(planned)
     document = planned.to_dict() | {"wanted": job.targets.tokens_per_second_per_gpu}
-    clock.lap("plan_s")
     num_gpus = planned.strategy.num_gpus
-    on_gpus = cluster.accelerator.kind == "cuda"
+    on_gpus = planned.cluster.accelerator.kind == "cuda"
     supervisor = Supervisor(
         folder=folder,
         num_workers=num_gpus,
@@ -202,6 +201,37 @@ def read_limits() -> Limits:
         return from_environment()
     except ValueError as error:
         raise RunRefused(str(error), where=f"environment: {SCALE}", fix=f"unset {SCALE}") from None
+
+
+def planned_for(job: Job, cluster: Cluster) -> Plan:
+    """The plan that runs here: of what is built, on GPUs that are here, and it fits."""
+    from orchestrator.planner.plan import plan
+
+    planned = plan(job, cluster=cluster, built_only=True)
+    refuse_uninstalled(planned.strategy.engine, job)
+    refuse_elsewhere(cluster, planned.strategy.num_gpus, job)
+    refuse_unsplit(planned)
+    if not planned.fits:
+        raise DoesNotFit(planned)
+    return planned
+
+
+def refuse_unsplit(planned: Plan) -> None:
+    """RunRefused where the planner chose a tensor group that the model or the sequence does not divide by: that is priced and not
+    built. What the job pins itself is refused earlier, with its line."""
+    strategy, job = planned.strategy, planned.job
+    tensor, heads, length = strategy.tensor_parallel_degree, job.architecture.num_kv_heads, job.batch.sequence_length
+    told = ""
+    if heads % tensor:
+        told, fix = f"does not divide the model's {heads} key and value heads", "pin a degree that does"
+    elif strategy.sequence_parallel and length % tensor:
+        told, fix = (
+            f"does not divide the sequence of {length} tokens",
+            "pin sequence_parallel: false, or a degree that does",
+        )
+    if told:
+        said = f"the plan's tensor_parallel_degree {tensor} {told}, and padding is not built"
+        raise RunRefused(said, where=job.place("strategy"), fix=fix)
 
 
 def refuse_uninstalled(engine: str, job: Job) -> None:

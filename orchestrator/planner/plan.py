@@ -11,6 +11,7 @@ from orchestrator.planner import explain
 from orchestrator.planner.problem import PlanError, Problem
 from orchestrator.planner.search.solve import Solution, solve
 from orchestrator.planner.targets import judged, wanted_of, would_meet
+from orchestrator.spec import acting
 from strategies.catalog import ENGINES
 from strategies.strategy import Offload, Strategy
 
@@ -171,7 +172,7 @@ class Plan:
     @cached_property
     def notes(self) -> list[str]:
         """What a reader should know: idle GPUs, padding, settings without effect, what measured ground would cost."""
-        return [*explain.notes(self.solution), *self._plainer()]
+        return [*acting.notes(self.job), *explain.notes(self.solution), *self._plainer()]
 
     def _plainer(self) -> list[str]:
         """The best without offload, where this plan's wider error covers the difference."""
@@ -257,17 +258,8 @@ def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = F
             cluster = discover()
         except (ValueError, OSError, RuntimeError) as error:
             raise PlanError(f"cluster: auto cannot be answered here: {error}") from error
-    pins = {key: value for key, value in job.strategy.__dict__.items() if value is not None}
-    engine = ENGINES[pins.get("engine", "native")]
-    if "offload" in pins:
-        left = pins["offload"]
-        pins["offload"] = Offload(
-            optimizer=left.optimizer,
-            parameters=left.parameters,
-            activations=left.activations,
-            optimizer_fraction=left.optimizer_fraction,
-        )
-    pins = dict(engine.fixed) | pins
+    engine = ENGINES[job.strategy.engine or "native"]
+    pins = dict(engine.fixed) | job.pins
     return Problem(
         arch=job.architecture,
         cluster=cluster,

@@ -69,6 +69,15 @@ def check_training(training: TrainingSpec) -> Iterator[Fault]:
         )
 
 
+def check_compile(training: TrainingSpec, strategy: StrategySpec) -> Iterator[Fault]:
+    if training.wrote("compile") and strategy.compile is not None and training.compile is not strategy.compile:
+        yield Fault(
+            path=("training", "compile"),
+            message=f"`training.compile` and `strategy.compile: {str(strategy.compile).lower()}` contradict each other",
+            fix="keep one of the two lines",
+        )
+
+
 def check_cluster(cluster: ClusterSpec) -> Iterator[Fault]:
     if cluster.inter_node_gbps is not None and cluster.inter_node_measured_gbps is not None:
         yield Fault(

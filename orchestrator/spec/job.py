@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, PrivateAttr, Tag
 
 from orchestrator.models.architecture import Architecture
-from orchestrator.spec.errors import MAPPING, Keys, Spot
+from orchestrator.spec.errors import MAPPING, ErrorEntry, Fault, Keys, Spot
 from orchestrator.spec.sections import (
     DEFAULTS,
     BatchSpec,
@@ -25,6 +25,7 @@ from orchestrator.spec.sections import (
     kind,
 )
 from orchestrator.spec.values import KEYS, TEXT
+from strategies.strategy import Offload
 
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
@@ -38,7 +39,7 @@ class Job(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = Field(examples=["opt-1.3b-alpaca"])
     """Name of the run and of its folder: lower case, digits, dot, underscore, hyphen; 63 characters at most."""
     task: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = Field(default="pretrain", examples=["pretrain"])
-    """What is learned."""
+    """What is learned. Only pretrain is built."""
     model: ModelSpec = Field(examples=["opt-1.3b"])
     """The model that is trained."""
     data: DataSpec | None = Field(default=None, examples=[{"train": ["corpus/*.txt"]}])
@@ -91,6 +92,31 @@ class Job(Section):
         while keys and keys not in self._spots:
             keys = keys[:-1]
         return ":".join(map(str, (self._file, *self._spots.get(keys, ()))))
+
+    def entry(self, fault: Fault) -> ErrorEntry:
+        """A finding about what the job says, as SpecError.errors has it, at the value or at the nearest thing around it."""
+        keys = fault.path
+        while keys and keys not in self._spots:
+            keys = keys[:-1]
+        line, column = self._spots.get(keys, (None, None))
+        return ErrorEntry(file=self._file, line=line, column=column, message=fault.message, fix=fault.fix)
+
+    @property
+    def pins(self) -> dict[str, Any]:
+        """The fields of the strategy that the job fixes, by their names in strategies.strategy.Strategy. `training.compile: true`
+        is `strategy.compile: true`."""
+        pins = {key: value for key, value in self.strategy.__dict__.items() if value is not None}
+        if self.strategy.offload is not None:
+            left = self.strategy.offload
+            pins["offload"] = Offload(
+                optimizer=left.optimizer,
+                parameters=left.parameters,
+                activations=left.activations,
+                optimizer_fraction=left.optimizer_fraction,
+            )
+        if self.training.compile is True:
+            pins["compile"] = True
+        return pins
 
     @cached_property
     def architecture(self) -> Architecture:

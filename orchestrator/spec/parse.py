@@ -89,6 +89,8 @@ def _checks(sections: dict[str, Any], directory: Path, shaky: set[str]) -> Itera
         yield from checks.check_shape(batch, shape)
     if strategy is None or not strategy.model_fields_set:
         return
+    if training is not None:
+        yield from checks.check_compile(training, strategy)
     yield from checks.check_mesh(strategy)
     if shape is not None:
         yield from checks.check_split(strategy, shape)

@@ -74,7 +74,7 @@ class ModelSpec(Section):
     tied_embeddings: bool | None = Field(default=None, examples=[True])
     """Whether the head is the transposed embedding. Absent: as the family was published."""
     dropout: BelowOne = Field(default=0.0, examples=[0.1])
-    """Probability of dropping an activation while training, 0 to 1."""
+    """Probability of dropping an activation while training, 0 to 1. Only 0 is built."""
     initialize: Literal["weights", "random"] | None = Field(default=None, examples=["random"])
     """Whether training starts from the weights of `path` or from a random state. Absent: `weights` with a `path`,
     otherwise `random`."""
@@ -174,8 +174,8 @@ class TrainingSpec(Section):
     """Decides the first weights and the order of the samples."""
     evaluate_every: Count | None = Field(default=None, examples=[100])
     """Steps between two losses on the validation text. Absent: at the end alone."""
-    compile: Literal[True, False, "auto"] = Field(default="auto", examples=["auto"])
-    """torch.compile: true, false, or auto (where it pays)."""
+    compile: Literal[True, False, "auto"] = Field(default=False, examples=[True])
+    """torch.compile of each block: true pins `strategy.compile`; auto (where it pays) is not built."""
     z_loss: NotNegative = Field(default=0.0, examples=[1e-4])
     """Weight of the squared log of the softmax normalizer in the loss (PaLM, arXiv:2204.02311, section 5). 0: off."""
     deterministic: bool = Field(default=False, examples=[True])
@@ -275,9 +275,9 @@ class StrategySpec(Section):
     gradient_accumulation_steps: Count | None = Field(default=None, examples=[16])
     """Micro batches per replica and step."""
     attention: Attention | None = Field(default=None, examples=["flash"])
-    """Kernel of the attention."""
+    """Kernel of the attention. flash keeps no scores, math writes them out; fused_softmax is priced, not built."""
     fused_norm: bool | None = Field(default=None, examples=[False])
-    """One kernel for each norm."""
+    """One kernel for each norm. Priced, not built."""
     compile: bool | None = Field(default=None, examples=[False])
     """torch.compile of each block."""
 
@@ -299,7 +299,7 @@ class TargetsSpec(Section):
     tolerance: Fraction = Field(default=0.1, examples=[0.1])
     """Part of a target that may be missing before it counts as missed."""
     for_: Seconds | None = Field(default=None, alias="for", examples=["10m"])
-    """How long it must be missed before it counts."""
+    """How long it must be missed before it counts. Not built: absent."""
     budget_usd: Positive | None = Field(default=None, examples=[5000])
     """Cost of the whole job, in US dollars."""
     finish_within: Seconds | None = Field(default=None, examples=["30d"])
@@ -323,8 +323,9 @@ class RecoverySpec(Section):
     max_restarts: CountOrZero = Field(default=10, examples=[10])
     """Restarts before the job gives up."""
     on_oom: Literal["stop", "replan"] = Field(default="stop", examples=["replan"])
-    """A GPU ran out of memory: give up, or choose a smaller strategy."""
+    """A GPU ran out of memory: give up, or choose a smaller strategy. Only stop is built."""
     on_lost_gpus: Literal["stop", "wait", "replan"] = Field(default="stop", examples=["replan"])
-    """GPUs are gone for good: give up, wait for others, or go on with the rest."""
-    on_loss_spike: Literal["stop", "rollback"] = Field(default="stop", examples=["rollback"])
-    """The loss jumped: give up, or go back and pass over the batches."""
+    """GPUs are gone for good: give up, wait for others, or go on with the rest. Only stop is built."""
+    on_loss_spike: Literal["stop", "rollback"] | None = Field(default=None, examples=["rollback"])
+    """The loss jumped: give up, or go back and pass over the batches. Neither is built. Absent: a loss that is not finite stops
+    the run, any other goes on."""

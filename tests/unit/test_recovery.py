@@ -43,7 +43,7 @@ def test_a_failure_that_may_pass_is_answered_by_a_restart(history, answer):
     [
         ([(USER, 5)], Policy(), "user_error happened", False),
         ([(LOST, 1), (USER, 5)], Policy(), "user_error happened", False),
-        ([(MEMORY, 5)], Policy(), "recovery.on_oom is stop; a smaller micro_batch_size", False),
+        ([(MEMORY, 5)], Policy(), "the run stops (recovery.on_oom: stop), since choosing a smaller strategy", False),
         ([(ERROR, 5)] * 3, Policy(), "it came back 3 times at step 5", False),
         ([(NO_START, 0)] * 3, Policy(), "it came back 3 times at step 0", True),
         ([(LOST, 1), (LOST, 2)], Policy(max_restarts=1), "2 failures are more than recovery.max_restarts: 1", False),

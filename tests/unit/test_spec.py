@@ -61,7 +61,8 @@ def test_defaults_are_those_of_what_is_built():
     plain = job()
     assert (plain.task, plain.objective, plain.cluster, plain.resolved_cluster) == ("pretrain", "fastest", "auto", None)
     assert plain.checkpoint.every == 600
-    assert {plain.recovery.on_oom, plain.recovery.on_lost_gpus, plain.recovery.on_loss_spike} == {"stop"}
+    assert (plain.recovery.on_oom, plain.recovery.on_lost_gpus, plain.recovery.on_loss_spike) == ("stop", "stop", None)
+    assert plain.training.compile is False
     assert plain.recovery.max_restarts == 10
     assert plain.strategy.model_fields_set == set()
     assert not plain.training.wrote("compile")

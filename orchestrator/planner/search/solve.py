@@ -9,7 +9,7 @@ from orchestrator.planner.problem import Choice, PlanError, Problem, check, chec
 from orchestrator.planner.result import SearchResult, Wanted
 from orchestrator.planner.search.axes import Space, require_candidates
 from orchestrator.planner.search.best_first import search
-from strategies.catalog import ENGINES, Limit, unbuilt, wrong_precision
+from strategies.catalog import ENGINES, Limit, unbuilt, unbuilt_pins, wrong_precision
 from strategies.price.step_time import Price
 from strategies.strategy import Strategy
 
@@ -90,27 +90,15 @@ def _on_slower_links_s(problem: Problem, choice: Choice) -> float:
     return max((each.time(each.strategy(choice)).step_s for each in slower), default=0.0)
 
 
-PINNED_ALONE = (
-    *("engine", "tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree", "zero_stage"),
-    *("gather", "activation_checkpointing", "offload", "compile"),
-)
-"""Fields that a pin alone may make impossible for the engine."""
-
-
 def _check_built(problem: Problem) -> None:
     """PlanError where a pinned choice alone is not built."""
-    pinned = {field.name: problem.pins[field.name] for field in fields(Strategy) if field.name in problem.pins}
-    for name in PINNED_ALONE:
-        if name in pinned:
-            limit = unbuilt(Strategy(**pinned), field=name)
-            if limit is not None:
-                raise _not_built(limit, pinned[name], pinned.get("engine", "native"))
-    if "zero_stage" in pinned:
-        _check_precision(Strategy(**pinned), problem)
-    if "states" in problem.pins:
-        limits = [unbuilt(Strategy(**(pinned | {"zero_stage": zero})), field="states") for zero in range(4)]
-        if all(limit is not None for limit in limits) and limits[0] is not None:
-            raise _not_built(limits[0], problem.pins["states"], pinned.get("engine", "native"))
+    pins = problem.pins
+    for name, limit in unbuilt_pins(pins):
+        raise _not_built(limit, pins[name], pins.get("engine", "native"))
+    if "zero_stage" in pins:
+        _check_precision(
+            Strategy(**{each.name: pins[each.name] for each in fields(Strategy) if each.name in pins}), problem
+        )
 
 
 def _check_precision(strategy: Strategy, problem: Problem) -> None:
