@@ -20,8 +20,11 @@ PEER_GONE = (
     "Broken pipe",
     "Socket Timeout",
     "Connection refused",
+    "Timed out waiting",
+    "gloo/transport",
 )
-"""What gloo and nccl say where another rank is gone: a consequence, not a cause."""
+PEER_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
+"""What gloo and NCCL say, and what torch raises for them, where another rank is gone: a consequence, not a cause."""
 
 
 class TrainingWorker:
@@ -55,7 +58,7 @@ class TrainingWorker:
             return json.dumps(
                 {
                     "error": told,
-                    "peer": any(words in str(error) for words in PEER_GONE),
+                    "peer": type(error).__name__ in PEER_ERRORS or any(words in str(error) for words in PEER_GONE),
                     "out_of_memory": type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError),
                 }
             )
@@ -75,7 +78,13 @@ class TrainingWorker:
         journal = Journal(Path(assignment.run_directory))
         if self._log_refused is not None:
             journal.write(Event(time_unix_s=time.time(), kind="log_refused", cause=self._log_refused))
-        outcome = train(assignment, report=journal.write, sync=journal.sync, should_stop=lambda: self._stop_cause)
+        outcome = train(
+            assignment,
+            report=journal.write,
+            sync=journal.sync,
+            should_stop=lambda: self._stop_cause,
+            ends_with_process=True,
+        )
         if assignment.rank == 0 and (missing := journal.sync()):
             outcome = replace(outcome, cause="; ".join(filter(None, [outcome.cause, missing])))
         return asdict(outcome)

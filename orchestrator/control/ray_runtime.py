@@ -214,12 +214,13 @@ class Runtime:
 def judged(answers: Mapping[int, Mapping[str, Any]], *, num_workers: int) -> dict[str, Any]:
     """How a group ended, from what its workers answered. Pure.
 
-    Whoever has an outcome has it for all: the ranks agree on it before they return. Among errors, a death is the cause of
-    broken connections, and any other error is, too."""
+    Whoever has an outcome has it for all: the ranks agree on it before they return. An error that a worker told of itself is
+    the cause of the deaths beside it: a group whose peer is gone aborts now and then. A death, in turn, is the cause of broken
+    connections."""
     for _, answer in sorted(answers.items()):
         if "outcome" in answer:
             return {"kind": "outcome", "outcome": answer["outcome"]}
-    order = sorted(answers, key=lambda rank: (not answers[rank].get("died"), bool(answers[rank].get("peer")), rank))
+    order = sorted(answers, key=lambda rank: (bool(answers[rank].get("peer")), bool(answers[rank].get("died")), rank))
     rank = order[0]
     answer = answers[rank]
     failure = "worker_lost" if answer.get("died") else "worker_error"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import takewhile
 
 
 class FailureKind(StrEnum):
@@ -19,6 +21,8 @@ class FailureKind(StrEnum):
     """The raylet, the GCS or the process that holds them died."""
     NO_START = "no_start"
     """The worker group did not come up in time."""
+    HANG = "hang"
+    """No rank gave a sign of life for longer than what they were doing may take."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +32,8 @@ class Failure:
     """One sentence for a person."""
     step: int
     """Newest step that was done when it happened."""
+    checkpoint: str | None = None
+    """Which whole checkpoint was the newest then; None where there was none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +41,8 @@ class Policy:
     """The job's `recovery`, and how patient restarts are."""
 
     max_restarts: int = 10
+    """Failures that are answered before the next whole checkpoint. Not counted by steps: a crash soon after each resume makes
+    steps for ever. Nor over the life of a run: a long one fails more often."""
     first_wait_s: float = 1.0
     longest_wait_s: float = 30.0
     same_error_limit: int = 3
@@ -75,8 +83,9 @@ def on_failure(history: Sequence[Failure], policy: Policy) -> Restart | GiveUp:
     lost = latest.kind in (FailureKind.RAY_LOST, FailureKind.NO_START)
     if stuck >= policy.same_error_limit and latest.kind in (FailureKind.WORKER_ERROR, FailureKind.NO_START):
         return GiveUp(reason=f"{latest.cause}; it came back {stuck} times at step {latest.step}", lost_cluster=lost)
-    if len(history) > policy.max_restarts:
-        told = f"{len(history)} failures are more than recovery.max_restarts: {policy.max_restarts} allows"
+    if (count := _since_checkpoint(history)) > policy.max_restarts:
+        since = "" if latest.checkpoint is None else f" since checkpoint {latest.checkpoint.split()[0]}"
+        told = f"{count} failures{since} are more than recovery.max_restarts: {policy.max_restarts} allows"
         return GiveUp(reason=f"{latest.cause}; {told}", lost_cluster=lost)
     return Restart(after_s=policy.wait_s(_without_progress(history)))
 
@@ -91,10 +100,17 @@ def _without_progress(history: Sequence[Failure]) -> int:
     return count
 
 
+def _since_checkpoint(history: Sequence[Failure]) -> int:
+    """Failures at the end of the history with the same newest checkpoint."""
+    return sum(1 for _ in takewhile(lambda failure: failure.checkpoint == history[-1].checkpoint, reversed(history)))
+
+
 def _same_in_a_row(history: Sequence[Failure]) -> int:
-    count = 0
-    for failure in reversed(history):
-        if failure != history[-1]:
-            break
-        count += 1
-    return count
+    latest = _identity(history[-1])
+    return sum(1 for _ in takewhile(lambda failure: _identity(failure) == latest, reversed(history)))
+
+
+def _identity(failure: Failure) -> tuple[object, ...]:
+    """What makes a failure the same as another: not the numbers in its text, such as addresses, ports, process ids, bytes, or
+    which of the ranks told of it first."""
+    return failure.kind, failure.step, re.sub(r"0x[0-9a-f]+|\b[0-9a-f]*[0-9][0-9a-f]*\b", "#", failure.cause.lower())

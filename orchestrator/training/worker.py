@@ -58,6 +58,7 @@ def train(
     report: Callable[[StepReport | Event], None],
     should_stop: Callable[[], str | None],
     sync: Callable[[], object] = lambda: None,
+    ends_with_process: bool = False,
 ) -> Outcome:
     """Trains one rank's part of a run to its end, a stop or a failure; collective over the world.
 
@@ -67,6 +68,8 @@ def train(
         report: called on rank 0 alone, from this thread, once a step and for every event.
         should_stop: asked on every rank after every step; a cause, from any rank, is "checkpoint and stop".
         sync: called on rank 0 before a checkpoint is written: what was reported is to be on the disk before it.
+        ends_with_process: the caller ends this process when it has told the result. The groups are left as they are then:
+            taking them down may hang or abort the process, and what it has to tell would be lost.
     """
     clock = Phases()
     torch.set_num_threads(assignment.num_threads)
@@ -77,6 +80,7 @@ def train(
     join(assignment, device)
     clock.lap("join_s")
     loop: Loop | None = None
+    returned = False
     try:
         world = Groups()
         reporter = Reporter(report, sync) if world.rank == 0 else Reporter(lambda record: None)
@@ -86,12 +90,16 @@ def train(
             ValueError
         ) as error:  # the user's: a strategy that is not built, a checkpoint that is refused, data amiss
             reporter.event("refused", 0, str(error))
+            returned = True
             return Outcome(kind="failed", step=0, cause=str(error), checkpoint=assignment.resume_from)
-        return loop.run()
+        outcome = loop.run()
+        returned = True
+        return outcome
     finally:
-        if loop is not None:
+        if loop is not None and (returned or not ends_with_process):
             loop.close()
-        dist.destroy_process_group()
+        if not ends_with_process:
+            dist.destroy_process_group()
 
 
 def set_up(

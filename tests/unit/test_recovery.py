@@ -9,10 +9,17 @@ from orchestrator.control.recovery import Failure, FailureKind, GiveUp, Policy, 
 
 LOST, ERROR, RAY = FailureKind.WORKER_LOST, FailureKind.WORKER_ERROR, FailureKind.RAY_LOST
 USER, MEMORY, NO_START = FailureKind.USER_ERROR, FailureKind.OUT_OF_MEMORY, FailureKind.NO_START
+HANG = FailureKind.HANG
 
 
 def failures(*steps: tuple[FailureKind, int]) -> list[Failure]:
-    return [Failure(kind=kind, cause=f"{kind} happened", step=step) for kind, step in steps]
+    """Each at a step, with a checkpoint every ten steps."""
+    return [
+        Failure(
+            kind=kind, cause=f"{kind} happened", step=step, checkpoint=f"step-{step // 10 * 10} x" if step > 9 else None
+        )
+        for kind, step in steps
+    ]
 
 
 @pytest.mark.parametrize(
@@ -32,6 +39,9 @@ def failures(*steps: tuple[FailureKind, int]) -> list[Failure]:
         ([(ERROR, 5), (ERROR, 5)], Restart(after_s=1)),
         ([(ERROR, 5), (ERROR, 6), (ERROR, 7)], Restart(after_s=0)),
         ([(ERROR, 5), (LOST, 5), (ERROR, 5)], Restart(after_s=2)),
+        # A month at one failure a day: each is followed by new checkpoints.
+        ([(LOST, 1000 * day) for day in range(31)], Restart(after_s=0)),
+        ([(HANG, 10), (HANG, 10), (HANG, 10)], Restart(after_s=2)),
     ],
 )
 def test_a_failure_that_may_pass_is_answered_by_a_restart(history, answer):
@@ -47,6 +57,14 @@ def test_a_failure_that_may_pass_is_answered_by_a_restart(history, answer):
         ([(ERROR, 5)] * 3, Policy(), "it came back 3 times at step 5", False),
         ([(NO_START, 0)] * 3, Policy(), "it came back 3 times at step 0", True),
         ([(LOST, 1), (LOST, 2)], Policy(max_restarts=1), "2 failures are more than recovery.max_restarts: 1", False),
+        # Steps alone are no progress: a crash a step after each resume would go on for ever.
+        (
+            [(LOST, 20 + n % 10) for n in range(4)],
+            Policy(max_restarts=3),
+            "4 failures since checkpoint step-20 are",
+            False,
+        ),
+        ([(LOST, 9), (LOST, 30), (LOST, 31)], Policy(max_restarts=1), "2 failures since checkpoint step-30 are", False),
         ([(RAY, 1)], Policy(max_restarts=0), "1 failures are more than recovery.max_restarts: 0", True),
     ],
 )
@@ -55,6 +73,22 @@ def test_a_failure_that_will_not_pass_ends_the_run_and_says_why(history, policy,
     assert isinstance(answer, GiveUp)
     assert told in answer.reason
     assert answer.lost_cluster is lost
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "same"),
+    [
+        ("rank 1 of 3: RuntimeError: at 0x7f90595c6150", "rank 1 of 3: RuntimeError: at 0x7fa8423f37a0", True),
+        ("connect to [127.0.0.1]:41237 failed", "connect to [127.0.0.1]:55012 failed", True),
+        ("rank 0 of 3: ValueError: no file", "rank 2 of 3: ValueError: no file", True),
+        ("object deadbeef01 is lost", "object 01f3ac9e77 is lost", True),
+        ("KeyError: 'loss'", "KeyError: 'tokens'", False),
+        ("a decade added", "a facade added", False),
+    ],
+)
+def test_an_error_is_the_same_error_whatever_addresses_ports_and_ranks_it_names(first, second, same):
+    history = [Failure(kind=ERROR, cause=cause, step=5) for cause in (first, second, first, second)]
+    assert isinstance(on_failure(history, Policy()), GiveUp) is same
 
 
 OUTCOME = {"outcome": {"kind": "finished", "step": 9, "cause": None, "checkpoint": None}}
@@ -66,6 +100,9 @@ RAISED, FULL = {"error": "KeyError: 'x'"}, {"error": "OutOfMemoryError: 3 GiB", 
     ("answers", "failure", "cause"),
     [
         ({0: PEER, 2: DIED}, "worker_lost", "the process of rank 2 of 3 died"),
+        # What a worker told of itself is the cause of the abort of another at its exit.
+        ({0: DIED, 1: RAISED}, "worker_error", "rank 1 of 3: KeyError: 'x'"),
+        ({0: PEER, 1: DIED, 2: FULL}, "out_of_memory", "rank 2 of 3: OutOfMemoryError: 3 GiB"),
         ({0: PEER, 1: RAISED, 2: PEER}, "worker_error", "rank 1 of 3: KeyError: 'x'"),
         ({0: PEER, 1: PEER}, "worker_error", "rank 0 of 3: RuntimeError: Broken pipe"),
         ({0: PEER, 1: FULL}, "out_of_memory", "rank 1 of 3: OutOfMemoryError: 3 GiB"),

@@ -20,6 +20,7 @@ from orchestrator.telemetry.records import Event, StepReport, read, steps
 from orchestrator.training.assignment import Assignment
 from orchestrator.training.batches import Share
 from orchestrator.training.data import DataIndex, Source
+from orchestrator.training.loop import Loop
 from orchestrator.training.manifest import latest
 from orchestrator.training.worker import main, train
 from strategies.strategy import Strategy
@@ -291,6 +292,21 @@ def test_a_checkpoint_that_fails_is_an_event_and_the_last_one_a_failure(assignme
     assert kinds(events).count("checkpoint_failed") == 3
     assert outcome.kind == "failed"
     assert "the last checkpoint step-00000008 could not be written" in outcome.cause
+
+
+def test_the_error_of_a_worker_is_told_before_its_groups_are_taken_down_which_may_abort(assignment, monkeypatch):
+    def abort():
+        raise AssertionError("taken down")
+
+    def fail(self, batch):
+        raise KeyError("the true error")
+
+    monkeypatch.setattr(Loop, "_step", fail)
+    take_down = torch.distributed.destroy_process_group
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", abort)
+    with pytest.raises(KeyError, match="the true error"):
+        train(assignment, report=lambda record: None, should_stop=lambda: None, ends_with_process=True)
+    take_down()
 
 
 # Several workers ------------------------------------------------------------------------------------------------------
