@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test check fix parity chaos bench gpu oracle collectives trace memory engine-fairscale engine-colossalai engines switch clean
+.PHONY: install quickstart test check fix parity chaos faults bench gpu oracle collectives trace memory engine-fairscale engine-colossalai engines switch clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml
@@ -45,6 +45,9 @@ parity: $(INSTALLED)  ## every strategy against one process, as a table
 
 chaos: $(INSTALLED)  ## kill -9 at 20 random moments: always resumes, same losses bit for bit
 	$(BIN)/python -m benchmarks.chaos
+
+faults: $(INSTALLED)  ## signals, dead terminals, stopped and stuck processes, jumping clocks, as a table
+	$(BIN)/python -m benchmarks.faults
 
 bench: $(INSTALLED)  ## speed against Hugging Face, overhead, start-up, prediction against measurement
 	$(BIN)/python -m benchmarks.bench

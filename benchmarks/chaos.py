@@ -27,6 +27,7 @@ import yaml
 from orchestrator.control.processes import end_marked, marked
 from orchestrator.telemetry.records import Event, StepReport, read
 
+ROOT = Path(__file__).parents[1]
 TARGETS = ("worker", "raylet", "run", "everything")
 MOMENTS = ("checkpoint", "step", "start")
 EVERY = 5

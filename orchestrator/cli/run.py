@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; the progress goes to standard error.")
 def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_json: bool) -> int:
     """Trains JOB on this machine, or goes on where it stopped. Ctrl-C: checkpoint and stop; twice: stop now."""
+    from orchestrator.cli.outlet import silence
     from orchestrator.cli.screen import Screen
     from orchestrator.control.folder import RunRefused
     from orchestrator.control.run import DoesNotFit, run_job
@@ -63,10 +65,14 @@ def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_
         fix = "see `would fit` above; `shardwise plan` shows all of it"
         raise CommandError("the plan does not fit this machine", fix, ExitCode.DOES_NOT_FIT) from None
     told = summary(result, loaded)
-    if as_json:
-        click.echo(json.dumps(told, indent=1))
-    else:
-        say(told, job)
+    try:
+        if as_json:
+            click.echo(json.dumps(told, indent=1))
+        else:
+            say(told, job)
+    except OSError:  # nobody reads any more; the exit code still tells how it ended
+        silence(sys.stdout)
+        silence(sys.stderr)
     return int(told["exit_code"])
 
 
@@ -133,13 +139,18 @@ def say(told: dict[str, Any], job_file: str) -> None:
 
 @contextlib.contextmanager
 def interrupts(stop: Stop) -> Iterator[None]:
-    """Ctrl-C and SIGTERM ask the run to stop; it decides when."""
+    """Ctrl-C, SIGTERM and a closed terminal ask the run to stop; it decides when.
+
+    A signal that is ignored already stays ignored: that is how nohup, and a shell for what it runs behind, ask for it."""
     names = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "the terminal was closed"}
+    heeded = [number for number in names if signal.getsignal(number) is not signal.SIG_IGN]
 
     def handle(number: int, _: FrameType | None) -> None:
-        stop.ask(names[signal.Signals(number)])
+        # A terminal that closes sends SIGHUP by way of its shell and by itself, a service manager repeats SIGTERM: only a
+        # person at the keyboard means "now" by the second time.
+        stop.ask(names[signal.Signals(number)], hurries=number == signal.SIGINT)
 
-    before = {number: signal.signal(number, handle) for number in names}
+    before = {number: signal.signal(number, handle) for number in heeded}
     try:
         yield
     finally:

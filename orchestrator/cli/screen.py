@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TextIO, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from orchestrator.cli.outlet import Outlet
 from orchestrator.control.run import View
 from orchestrator.planner.render import bytes_told, seconds_told, strategy_told
 
@@ -49,7 +51,8 @@ class Screen(View):
         super().__init__()
         self.watchers.append(self)
         self.job, self.num_steps = job, job.num_steps or 0
-        self.console = Console(stderr=to_stderr, highlight=False)
+        self.outlet = Outlet(sys.stderr if to_stderr else sys.stdout)
+        self.console = Console(file=cast("TextIO", self.outlet), highlight=False)
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.predicted = 0.0
@@ -72,6 +75,7 @@ class Screen(View):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.progress is not None:
             self.progress.stop()
+        self.outlet.close()
 
     # View -------------------------------------------------------------------------------------------------------------
 
@@ -107,6 +111,7 @@ class Screen(View):
     # Watcher ----------------------------------------------------------------------------------------------------------
 
     def on_step(self, report: StepReport) -> None:
+        self._raise_if_lost()
         self.recent.append(report)
         if self.progress is not None and self.task is not None:
             self.progress.update(self.task, description="training", completed=report.step, what=self._told(report))
@@ -114,6 +119,7 @@ class Screen(View):
             self.note(f"step      {report.step:,}/{self.num_steps:,}  {self._told(report)}")
 
     def on_event(self, event: Event) -> None:
+        self._raise_if_lost()
         if event.kind in TOLD:
             style = TOLD[event.kind] if self.console.is_terminal else ""
             name = event.kind.replace("_", " ")
@@ -122,6 +128,11 @@ class Screen(View):
             self.recent.clear()
             if self.progress is not None and self.task is not None:
                 self.progress.update(self.task, description="restart", what=event.cause)
+
+    def _raise_if_lost(self) -> None:
+        """OSError where nobody can see the screen any more, so that the supervisor stops telling it and writes that down."""
+        if self.outlet.lost is not None:
+            raise OSError(f"the output is lost: {self.outlet.lost}")
 
     def _told(self, report: StepReport) -> str:
         """loss, speed against what was promised and wanted, time left."""

@@ -6,13 +6,17 @@ import contextlib
 import json
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.control.processes import end_marked, marked_environment, session_folder
+
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Host(Protocol):
@@ -28,6 +32,19 @@ class Host(Protocol):
         """Ends it and everything that it started."""
 
 
+@contextlib.contextmanager
+def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
+    """Blocks signals in this thread and so, for good, in every process that is started meanwhile and in all of theirs.
+
+    A service manager sends SIGTERM to all processes of a job at once: Ray and the workers must live on until `run`, which
+    gets it too, has had its checkpoint. They are ended by SIGKILL."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class RayHost:
     """`python -m orchestrator.control.ray_runtime` in a session of its own: the terminal's Ctrl-C is for `run` alone."""
 
@@ -36,7 +53,7 @@ class RayHost:
         logs = run_directory.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "orchestrator.control.ray_runtime", str(logs), str(self.session)]
-        with (logs / "ray.log").open("a") as log:
+        with (logs / "ray.log").open("a") as log, held_back(ENDING_SIGNALS):
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,

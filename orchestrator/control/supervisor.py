@@ -37,17 +37,19 @@ class Watcher(Protocol):
 
 @dataclass(kw_only=True, slots=True)
 class Stop:
-    """Set by a signal handler: once is checkpoint and stop, twice is stop now. Before there are workers, once is enough."""
+    """Set by a signal handler: once is checkpoint and stop, Ctrl-C after that is stop now. Before there are workers, once is
+    enough."""
 
     cause: str | None = None
     now: bool = False
     heard: bool = False
     """A supervisor looks at it; until then, an interrupt ends the command where it is."""
 
-    def ask(self, cause: str) -> None:
+    def ask(self, cause: str, *, hurries: bool = False) -> None:
+        """`hurries`: where a stop was asked for already, this one does not wait for the checkpoint."""
         if not self.heard:
             raise KeyboardInterrupt
-        self.now = self.cause is not None
+        self.now = self.now or (hurries and self.cause is not None)
         self.cause = self.cause or cause
 
 
@@ -185,15 +187,25 @@ class Supervisor:
         for event in self._events.new():
             if event.kind == "worker_started":
                 self.phases |= {f"worker_{name}": seconds for name, seconds in event.details.items()}
-            for watcher in self.watchers:
-                watcher.on_event(event)
+            self._tell_watchers(event)
         for report in self._steps.new():
             self._step = max(self._step, report.step)
             self._attempt_steps += 1
-            for watcher in self.watchers:
-                watcher.on_step(report)
+            self._tell_watchers(report)
             if self._attempt_steps == 1:
                 self._tell_of_start(report)
+
+    def _tell_watchers(self, record: Event | StepReport) -> None:
+        """One that fails is told nothing more: no screen is a reason to stop training."""
+        for watcher in list(self.watchers):
+            try:
+                watcher.on_event(record) if isinstance(record, Event) else watcher.on_step(record)
+            except Exception as error:
+                self.watchers = [other for other in self.watchers if other is not watcher]
+                name, cause = type(watcher).__name__, f"{type(error).__name__}: {error}"
+                self._write(
+                    "watcher_dropped", f"{name} is told nothing more ({cause}); training goes on", {"watcher": name}
+                )
 
     def _tell_of_start(self, first: StepReport) -> None:
         seconds = first.time_unix_s - self.began_unix_s
@@ -214,7 +226,9 @@ class Supervisor:
         if kind in (FailureKind.RAY_LOST, FailureKind.NO_START):
             self.close()
         self._catch_up()
-        return Failure(kind=kind, cause=message["cause"], step=self._step)
+        newest = manifest.latest(self.folder.checkpoints, report=lambda event: None, check=False)
+        identity = None if newest is None else f"{newest.path.name} of {newest.manifest['time_unix_s']}"
+        return Failure(kind=kind, cause=message["cause"], step=self._step, checkpoint=identity)
 
     # Endings and records ----------------------------------------------------------------------------------------------
 

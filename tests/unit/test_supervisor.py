@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from orchestrator.control.folder import RunFolder
 from orchestrator.control.recovery import Policy
 from orchestrator.control.supervisor import Ending, Stop, Supervisor
 from orchestrator.telemetry.records import Event, StepReport, append, read
+from orchestrator.training import manifest
 from orchestrator.training.limits import Limits
 
 READY = {"kind": "ready", "port": 1234, "pids": [1], "phases": {"ray_s": 0.1}}
@@ -130,7 +132,7 @@ def test_one_stop_is_a_checkpoint_and_an_end(supervise):
 
 def test_two_stops_end_at_once(supervise):
     stop = Stop()
-    supervisor, _ = supervise([READY, lambda: stop.ask("Ctrl-C"), lambda: stop.ask("Ctrl-C")], stop=stop)
+    supervisor, _ = supervise([READY, lambda: stop.ask("Ctrl-C"), lambda: stop.ask("Ctrl-C", hurries=True)], stop=stop)
     ending = supervisor.run()
     assert (ending.kind, "without a checkpoint" in ending.cause) == ("stopped", True)
 
@@ -143,6 +145,60 @@ def test_a_stop_while_the_workers_start_or_a_restart_waits_ends_at_once(supervis
     supervisor, _ = supervise([READY, LOST], stop=stop, policy=Policy())
     supervisor.assign = lambda port, resume_from: [stop.ask("Ctrl-C")]  # type: ignore[func-returns-value, list-item]
     assert supervisor.run().kind == "stopped"
+
+
+def test_restarts_are_counted_anew_after_each_whole_checkpoint(supervise):
+    """One failure a day, for longer than max_restarts days; then the same with no checkpoint in between."""
+
+    def save(step: int) -> None:
+        files = {"tensors": {"bytes": 1, "sha256": manifest.sha256(supervise.folder.job)}}
+        written = {"format": manifest.FORMAT, "step": step, "time_unix_s": float(step), "files": files}
+        path = supervise.folder.checkpoints / manifest.checkpoint_name(step)
+        path.mkdir(parents=True)
+        (path / "tensors").write_text("x")
+        checksum = manifest.fingerprint(written)
+        (path / manifest.MANIFEST).write_text(json.dumps({**written, "checksum": checksum}))
+
+    supervise.folder.job.write_text("x")
+    day = [[READY, lambda step=step: save(step), LOST] for step in range(1, 8)]
+    crashes = [[READY, LOST]] * 2
+    script = [line for lines in [*day, *crashes] for line in lines]
+    supervisor, _ = supervise(script, policy=Policy(max_restarts=2, first_wait_s=0.0))
+    ending = supervisor.run()
+    assert (ending.kind, ending.num_restarts) == ("failed", 9)
+    assert "3 failures since checkpoint step-00000007 are more than recovery.max_restarts: 2" in ending.cause
+
+
+class Fails:
+    """A watcher whose screen is gone."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.told = error, 0
+
+    def on_step(self, report: StepReport) -> None:
+        self.told += 1
+        raise self.error
+
+    def on_event(self, event: Event) -> None:
+        self.told += 1
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [BrokenPipeError(32, "Broken pipe"), OSError(5, "Input/output error"), ValueError("x")]
+)
+def test_a_watcher_that_fails_is_dropped_with_an_event_and_training_goes_on(supervise, error):
+    supervisor, _ = supervise(
+        [READY, lambda: append(supervise.folder.metrics, report(1)), lambda: None, outcome("finished", 1)]
+    )
+    failing, sound = Fails(error), Fails(error)
+    sound.on_step = sound.on_event = lambda record: None  # type: ignore[method-assign]
+    supervisor.watchers = [failing, sound]
+    assert supervisor.run() == Ending(kind="finished", step=1)
+    assert (failing.told, supervisor.watchers) == (1, [sound])
+    dropped = [event for event in read(supervise.folder.events, Event) if event.kind == "watcher_dropped"]
+    assert [event.details["watcher"] for event in dropped] == ["Fails"]
+    assert str(error) in dropped[0].cause
 
 
 def test_an_interrupt_before_there_are_workers_ends_the_command_where_it_is():

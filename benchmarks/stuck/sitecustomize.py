@@ -1,0 +1,99 @@
+"""Makes one worker of a run stop or stall at a given place; Python imports this file by itself where PYTHONPATH leads here.
+
+The environment variable STUCK says how, as JSON: {"at": forward | collective | checkpoint | data, "rank": 1 or null for all,
+"step": 12, "how": stop (SIGSTOP) | stall (a call that does not return), "flag": "FILE", which marks that it was done}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import PathFinder
+
+STUCK = json.loads(os.environ.get("STUCK", "{}"))
+
+
+def get_stuck():
+    try:
+        os.close(os.open(f"{STUCK['flag']}-{STUCK['mine']}", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    if STUCK["how"] == "stop":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        time.sleep(3600)
+
+
+def before(owner, name, act):
+    """Replaces a function by one that acts first."""
+    plain = getattr(owner, name)
+
+    def changed(*arguments, **settings):
+        act(*arguments, **settings)
+        return plain(*arguments, **settings)
+
+    setattr(owner, name, changed)
+
+
+def arrange(loop):
+    """Changes the training code of this process; `loop` is the module orchestrator.training.loop."""
+    import torch.distributed as dist
+    from orchestrator.models.opt import Block
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+    from orchestrator.training.data import TokenDataset
+
+    now = {"step": 0}
+
+    def on_step(self, batch):
+        now["step"] = batch.step
+        STUCK["mine"] = self.world.rank
+
+    def if_due(*_, **__):
+        mine = STUCK.get("mine")
+        if now["step"] >= STUCK["step"] and mine is not None and STUCK["rank"] in (None, mine):
+            get_stuck()
+
+    def in_a_collective(self, *flags):
+        """The others' part is on its way; this rank's own never comes to its end."""
+        if now["step"] == STUCK["step"] and STUCK["rank"] in (None, self.rank):
+            import torch
+
+            dist.all_reduce(torch.zeros(len(flags), dtype=torch.int64), group=self.decisions, async_op=True)
+            get_stuck()
+
+    before(loop.Loop, "_step", on_step)
+    match STUCK["at"]:
+        case "forward":
+            before(Block, "forward", if_due)
+        case "data":
+            before(TokenDataset, "sequences", if_due)
+        case "checkpoint":
+            before(FileSystemWriter, "write_data", if_due)
+        case "collective":
+            before(loop.Groups, "any", in_a_collective)
+
+
+class Arranger(MetaPathFinder, Loader):
+    """Lets the loop's module be loaded as ever, and changes it then."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "orchestrator.training.loop":
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        plain = spec.loader.exec_module
+
+        def exec_module(module):
+            plain(module)
+            arrange(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+if STUCK:
+    sys.meta_path.insert(0, Arranger())
