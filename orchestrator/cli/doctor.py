@@ -20,7 +20,7 @@ from orchestrator.cli.errors import ExitCode
 
 GIB = 2**30
 OLDEST_TORCH, FIRST_UNTRIED_TORCH = (2, 11), (2, 14)
-OLDEST_RAY = (2, 40)
+OLDEST_RAY, FIRST_UNTRIED_RAY = (2, 52), (2, 61)
 PROBE = (
     "import json, torch, torch.distributed as d; print(json.dumps({'version': torch.__version__, "
     "'cuda': torch.cuda.is_available(), 'gloo': d.is_available() and d.is_gloo_available()}))"
@@ -128,11 +128,13 @@ def torch(probe: Mapping[str, object] | str, *, num_gpus: int) -> Check:
 
 
 def ray(version: str | None) -> Check:
-    wanted = f"ray>={_dotted(OLDEST_RAY)}"
+    wanted = f"ray>={_dotted(OLDEST_RAY)},<{_dotted(FIRST_UNTRIED_RAY)}"
     if version is None:
         return Check("ray", "fail", "not installed: plan works, run does not", f"pip install '{wanted}'")
     if _release(version) < OLDEST_RAY:
         return Check("ray", "fail", f"{version} is too old", f"pip install '{wanted}'")
+    if _release(version) >= FIRST_UNTRIED_RAY:
+        return Check("ray", "warn", f"{version} is newer than any tried", f"pip install '{wanted}'")
     return Check("ray", "ok", version)
 
 

@@ -31,6 +31,8 @@ class TrainingWorker:
     def __init__(self, logs: str, rank: int) -> None:
         self._stop_cause: str | None = None
         self._log_refused: str | None = None
+        self._rank = rank
+        self._listener: socket.socket | None = None
         log = Path(logs) / f"rank-{rank:04d}.log"
         try:
             file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -42,10 +44,11 @@ class TrainingWorker:
         os.close(file)
 
     def about(self) -> dict[str, int]:
-        """The process, and a port that was free a moment ago: if another takes it, the group starts again."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            return {"pid": os.getpid(), "port": int(probe.getsockname()[1])}
+        """The process, and the port of the rendezvous if this rank opens it: its socket is bound and stays so."""
+        if self._rank == 0 and self._listener is None:
+            self._listener = socket.create_server(("127.0.0.1", 0))
+        port = 0 if self._listener is None else int(self._listener.getsockname()[1])
+        return {"pid": os.getpid(), "port": port}
 
     def train(self, assignment: str) -> str:
         """JSON in, JSON out: {"outcome": {...}} or {"error", "peer", "out_of_memory"}."""
@@ -84,6 +87,7 @@ class TrainingWorker:
             sync=journal.sync,
             should_stop=lambda: self._stop_cause,
             ends_with_process=True,
+            listener=self._listener,
         )
         if assignment.rank == 0 and (missing := journal.sync()):
             outcome = replace(outcome, cause="; ".join(filter(None, [outcome.cause, missing])))

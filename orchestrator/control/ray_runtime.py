@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.calibration.measure import WORKER_ENVIRONMENT
+from orchestrator.control import ray_private
 from orchestrator.control.actor import TrainingWorker
 from orchestrator.control.processes import MARK, end, end_marked
 from orchestrator.training.limits import Limits
@@ -85,7 +86,9 @@ class Runtime:
         shutil.rmtree(self.session, ignore_errors=True)
         import ray
 
-        _leave_out_what_is_not_used()
+        if missing := ray_private.missing():
+            raise Failed("user_error", missing)
+        ray_private.leave_out_what_is_not_used()
         try:
             ray.init(
                 address="local",
@@ -104,9 +107,7 @@ class Runtime:
         except Exception as error:
             raise Failed("no_start", f"Ray did not start: {_first_line(error)}") from None
         self.ray = ray
-        node = ray._private.worker._global_node
-        watched = [(kind, info.process) for kind, infos in node.all_processes.items() for info in infos]
-        threading.Thread(target=self._watch, args=(watched,), daemon=True).start()
+        threading.Thread(target=self._watch, args=(ray_private.processes(),), daemon=True).start()
 
     def _watch(self, processes: list[tuple[str, Any]]) -> None:
         """A driver may hang where its raylet died: this thread does not depend on it."""
@@ -230,24 +231,6 @@ def judged(answers: Mapping[int, Mapping[str, Any]], *, num_workers: int) -> dic
     if answer.get("died"):
         cause = f"the process of rank {rank} of {num_workers} died"
     return {"kind": "failed", "failure": failure, "cause": cause, "rank": rank}
-
-
-def _leave_out_what_is_not_used() -> None:
-    """An embedded Ray needs no autoscaler, log monitor or dashboard: three Python processes, each a CPU second at the start.
-    ray.init has no argument for that. Where a version of Ray is built differently, it starts them, and nothing is lost."""
-    from ray._private.node import Node
-    from ray._private.parameter import RayParams
-
-    known = RayParams.__init__.__code__.co_varnames
-    if "no_monitor" in known and "include_log_monitor" in known:
-        plain = RayParams.__init__
-
-        def without(self: Any, *arguments: Any, **settings: Any) -> None:
-            plain(self, *arguments, **{**settings, "no_monitor": True, "include_log_monitor": False})
-
-        RayParams.__init__ = without
-    if hasattr(Node, "start_api_server"):
-        Node.start_api_server = lambda self, **settings: None
 
 
 def _log(text: str) -> None:

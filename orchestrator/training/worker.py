@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -59,6 +60,7 @@ def train(
     should_stop: Callable[[], str | None],
     sync: Callable[[], object] = lambda: None,
     ends_with_process: bool = False,
+    listener: socket.socket | None = None,
 ) -> Outcome:
     """Trains one rank's part of a run to its end, a stop or a failure; collective over the world.
 
@@ -70,6 +72,7 @@ def train(
         sync: called on rank 0 before a checkpoint is written: what was reported is to be on the disk before it.
         ends_with_process: the caller ends this process when it has told the result. The groups are left as they are then:
             taking them down may hang or abort the process, and what it has to tell would be lost.
+        listener: of rank 0, a socket that is bound to the rendezvous already; None binds one.
     """
     clock = Phases()
     torch.set_num_threads(assignment.num_threads)
@@ -77,7 +80,7 @@ def train(
     device = torch.device(assignment.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    join(assignment, device)
+    join(assignment, device, listener)
     clock.lap("join_s")
     loop: Loop | None = None
     returned = False
@@ -161,7 +164,7 @@ def set_up(
 # Set-up --------------------------------------------------------------------------------------------------------------
 
 
-def join(assignment: Assignment, device: torch.device) -> None:
+def join(assignment: Assignment, device: torch.device, listener: socket.socket | None = None) -> None:
     """The torch process group of the whole world: gloo between CPUs, nccl between GPUs with gloo for what lies on the host."""
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     patience = timedelta(seconds=assignment.limits.collective_s)
@@ -172,18 +175,28 @@ def join(assignment: Assignment, device: torch.device) -> None:
         dist.init_process_group(backend, timeout=patience)
         return
     if assignment.master_address in ("127.0.0.1", "localhost") and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name may lead nowhere
-    store: Store = HashStore()
-    if assignment.world_size > 1:
-        store = TCPStore(
-            assignment.master_address,
-            assignment.master_port,
-            assignment.world_size,
-            is_master=assignment.rank == 0,
-            timeout=timedelta(seconds=assignment.limits.rendezvous_s),
-        )
+        # A world on one machine is for that machine alone, whatever the environment says of others; nccl opens its first
+        # connection like gloo, on an interface of its own choice.
+        os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    store: Store = HashStore() if assignment.world_size == 1 else rendezvous(assignment, listener)
     dist.init_process_group(
         backend, store=store, rank=assignment.rank, world_size=assignment.world_size, timeout=patience
+    )
+
+
+def rendezvous(assignment: Assignment, listener: socket.socket | None) -> TCPStore:
+    """The store through which the ranks find each other. It listens on the one address that they are told, not on all
+    interfaces of the machine, as torch would by itself."""
+    is_master = assignment.rank == 0
+    if is_master and listener is None:
+        listener = socket.create_server((assignment.master_address, assignment.master_port))
+    return TCPStore(
+        assignment.master_address,
+        assignment.master_port,
+        assignment.world_size,
+        is_master=is_master,
+        timeout=timedelta(seconds=assignment.limits.rendezvous_s),
+        master_listen_fd=listener.detach() if is_master and listener is not None else None,
     )
 
 
