@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 INDEX = "index.json"
 FORMAT = 1
+MAX_OPEN_SHARDS = 64
+"""Token files that a dataset has mapped at once. Each mapping holds a file descriptor, and a system allows 1024 by default."""
 ENTROPY_TOKENS = 2**28
 """Tokens that an entropy looks at; beyond, evenly spaced parts of the stream stand for all of it."""
 
@@ -70,6 +73,20 @@ class DataIndex:
     def vocab_size(self) -> int:
         return int(self.tokenizer["vocab_size"])
 
+    def shards(self, split: Split) -> list[tuple[str, int]]:
+        """The files that hold the split, in the order of its stream, each with its number of tokens."""
+        return [source.shards[split] for source in self.sources if source.shards.get(split, ("", 0))[1]]
+
+    def tokens(self, name: str) -> NDArray[Any]:
+        """The tokens of one file, memory-mapped. DataError where it cannot be opened."""
+        try:
+            return np.memmap(self.directory / name, dtype=np.dtype(self.dtype).newbyteorder("<"), mode="r")
+        except OSError as error:
+            raise DataError(
+                f"{self.directory / name} cannot be opened ({error.strerror}): prepared tokens must stay while a run "
+                "reads them; `shardwise prepare JOB` makes them again"
+            ) from None
+
     def to_mapping(self) -> dict[str, Any]:
         mapping = asdict(self)
         del mapping["directory"]
@@ -104,19 +121,16 @@ def read_index(directory: Path) -> DataIndex:
 
 
 class TokenDataset:
-    """Sequences of one split, memory-mapped; any worker may read any of them."""
+    """Sequences of one split; any worker may read any of them. Files are mapped when they are read, a few at a time."""
 
     def __init__(self, directory: Path | str, split: Split, sequence_length: int) -> None:
         """DataError where the split does not fill one sequence."""
         self.index = read_index(Path(directory))
         self.split, self.sequence_length = split, sequence_length
-        shards = [source.shards[split] for source in self.index.sources if split in source.shards]
-        self._shards = [
-            np.memmap(self.index.directory / name, dtype=np.dtype(self.index.dtype).newbyteorder("<"), mode="r")
-            for name, num_tokens in shards
-            if num_tokens
-        ]
-        self._ends = np.cumsum([len(shard) for shard in self._shards], dtype=np.int64)
+        shards = self.index.shards(split)
+        self._names = [name for name, _ in shards]
+        self._tokens = lru_cache(MAX_OPEN_SHARDS)(self.index.tokens)
+        self._ends = np.cumsum([num_tokens for _, num_tokens in shards], dtype=np.int64)
         self.num_tokens = int(self._ends[-1]) if len(self._ends) else 0
         self.num_samples = max(0, (self.num_tokens - 1) // sequence_length)
         if not self.num_samples:
@@ -143,7 +157,7 @@ class TokenDataset:
         filled = 0
         while filled < len(out):
             start = first + filled - (int(self._ends[shard - 1]) if shard else 0)
-            part = self._shards[shard][start : start + len(out) - filled]
+            part = self._tokens(self._names[shard])[start : start + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
             shard += 1
@@ -209,13 +223,16 @@ def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 # Entropy -------------------------------------------------------------------------------------------------------------
 
 
-def unigram_entropy(shards: list[NDArray[Any]], vocab_size: int) -> float:
-    """Entropy of the tokens' frequencies, nats per token; a model whose loss is below it has learnt more than counts."""
-    total = sum(len(shard) for shard in shards)
-    if not total:
+def unigram_entropy(shards: Iterable[NDArray[Any]], num_tokens: int, vocab_size: int) -> float:
+    """Entropy of the tokens' frequencies, nats per token; a model whose loss is below it has learnt more than counts.
+
+    Args:
+        num_tokens: of all shards; each shard is let go before the next is asked for.
+    """
+    if not num_tokens:
         return 0.0
     chunk = 2**22
-    keep_every = math.ceil(total / ENTROPY_TOKENS)
+    keep_every = math.ceil(num_tokens / ENTROPY_TOKENS)
     counts = np.zeros(vocab_size, dtype=np.int64)
     for shard in shards:
         for start in range(0, len(shard), chunk * keep_every):

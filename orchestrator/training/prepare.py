@@ -21,12 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from clusters.files import publish
 from orchestrator.training import corpus, shard
@@ -196,7 +194,15 @@ def _make(
         tokenizer = _trained(int(request.tokenizer), train, partial)
     works = _works(train, held_out, tokenizer, _fraction(request))
     sources = _tokenize(works, tokenizer, partial, progress, num_processes)
-    num_tokens = sum(source.shards.get("train", ("", 0))[1] for source in sources)
+    index = DataIndex(
+        directory=partial,
+        dtype="uint16" if works[0].dtype == "uint16" else "uint32",
+        tokenizer={},
+        sources=sources,
+        fingerprint=_fingerprint(works, sources),
+        unigram_entropy=0.0,
+    )
+    num_tokens = index.num_tokens("train")
     if not num_tokens:
         raise DataError(
             f"data.train holds no text to train on: {_few(train)} gave {sum(s.num_documents for s in sources)} documents"
@@ -207,19 +213,9 @@ def _make(
     description = {**tokenizer.describe(), "validation": _fraction(request)}
     if not isinstance(request.tokenizer, str):
         description["bpe"] = request.tokenizer
-    shards = [
-        np.memmap(partial / source.shards["train"][0], dtype=works[0].dtype, mode="r")
-        for source in sources
-        if "train" in source.shards
-    ]
-    index = DataIndex(
-        directory=partial,
-        dtype="uint16" if works[0].dtype == "uint16" else "uint32",
-        tokenizer=description,
-        sources=sources,
-        fingerprint=_fingerprint(works, sources),
-        unigram_entropy=unigram_entropy(list(shards), tokenizer.vocab_size),
-    )
+    shards = (index.tokens(name) for name, _ in index.shards("train"))
+    entropy = unigram_entropy(shards, num_tokens, tokenizer.vocab_size)
+    index = replace(index, tokenizer=description, unigram_entropy=entropy)
     _publish(partial, target, index)
     return read_index(target)
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 
 from orchestrator.training import shard
 from orchestrator.training.data import (
+    MAX_OPEN_SHARDS,
     DataError,
     TokenDataset,
     batch_indices,
@@ -45,8 +49,8 @@ def request(folder: Path, **fields) -> Request:
 
 
 def stream(folder: Path, split: str = "train") -> list[int]:
-    data = TokenDataset(folder, split, 1)
-    return [int(token) for memory in data._shards for token in memory]
+    index = read_index(folder)
+    return [int(token) for name, _ in index.shards(split) for token in index.tokens(name)]
 
 
 def test_bytes_and_the_end_of_each_text_are_all_that_is_stored(tmp_path):
@@ -111,6 +115,70 @@ def test_processes_make_the_same_folder_as_one_process(tmp_path):
     two = prepare(asked, directory=tmp_path / "two", num_processes=2)
     assert one.fingerprint == two.fingerprint
     assert stream(tmp_path / "one") == stream(tmp_path / "two")
+
+
+FEW_DESCRIPTORS = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from orchestrator.training.data import TokenDataset
+from orchestrator.training.prepare import Request, prepare
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+folder = Path(sys.argv[1])
+index = prepare(Request(base=folder, train=("corpus",), validation=0.1), directory=folder / "tokens", num_processes=2)
+for split in ("train", "validation"):
+    data = TokenDataset(index.directory, split, 8)
+    inputs, _ = data.sequences(np.random.default_rng(0).permutation(len(data)))
+    with open("/proc/self/maps") as maps:
+        mapped = sum(".bin" in line for line in maps)
+    print(split, len(inputs), mapped)
+"""
+
+
+def test_a_corpus_of_2000_files_is_prepared_and_read_with_256_descriptors(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    for number in range(2000):
+        (tmp_path / "corpus" / f"{number}.txt").write_text(f"the text of file {number}")
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_DESCRIPTORS, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    num_tokens = sum(len(f"the text of file {number}") + 1 for number in range(2000))
+    (train, sequences, mapped), (held_out, held_sequences, _) = (line.split() for line in done.stdout.splitlines())
+    assert (train, held_out) == ("train", "validation")
+    assert num_tokens - 18 <= 8 * (int(sequences) + int(held_sequences)) <= num_tokens
+    assert int(mapped) <= MAX_OPEN_SHARDS
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "fingerprint", "num_tokens", "streams"),
+    [
+        ("byte", "6f77181c268ab9e8", (357330, 23220), ("d19f3d787a3bca83", "f05289cbe2911260")),
+        (300, "bca3f762db20fe52", (136638, 8656), ("7719aea1e805b981", "2537841f199c4e8d")),
+    ],
+)
+def test_the_stream_of_a_corpus_never_changes(tmp_path, tokenizer, fingerprint, num_tokens, streams):
+    """The values are those of the first version: a change breaks the resume of every run there is."""
+    (tmp_path / "texts").mkdir()
+    for n in range(40):
+        if n % 3 == 0:
+            corpus(
+                tmp_path / "texts", kind="txt", name=f"{n:02}", documents=[f"line {i} of {n}" for i in range(50 * n)]
+            )
+            if n:
+                with open(tmp_path / "texts" / f"{n:02}.txt", "a") as file:
+                    file.write("\n")
+        else:
+            documents = [f"document {i} of {n}: " + "words " * (i % 7) for i in range(9 * n)]
+            corpus(tmp_path / "texts", name=f"{n:02}", documents=documents)
+    asked = request(tmp_path, train=("texts",), validation=0.05, tokenizer=tokenizer)
+    index = prepare(asked, directory=tmp_path / "tokens")
+    assert index.fingerprint.startswith(fingerprint)
+    for split, tokens, stream_sha256 in zip(("train", "validation"), num_tokens, streams, strict=True):
+        data = TokenDataset(index.directory, split, 64)
+        inputs, targets = data.sequences(np.arange(len(data)))
+        assert data.num_tokens == tokens
+        assert hashlib.sha256(inputs.tobytes() + targets.tobytes()).hexdigest().startswith(stream_sha256)
 
 
 # Used again, made again, gone on with ----------------------------------------------------------------------------------
@@ -325,4 +393,4 @@ def test_the_order_is_a_function_of_seed_and_step_and_looks_random():
 
 @pytest.mark.parametrize(("tokens", "nats"), [([3] * 8, 0.0), ([0, 1] * 8, np.log(2)), (list(range(16)), np.log(16))])
 def test_entropy_is_that_of_the_frequencies(tokens, nats):
-    assert unigram_entropy([np.array(tokens, dtype=np.uint16)], 16) == pytest.approx(nats)
+    assert unigram_entropy([np.array(tokens, dtype=np.uint16)], len(tokens), 16) == pytest.approx(nats)
