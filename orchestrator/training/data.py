@@ -1,8 +1,8 @@
 """Prepared tokens as sequences, and the order in which a run sees them.
 
-A folder that `prepare` made holds index.json, the tokenizer, and per input file the tokens of each split as plain
-little-endian integers. The splits are read as one long stream each: sample i is tokens [i S, i S + S], its targets are
-its inputs one further.
+A folder that `prepare` made holds index.json, the tokenizer, and the tokens of each split as plain little-endian integers in
+a few files. The splits are read as one long stream each: sample i is tokens [i S, i S + S], its targets are its inputs one
+further.
 B micro batch, S sequence.
 """
 
@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 Split = Literal["train", "validation"]
 SPLITS: tuple[Split, ...] = ("train", "validation")
 INDEX = "index.json"
-FORMAT = 1
-MAX_OPEN_SHARDS = 64
+FORMAT = 2
+Files = tuple[tuple[str, int], ...]
+"""(file in the folder, tokens in it), in the order of a stream."""
+MAX_OPEN_FILES = 64
 """Token files that a dataset has mapped at once. Each mapping holds a file descriptor, and a system allows 1024 by default."""
 ENTROPY_TOKENS = 2**28
 """Tokens that an entropy looks at; beyond, evenly spaced parts of the stream stand for all of it."""
@@ -44,8 +46,8 @@ class Source:
     mtime_ns: int
     sha256: str
     num_documents: int
-    shards: Mapping[Split, tuple[str, int]]
-    """Split -> (file in the folder, tokens in it)."""
+    num_tokens: Mapping[Split, int]
+    """Tokens that it gave to each split."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +59,16 @@ class DataIndex:
     tokenizer: Mapping[str, Any]
     """kind, vocab_size, end_of_text, fingerprint."""
     sources: tuple[Source, ...]
+    """In the order of their tokens."""
+    files: Mapping[Split, Files]
+    """Where the stream of each split is."""
     fingerprint: str
     """Changes when a token, its place or its split changes; the same on every machine."""
     unigram_entropy: float
     """Of the train split, nats per token: the loss of a model that knows only how frequent each token is."""
 
     def num_tokens(self, split: Split) -> int:
-        return sum(source.shards[split][1] for source in self.sources if split in source.shards)
+        return sum(num_tokens for _, num_tokens in self.files[split])
 
     @property
     def num_documents(self) -> int:
@@ -72,10 +77,6 @@ class DataIndex:
     @property
     def vocab_size(self) -> int:
         return int(self.tokenizer["vocab_size"])
-
-    def shards(self, split: Split) -> list[tuple[str, int]]:
-        """The files that hold the split, in the order of its stream, each with its number of tokens."""
-        return [source.shards[split] for source in self.sources if source.shards.get(split, ("", 0))[1]]
 
     def tokens(self, name: str) -> NDArray[Any]:
         """The tokens of one file, memory-mapped. DataError where it cannot be opened."""
@@ -98,12 +99,13 @@ def read_index(directory: Path) -> DataIndex:
     advice = f"delete {directory} and run `shardwise prepare` again"
     try:
         mapping = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        if mapping.pop("format") != FORMAT:
+        written = mapping.pop("format")
+        if written not in (1, FORMAT):
             raise DataError(f"{directory} was prepared by another version of shardwise: {advice}")
-        mapping["sources"] = tuple(
-            Source(**{**source, "shards": {split: tuple(shard) for split, shard in source["shards"].items()}})
-            for source in mapping["sources"]
-        )
+        if written == 1:
+            _from_format_1(mapping)
+        mapping["sources"] = tuple(Source(**source) for source in mapping["sources"])
+        mapping["files"] = {split: tuple((str(n), int(t)) for n, t in mapping["files"][split]) for split in SPLITS}
         index = DataIndex(directory=directory, **mapping)
     except FileNotFoundError:
         raise DataError(f"{directory} holds no prepared tokens: run `shardwise prepare JOB`") from None
@@ -112,12 +114,21 @@ def read_index(directory: Path) -> DataIndex:
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
         raise DataError(f"{directory / INDEX} is damaged: {advice}") from None
     width = np.dtype(index.dtype).itemsize
-    for source in index.sources:
-        for name, num_tokens in source.shards.values():
-            file = directory / name
-            if not file.is_file() or file.stat().st_size != num_tokens * width:
-                raise DataError(f"{file} is missing or not {num_tokens * width} bytes long: {advice}")
+    for name, num_tokens in (file for split in SPLITS for file in index.files[split]):
+        file = directory / name
+        if not file.is_file() or file.stat().st_size != num_tokens * width:
+            raise DataError(f"{file} is missing or not {num_tokens * width} bytes long: {advice}")
     return index
+
+
+def _from_format_1(mapping: dict[str, Any]) -> None:
+    """A folder of format 1 holds one file per input and split."""
+    mapping["files"] = {split: [] for split in SPLITS}
+    for source in mapping["sources"]:
+        shards = source.pop("shards")
+        source["num_tokens"] = {split: shards.get(split, ("", 0))[1] for split in SPLITS}
+        for split in SPLITS:
+            mapping["files"][split] += [shards[split]] if split in shards else []
 
 
 class TokenDataset:
@@ -127,10 +138,10 @@ class TokenDataset:
         """DataError where the split does not fill one sequence."""
         self.index = read_index(Path(directory))
         self.split, self.sequence_length = split, sequence_length
-        shards = self.index.shards(split)
-        self._names = [name for name, _ in shards]
-        self._tokens = lru_cache(MAX_OPEN_SHARDS)(self.index.tokens)
-        self._ends = np.cumsum([num_tokens for _, num_tokens in shards], dtype=np.int64)
+        files = self.index.files[split]
+        self._names = [name for name, _ in files]
+        self._tokens = lru_cache(MAX_OPEN_FILES)(self.index.tokens)
+        self._ends = np.cumsum([num_tokens for _, num_tokens in files], dtype=np.int64)
         self.num_tokens = int(self._ends[-1]) if len(self._ends) else 0
         self.num_samples = max(0, (self.num_tokens - 1) // sequence_length)
         if not self.num_samples:
@@ -153,14 +164,14 @@ class TokenDataset:
 
     def _read(self, first: int, out: NDArray[np.int64]) -> None:
         """Fills `out` with the stream's tokens from `first` on, over the ends of files."""
-        shard = int(np.searchsorted(self._ends, first, side="right"))
+        file = int(np.searchsorted(self._ends, first, side="right"))
         filled = 0
         while filled < len(out):
-            start = first + filled - (int(self._ends[shard - 1]) if shard else 0)
-            part = self._tokens(self._names[shard])[start : start + len(out) - filled]
+            start = first + filled - (int(self._ends[file - 1]) if file else 0)
+            part = self._tokens(self._names[file])[start : start + len(out) - filled]
             out[filled : filled + len(part)] = part
             filled += len(part)
-            shard += 1
+            file += 1
 
 
 def open_datasets(directory: Path | str, sequence_length: int) -> tuple[TokenDataset, TokenDataset | None]:

@@ -1,9 +1,11 @@
 """Text files -> a folder of tokens that every worker maps into memory.
 
     FOLDER.partial/     while it is made; an attempt that was cut short goes on in it, file by file
-    FOLDER/             the same folder, renamed when its index is written
-      index.json        tokenizer, splits, and every input file with its checksum
       HASH-train.bin    tokens of one input file
+      whole/            what becomes FOLDER when its index is written
+    FOLDER/
+      index.json        tokenizer, splits, and every input file with its checksum
+      train-00000.bin   tokens of many input files, one after the other
       tokenizer.json    unless the tokens are bytes
 
 A folder is used again while its inputs, tokenizer and splits are what they were.
@@ -194,29 +196,31 @@ def _make(
         tokenizer = _trained(int(request.tokenizer), train, partial)
     works = _works(train, held_out, tokenizer, _fraction(request))
     sources = _tokenize(works, tokenizer, partial, progress, num_processes)
-    index = DataIndex(
-        directory=partial,
-        dtype="uint16" if works[0].dtype == "uint16" else "uint32",
-        tokenizer={},
-        sources=sources,
-        fingerprint=_fingerprint(works, sources),
-        unigram_entropy=0.0,
-    )
-    num_tokens = index.num_tokens("train")
+    num_tokens = sum(source.num_tokens["train"] for source in sources)
     if not num_tokens:
         raise DataError(
             f"data.train holds no text to train on: {_few(train)} gave {sum(s.num_documents for s in sources)} documents"
-            + ("; data.validation: 0 holds nothing out of so little" if any(s.shards for s in sources) else "")
+            + ("; data.validation: 0 holds nothing out of so little" if any(s.num_documents for s in sources) else "")
         )
-    if isinstance(request.tokenizer, str):
-        tokenizer.save(partial)
+    whole = partial / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    tokenizer.save(whole)
     description = {**tokenizer.describe(), "validation": _fraction(request)}
     if not isinstance(request.tokenizer, str):
         description["bpe"] = request.tokenizer
-    shards = (index.tokens(name) for name, _ in index.shards("train"))
-    entropy = unigram_entropy(shards, num_tokens, tokenizer.vocab_size)
-    index = replace(index, tokenizer=description, unigram_entropy=entropy)
-    _publish(partial, target, index)
+    index = DataIndex(
+        directory=whole,
+        dtype="uint16" if works[0].dtype == "uint16" else "uint32",
+        tokenizer=description,
+        sources=sources,
+        files=shard.merge(works, sources, partial, whole),
+        fingerprint=_fingerprint(works, sources),
+        unigram_entropy=0.0,
+    )
+    tokens = (index.tokens(name) for name, _ in index.files["train"])
+    index = replace(index, unigram_entropy=unigram_entropy(tokens, num_tokens, tokenizer.vocab_size))
+    _publish(partial, whole, target, index)
     return read_index(target)
 
 
@@ -347,19 +351,16 @@ def _fingerprint(works: Sequence[shard.Work], sources: Sequence[Source]) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _publish(partial: Path, target: Path, index: DataIndex) -> None:
-    """Index last, then the rename; what no longer belongs to it goes first."""
-    keep = {name for source in index.sources for name, _ in source.shards.values()} | {"tokenizer.json"}
-    for file in partial.iterdir():
-        if file.name not in keep:
-            file.unlink()
-    shard.write_json(partial / INDEX, index.to_mapping())
+def _publish(partial: Path, whole: Path, target: Path, index: DataIndex) -> None:
+    """Index last, then the rename, then nothing is left to go on with."""
+    shard.write_json(whole / INDEX, index.to_mapping())
     aside = target.with_name(target.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         os.replace(target, aside)
-    publish(partial, target)
+    publish(whole, target)
     shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _few(paths: Sequence[Path]) -> str:

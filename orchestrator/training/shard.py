@@ -1,4 +1,4 @@
-"""One input file -> one file of tokens per split, whole or not there. Runs in a process of its own; pure of any job.
+"""One input file -> one file of tokens per split, in a process of its own; then all of them -> few large files. Pure of any job.
 
 A train file gives a fraction of its pieces to validation. A piece is a document, or a stretch of a long one; every
 1/fraction-th is held out, counted from a phase that differs from file to file, so that many small files give their
@@ -7,11 +7,14 @@ share too.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+import shutil
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -19,11 +22,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clusters.files import publish, write_atomically
+from clusters.files import write_atomically
 from orchestrator.training import corpus
-from orchestrator.training.data import SPLITS, DataError, Source, Split
+from orchestrator.training.data import SPLITS, DataError, Files, Source, Split
 from orchestrator.training.tokenizer import Tokenizer
 
+MERGED_BYTES = 2**30
+"""Of a merged file at most, unless the tokens of one input are more: many small files cost a system call each at every turn."""
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_TEXTS = 1024
 
@@ -51,6 +56,10 @@ class Work:
         """Name of the shard: that of the input, so that a second attempt finds it whatever stands beside it."""
         return hashlib.sha256(f"{self.split}/{self.path}".encode()).hexdigest()[:16]
 
+    def file(self, split: Split) -> str:
+        """Name of the file that holds the tokens which this input gives to a split."""
+        return f"{self.stem}-{split}.bin"
+
 
 def make(work: Work, tokenizer: Tokenizer, directory: Path, progress: Callable[[int], None] | None = None) -> Source:
     """Tokenizes one file, unless an earlier attempt did. Raises DataError, and OSError where the folder is at fault.
@@ -62,9 +71,11 @@ def make(work: Work, tokenizer: Tokenizer, directory: Path, progress: Callable[[
     if done is not None:
         return done
     before = _digest(Path(work.path))
-    partial = {split: directory / f"{work.stem}-{split}.partial" for split in SPLITS}
+    files = {split: directory / work.file(split) for split in SPLITS}
+    for file in files.values():
+        file.unlink(missing_ok=True)  # a prepared folder may hold a link to it
     try:
-        with open(partial["train"], "wb") as train, open(partial["validation"], "wb") as validation:
+        with open(files["train"], "xb") as train, open(files["validation"], "xb") as validation:
             writer = _Writer(work, {"train": train, "validation": validation})
             for text, ids in _encoded(Path(work.path), tokenizer):
                 writer.add(ids)
@@ -75,14 +86,10 @@ def make(work: Work, tokenizer: Tokenizer, directory: Path, progress: Callable[[
         stat = os.stat(work.path)
         if (stat.st_size, stat.st_mtime_ns) != (work.bytes, work.mtime_ns):
             raise DataError(f"{work.path} changed while it was read: run prepare again when nothing writes to it")
-        shards: dict[Split, tuple[str, int]] = {}
-        for split in SPLITS:
-            if writer.num_tokens[split]:
-                shards[split] = (f"{work.stem}-{split}.bin", writer.num_tokens[split])
-                publish(partial[split], directory / shards[split][0])
-    finally:
-        for file in partial.values():
+    except BaseException:
+        for file in files.values():
             file.unlink(missing_ok=True)
+        raise
     source = Source(
         path=work.path,
         split=work.split,
@@ -90,10 +97,57 @@ def make(work: Work, tokenizer: Tokenizer, directory: Path, progress: Callable[[
         mtime_ns=work.mtime_ns,
         sha256=before,
         num_documents=writer.num_documents,
-        shards=shards,
+        num_tokens=writer.num_tokens,
     )
-    write_json(directory / f"{work.stem}.json", {"work": asdict(work), "source": asdict(source)})
+    # Not synced: that would cost more than the tokens of a small file. What a power cut tears, the checksums tell.
+    note = {"work": asdict(work), "source": asdict(source), "crc32": writer.crc32}
+    (directory / f"{work.stem}.json").write_text(json.dumps(note), encoding="utf-8")
     return source
+
+
+def merge(works: Sequence[Work], sources: Sequence[Source], directory: Path, target: Path) -> dict[Split, Files]:
+    """Writes what `make` left in a folder one after the other into few files in another; they are not synced.
+
+    What is there stays, so that an attempt which is cut short here only merges again."""
+    files: dict[Split, Files] = {}
+    for split in SPLITS:
+        shards = [
+            (directory / work.file(split), source.num_tokens[split])
+            for work, source in zip(works, sources, strict=True)
+            if source.num_tokens[split]
+        ]
+        width = np.dtype(works[0].dtype).itemsize
+        merged: list[tuple[str, int]] = []
+        for number, group in enumerate(groups([num_tokens * width for _, num_tokens in shards], MERGED_BYTES)):
+            name = f"{split}-{number:05d}.bin"
+            _join([shards[place][0] for place in group], target / name)
+            merged.append((name, sum(shards[place][1] for place in group)))
+        files[split] = tuple(merged)
+    return files
+
+
+def groups(sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Places of sizes that follow one another, in groups whose sum is at most `most`, or that are one alone."""
+    grouped: list[list[int]] = []
+    total = 0
+    for place, size in enumerate(sizes):
+        if not grouped or total + size > most:
+            grouped.append([])
+            total = 0
+        grouped[-1].append(place)
+        total += size
+    return grouped
+
+
+def _join(parts: Sequence[Path], target: Path) -> None:
+    if len(parts) == 1:
+        with contextlib.suppress(OSError):  # a file system without links
+            os.link(parts[0], target)
+            return
+    with open(target, "wb") as joined:
+        for part in parts:
+            with open(part, "rb") as file:
+                shutil.copyfileobj(file, joined, 1 << 20)
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -107,14 +161,19 @@ def _finished(work: Work, directory: Path) -> Source | None:
         note = json.loads((directory / f"{work.stem}.json").read_text(encoding="utf-8"))
         if note["work"] != asdict(work):
             return None
-        source = note["source"]
-        shards = {split: (str(name), int(tokens)) for split, (name, tokens) in source["shards"].items()}
-        width = np.dtype(work.dtype).itemsize
-        if any((directory / name).stat().st_size != tokens * width for name, tokens in shards.values()):
+        if any(_crc32(directory / work.file(split)) != note["crc32"][split] for split in SPLITS):
             return None
-        return Source(**{**source, "shards": shards})
+        return Source(**note["source"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
 
 
 def _digest(path: Path) -> str:
@@ -145,6 +204,8 @@ class _Writer:
     work: Work
     files: dict[Split, IO[bytes]]
     num_tokens: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    crc32: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
+    """Of what each split's file holds."""
     num_documents: int = 0
     _num_pieces: int = 0
     _held: list[NDArray[Any]] = field(default_factory=list)
@@ -173,7 +234,9 @@ class _Writer:
     def _leave(self) -> None:
         split = self._split()
         tokens = np.concatenate(self._held).astype(np.dtype(self.work.dtype).newbyteorder("<"))
-        self.files[split].write(tokens.tobytes())
+        raw = tokens.tobytes()
+        self.files[split].write(raw)
+        self.crc32[split] = zlib.crc32(raw, self.crc32[split])
         self.num_tokens[split] += len(tokens)
         self._held, self._num_held = [], 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import subprocess
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 from orchestrator.training import shard
 from orchestrator.training.data import (
-    MAX_OPEN_SHARDS,
+    MAX_OPEN_FILES,
     DataError,
     TokenDataset,
     batch_indices,
@@ -50,7 +51,7 @@ def request(folder: Path, **fields) -> Request:
 
 def stream(folder: Path, split: str = "train") -> list[int]:
     index = read_index(folder)
-    return [int(token) for name, _ in index.shards(split) for token in index.tokens(name)]
+    return [int(token) for name, _ in index.files[split] for token in index.tokens(name)]
 
 
 def test_bytes_and_the_end_of_each_text_are_all_that_is_stored(tmp_path):
@@ -147,7 +148,7 @@ def test_a_corpus_of_2000_files_is_prepared_and_read_with_256_descriptors(tmp_pa
     (train, sequences, mapped), (held_out, held_sequences, _) = (line.split() for line in done.stdout.splitlines())
     assert (train, held_out) == ("train", "validation")
     assert num_tokens - 18 <= 8 * (int(sequences) + int(held_sequences)) <= num_tokens
-    assert int(mapped) <= MAX_OPEN_SHARDS
+    assert int(mapped) <= MAX_OPEN_FILES
 
 
 @pytest.mark.parametrize(
@@ -236,21 +237,78 @@ def test_an_attempt_cut_short_goes_on_with_the_files_that_are_left(tmp_path, mon
     assert left == {"tokens", "tokens.lock", *(f"part-{n}.jsonl" for n in range(3))}
 
 
+def test_what_a_power_cut_tore_of_an_attempt_is_made_again(tmp_path, monkeypatch):
+    corpus(tmp_path, name="a", documents=["the first text"])
+    corpus(tmp_path, name="b", documents=["the second text"])
+    asked = request(tmp_path, train=("*.jsonl",))
+    with monkeypatch.context() as patch:
+        patch.setattr(shard, "merge", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(asked, directory=tmp_path / "tokens")
+    for torn in (tmp_path / "tokens.partial").glob("*-train.bin"):
+        torn.write_bytes(bytes(torn.stat().st_size))
+    prepare(asked, directory=tmp_path / "tokens")
+    assert stream(tmp_path / "tokens") == [*b"the first text", END, *b"the second text", END]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "grouped"),
+    [([], []), ([3], [[0]]), ([9, 1], [[0], [1]]), ([2, 2, 1, 4, 9, 1, 1], [[0, 1, 2], [3], [4], [5, 6]])],
+)
+def test_files_are_merged_in_order_up_to_a_size(sizes, grouped):
+    assert shard.groups(sizes, 5) == grouped
+
+
+def test_a_folder_with_one_file_of_tokens_per_input_is_read_as_before(tmp_path):
+    """Format 1, of the first version."""
+    (tmp_path / "a.bin").write_bytes(np.array([1, 2, 3], "<u2").tobytes())
+    (tmp_path / "b.bin").write_bytes(np.array([4, 5], "<u2").tobytes())
+    source = {"path": "/a.txt", "split": "train", "bytes": 9, "mtime_ns": 0, "sha256": "", "num_documents": 1}
+    index = {
+        "format": 1,
+        "dtype": "uint16",
+        "tokenizer": {"kind": "byte", "vocab_size": 257, "end_of_text": 256, "fingerprint": "byte-1"},
+        "sources": [{**source, "shards": {"train": [name, count]}} for name, count in (("a.bin", 3), ("b.bin", 2))],
+        "fingerprint": "1",
+        "unigram_entropy": 1.0,
+    }
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    assert stream(tmp_path) == [1, 2, 3, 4, 5]
+    assert read_index(tmp_path).num_tokens("validation") == 0
+
+
 def test_a_full_disk_leaves_nothing_half_written_and_the_old_folder_as_it_was(tmp_path, monkeypatch):
     corpus(tmp_path)
     before = prepare(request(tmp_path), directory=tmp_path / "tokens")
-    replace = os.replace
+    corpus(tmp_path, name="more")
+    asked = request(tmp_path, train=("*.jsonl",))
+    partial = tmp_path / "tokens.partial"
+    for full_file, num_finished in (("-train.bin", 0), ("/whole/train-00000.bin", 2), ("/whole/.index.json", 2)):
+        with monkeypatch.context() as patch:
+            patch.setattr(io, "open", full_disk(io.open, full_file))
+            patch.setattr(shard, "open", full_disk(open, full_file), raising=False)
+            with pytest.raises(DataError, match="is full: free space, or set XDG_CACHE_HOME"):
+                prepare(asked, directory=tmp_path / "tokens")
+        assert read_index(tmp_path / "tokens") == before
+        assert len(list(partial.glob("*.json"))) == len(list(partial.glob("*-train.bin"))) == num_finished
+    assert prepare(asked, directory=tmp_path / "tokens").num_documents == 2 * before.num_documents
+    assert not partial.exists()
 
-    def full(source, target):
-        if str(source).endswith(".partial") and "train" in str(source):
-            raise OSError(errno.ENOSPC, "No space left on device", str(target))
-        replace(source, target)
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(DataError, match="is full: free space, or set XDG_CACHE_HOME"):
-        prepare(request(tmp_path, validation=0.5), directory=tmp_path / "tokens")
-    assert read_index(tmp_path / "tokens") == before
-    assert list((tmp_path / "tokens.partial").iterdir()) == []
+def full_disk(open_file, part):
+    """`open` on a disk that has no room for files with this part in their path."""
+
+    class Full(io.BytesIO):
+        def write(self, _):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def opened(file, mode="r", *rest, **named):
+        if part in str(file) and set(mode) & set("wx"):
+            open_file(file, mode, *rest, **named).close()
+            return Full() if "b" in mode else io.TextIOWrapper(Full(), write_through=True)
+        return open_file(file, mode, *rest, **named)
+
+    return opened
 
 
 def test_progress_ends_with_all_bytes(tmp_path):
@@ -326,7 +384,7 @@ def test_a_folder_that_is_missing_torn_or_too_small_is_refused_with_advice(tmp_p
     index = prepare(request(tmp_path), directory=folder)
     with pytest.raises(DataError, match=r"one sequence needs 100001: add text to data\.train, or lower"):
         TokenDataset(folder, "train", 100_000)
-    name, num_tokens = index.sources[0].shards["train"]
+    ((name, num_tokens),) = index.files["train"]
     with open(folder / name, "r+b") as file:
         file.truncate(num_tokens)
     with pytest.raises(

@@ -58,16 +58,17 @@ def prepared(directory: Path, *, tokenizer: str = "byte-1", tokens: str = "token
     sources = []
     for split, length in (("train", 4000), ("validation", 500)):
         (np.arange(length) * 7 % 61).astype("<u2").tofile(directory / f"{split}.bin")
-        shards = {split: (f"{split}.bin", length)}
+        num_tokens = {"train": 0, "validation": 0} | {split: length}
         source = Source(
-            path=split, split=split, bytes=length, mtime_ns=0, sha256="", num_documents=1, shards=shards
-        )  # fmt: skip
+            path=split, split=split, bytes=length, mtime_ns=0, sha256="", num_documents=1, num_tokens=num_tokens
+        )
         sources.append(source)
     index = DataIndex(
         directory=directory,
         dtype="uint16",
         tokenizer={"kind": "byte", "vocab_size": 257, "end_of_text": 256, "fingerprint": tokenizer},
         sources=tuple(sources),
+        files={"train": (("train.bin", 4000),), "validation": (("validation.bin", 500),)},
         fingerprint=tokens,
         unigram_entropy=math.log(61),
     )
