@@ -312,7 +312,7 @@ class CheckpointSpec(Section):
     directory: Annotated[str, Field(min_length=1)] = Field(default="runs", examples=["runs"])
     """Folder of the run folders, relative to the current folder."""
     every: Every = Field(default="10m", validate_default=True, examples=["10m"])
-    """Steps, a duration, or auto (from the time of a save and between failures)."""
+    """Steps, a duration, or auto: sqrt(2 x cost of a save x time between failures of so many GPUs), a minute to an hour."""
     keep: Count = Field(default=3, examples=[3])
     """Checkpoints that are kept, newest first."""
 

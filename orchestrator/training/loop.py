@@ -27,7 +27,7 @@ from orchestrator.training.assignment import Outcome
 from orchestrator.training.batches import Batch, Batches, Share, cut
 from orchestrator.training.checkpoint import CheckpointFailed, CheckpointInfo, PendingSave
 from orchestrator.training.data import TokenDataset
-from orchestrator.training.schedule import CheckpointEvery
+from orchestrator.training.schedule import CheckpointAuto, CheckpointEvery
 from strategies.engines.engine import Session, StepResult
 
 MAX_EVALUATION_BATCHES = 16
@@ -44,7 +44,8 @@ class Settings:
     learning_rate: Callable[[int], float]
     tokens_per_step: int
     evaluate_every: int | None
-    checkpoint_every: CheckpointEvery
+    checkpoint_every: CheckpointEvery | None
+    """None: by what a save costs and how often GPUs fail."""
     keep: int
     checkpoint_directory: Path
     info: CheckpointInfo
@@ -79,12 +80,17 @@ class Loop:
         self.last_checkpoint, self.saved_step = loaded_from, done if loaded_from else None
         self.pending: PendingSave | None = None
         self.stop_cause: str | None = None
+        self.auto = (
+            None if settings.checkpoint_every else CheckpointAuto(num_gpus=world.size, state_bytes=state_bytes(session))
+        )
+        self.checkpoint_every = self.auto or settings.checkpoint_every
         self.saved_at = time.monotonic()
         self.mark = time.perf_counter()
 
     def run(self) -> Outcome:
         """Trains to the last step, or to the step after which all ranks agreed to stop."""
         settings = self.settings
+        self._tell_interval()
         while self.done < settings.num_steps:
             batch = self.batches.next()
             waited_s = time.perf_counter() - self.mark
@@ -140,13 +146,16 @@ class Loop:
     def _agree(self) -> tuple[bool, bool]:
         """(stop, checkpoint) on every rank alike: any rank may ask to stop, rank 0's clock asks for a checkpoint."""
         self.stop_cause = self.should_stop()
-        due = self.settings.checkpoint_every.is_due(step=self.done, seconds_since_last=time.monotonic() - self.saved_at)
+        assert self.checkpoint_every is not None
+        due = self.checkpoint_every.is_due(step=self.done, seconds_since_last=time.monotonic() - self.saved_at)
         stop, save = self.world.any(self.stop_cause is not None, due and self.world.rank == 0)
         return stop, save
 
     def _report_step(self, batch: Batch, result: StepResult, *, waited_s: float, engine_s: float) -> None:
         now = time.perf_counter()
         step_s, self.mark = now - self.mark, now
+        if self.auto is not None:
+            self.auto.step_took(step_s, saving=self.pending is not None)
         settings = self.settings
         speed = settings.tokens_per_step / step_s
         speed_per_gpu = speed / self.world.size
@@ -227,7 +236,14 @@ class Loop:
             seconds=pending.seconds,
             blocked_s=pending.blocked_s,
         )
+        if self.auto is not None:
+            self.auto.saved(blocked_s=pending.blocked_s, seconds=pending.seconds)
+            self._tell_interval()
         return None
+
+    def _tell_interval(self) -> None:
+        if self.auto is not None and self.done < self.settings.num_steps and (told := self.auto.news()) is not None:
+            self._event("checkpoint_interval", told, seconds=self.auto.seconds, cost_s=self.auto.cost_s)
 
     # Ends ------------------------------------------------------------------------------------------------------------
 
@@ -293,6 +309,13 @@ class Groups:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.decisions)
         return values
+
+
+def state_bytes(session: Session) -> int:
+    """Bytes of what a checkpoint holds on this rank: weights and optimizer states, replicas counted whole."""
+    held = session.tensors()
+    weights = held.get("master_weights") or held.get("parameters", [])
+    return sum(tensor.nbytes for tensor in (*weights, *held.get("optimizer_states", [])))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -48,7 +48,6 @@ from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
 from strategies.engines.engine import OptimizerSettings, Session
 from strategies.engines.native import build_session as build_native
 
-AUTO_EVERY_S = 600.0
 MAY_DIFFER = ("cluster", "strategy", "objective", "targets", "checkpoint", "recovery")
 """Parts of the job that no loss depends on."""
 
@@ -253,11 +252,10 @@ def share_of(assignment: Assignment, device: torch.device) -> Share:
 
 def settings_of(assignment: Assignment, job: Job, info: CheckpointInfo) -> Settings:
     every = job.checkpoint.every
-    if every == "auto":
-        checkpoint_every = CheckpointEvery(seconds=AUTO_EVERY_S)
-    elif isinstance(every, Duration):
+    checkpoint_every = None
+    if isinstance(every, Duration):
         checkpoint_every = CheckpointEvery(seconds=float(every))
-    else:
+    elif every != "auto":
         checkpoint_every = CheckpointEvery(num_steps=int(every))
     return Settings(
         num_steps=info.num_steps,

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.training.schedule import CheckpointEvery, learning_rate
+from orchestrator.training.schedule import (
+    GPU_SECONDS_BETWEEN_FAILURES,
+    CheckpointAuto,
+    CheckpointEvery,
+    checkpoint_interval_s,
+    learning_rate,
+)
 
 
 @pytest.mark.parametrize(
@@ -56,3 +62,59 @@ def test_a_checkpoint_is_due_by_steps_or_by_the_clock(every, step, seconds, due)
 def test_exactly_one_interval_is_set(fields):
     with pytest.raises(ValueError, match="one of the two"):
         CheckpointEvery(**fields)
+
+
+@pytest.mark.parametrize(
+    ("cost_s", "num_gpus", "save_s", "wanted"),
+    [
+        # The mean time between failures of 16,384 GPUs is 54 days / 419 = 11,135 s.
+        (30.0, 16384, 0.0, (2 * 30.0 * 54 * 86400 / 419) ** 0.5),  # 817 s
+        (30.0, 4 * 16384, 0.0, (2 * 30.0 * 54 * 86400 / 419) ** 0.5 / 2),  # four times the GPUs, half the interval
+        (120.0, 16384, 0.0, 2 * (2 * 30.0 * 54 * 86400 / 419) ** 0.5),  # four times the cost, twice the interval
+        (30.0, 8, 0.0, 3600.0),  # 8 GPUs fail once in 264 days: an hour is the most
+        (0.0, 8, 0.0, 60.0),  # what costs nothing is still not done all the time
+        (1e-3, 16384, 0.0, 60.0),
+        (1e-3, 16384, 500.0, 500.0),  # the save before must have ended
+        (30.0, 8, 7200.0, 7200.0),
+    ],
+)
+def test_the_interval_balances_saving_and_failures(cost_s, num_gpus, save_s, wanted):
+    got = checkpoint_interval_s(cost_s=cost_s, num_gpus=num_gpus, save_s=save_s)
+    assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_a_failure_is_expected_as_often_as_in_the_llama_3_report():
+    hours = GPU_SECONDS_BETWEEN_FAILURES / 16384 / 3600
+    assert hours == pytest.approx(3.09, abs=0.01)
+
+
+def test_the_cost_of_a_save_is_predicted_then_measured_by_what_it_blocks_and_slows():
+    auto = CheckpointAuto(num_gpus=16384, state_bytes=int(10e9))
+    assert auto.cost_s == pytest.approx(10.0)
+    first = auto.seconds
+    assert first == pytest.approx(checkpoint_interval_s(cost_s=10.0, num_gpus=16384))
+    assert not auto.is_due(step=5, seconds_since_last=first - 1)
+    assert auto.is_due(step=5, seconds_since_last=first)
+    for _ in range(9):
+        auto.step_took(2.0, saving=False)
+    for seconds in (3.0, 2.5, 2.0):
+        auto.step_took(seconds, saving=True)
+    auto.saved(blocked_s=0.5, seconds=7.0)
+    assert auto.cost_s == pytest.approx(0.5 + 1.0 + 0.5)
+    auto.step_took(2.0, saving=True)
+    auto.saved(blocked_s=0.5, seconds=7.0)
+    assert auto.cost_s == pytest.approx(0.5), "the steps of the save before are not counted again"
+
+
+def test_an_interval_is_told_once_and_again_when_it_has_changed():
+    auto = CheckpointAuto(num_gpus=16384, state_bytes=int(10e9))
+    told = auto.news()
+    assert told is not None
+    assert told.startswith(
+        "a checkpoint is due every 472 s: one costs training 10 s (predicted), and 16384 accelerators fail once"
+    )
+    assert auto.news() is None
+    auto.saved(blocked_s=9.0, seconds=9.0)
+    assert auto.news() is None, "near enough"
+    auto.saved(blocked_s=1.0, seconds=9.0)
+    assert "149 s: one costs training 1 s (measured)" in (auto.news() or "")

@@ -159,6 +159,23 @@ def test_a_run_learns_reports_every_step_and_leaves_checkpoints(assignment):
     assert not list(Path(assignment.run_directory, "checkpoints").glob("*.partial"))
 
 
+def test_the_interval_of_auto_is_told_predicted_then_measured(assignment, monkeypatch):
+    _, _, events = run(replace(assignment, job=job(checkpoint={"every": "auto"})))
+    (told,) = [event for event in events if event.kind == "checkpoint_interval"]
+    assert told.step == 0
+    assert 60 <= told.details["seconds"] <= 3600
+    assert "(predicted)" in told.cause
+    assert kinds(events).count("checkpoint") == 1, "the end alone: eight steps take no minute"
+    for bound in ("SHORTEST_S", "LONGEST_S"):
+        monkeypatch.setattr(f"orchestrator.training.schedule.{bound}", 1e-6)
+    again = replace(assignment, run_directory=f"{assignment.run_directory}-2", job=job(checkpoint={"every": "auto"}))
+    _, _, events = run(again)
+    assert kinds(events).count("checkpoint") > 1
+    told = [event for event in events if event.kind == "checkpoint_interval"]
+    assert "(predicted)" in told[0].cause
+    assert "(measured)" in told[1].cause
+
+
 def test_the_second_of_two_equal_runs_has_the_same_losses(assignment, tmp_path):
     first = run(assignment)[1]
     second = run(replace(assignment, run_directory=str(tmp_path / "again"), measure_memory=False))[1]
