@@ -42,6 +42,10 @@ class StepReport:
     """Inside the engine's step function; what step_s has beyond it is orchestration."""
     skipped: bool = False
     """The loss scaler met an overflow: the samples are consumed, the weights unchanged."""
+    monotonic_s: float | None = None
+    """When it was written down, by a clock that nobody sets; it counts from a start of the machine. None: an older file."""
+    boot: str = ""
+    """Which start of which machine that is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +57,9 @@ class Event:
     step: int | None = None
     cause: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+    monotonic_s: float | None = None
+    """As in StepReport."""
+    boot: str = ""
 
 
 Record = TypeVar("Record", StepReport, Event)
