@@ -29,6 +29,9 @@ class Ledger:
     _paused: dict[str, float] = field(default_factory=dict)
     totals: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BUCKETS, 0.0))
 
+    def take(self, record: StepReport | Event) -> dict[str, float]:
+        return self.step(record) if isinstance(record, StepReport) else self.event(record)
+
     def event(self, event: Event) -> dict[str, float]:
         if event.kind == "run":
             self._at, self._waiting = when(event), "starting"  # time between two commands is nobody's
@@ -83,11 +86,16 @@ def when(record: StepReport | Event) -> float:
     return record.time_unix_s if record.monotonic_s is None else record.monotonic_s
 
 
-def in_order(reports: Iterable[StepReport], events: Iterable[Event]) -> list[StepReport | Event]:
+def in_order(
+    reports: Iterable[StepReport], events: Iterable[Event], boots: dict[str, int] | None = None
+) -> list[StepReport | Event]:
     """Both files as one history. Each is in order already; between them, a monotonic time is compared with those of the same
-    start of the machine alone, and the starts follow each other as in the files."""
+    start of the machine alone, and the starts follow each other as in the files. `boots` keeps their order from piece to piece
+    of a history."""
+    boots = {} if boots is None else boots
     records: list[StepReport | Event] = [*events, *reports]
-    boots = {boot: number for number, boot in enumerate(dict.fromkeys(record.boot for record in records))}
+    for record in records:
+        boots.setdefault(record.boot, len(boots))
     return sorted(records, key=lambda record: (boots[record.boot], when(record)))
 
 
@@ -95,8 +103,5 @@ def ledger_of(reports: Iterable[StepReport], events: Iterable[Event]) -> Ledger:
     """The ledger of a finished or running run, from its files."""
     ledger = Ledger()
     for record in in_order(reports, events):
-        if isinstance(record, StepReport):
-            ledger.step(record)
-        else:
-            ledger.event(record)
+        ledger.take(record)
     return ledger
