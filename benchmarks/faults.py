@@ -32,8 +32,8 @@ from orchestrator.training.manifest import latest
 
 STRIKE_AT = 12
 """Step at which a fault strikes; two checkpoints are there by then."""
-HANG_SCALE = 0.03
-"""Of the limits where a hang must be seen: 9 s without a sign of life, 54 s for the first step."""
+HANG_SCALE = 0.06
+"""Of the limits where a hang must be seen: 18 s without a sign of life, 108 s for the first step."""
 LIMIT_S = 240.0
 """Longest run of the command."""
 CLOCK = """

@@ -42,9 +42,9 @@ def before(owner, name, act):
 def arrange(loop):
     """Changes the training code of this process; `loop` is the module orchestrator.training.loop."""
     import torch.distributed as dist
-    from orchestrator.models.opt import Block
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
+    from orchestrator.models.decoder import Block
     from orchestrator.training.data import TokenDataset
 
     now = {"step": 0}

@@ -31,6 +31,7 @@ TOLD = {
     "evaluation": "cyan",
     "stopping": "yellow",
     "lost": "red",
+    "not_ended": "red",
     "disk_full": "red",
     "records_delayed": "yellow",
     "records_missing": "yellow",

@@ -14,6 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.training.pulse import Pulse
+
 PEER_GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -30,6 +32,7 @@ PEER_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
 class TrainingWorker:
     def __init__(self, logs: str, rank: int) -> None:
         self._stop_cause: str | None = None
+        self._pulse: Pulse | None = None
         self._log_refused: str | None = None
         self._rank = rank
         self._listener: socket.socket | None = None
@@ -77,6 +80,7 @@ class TrainingWorker:
         from orchestrator.training.worker import train
 
         assignment = Assignment.from_mapping(mapping)
+        self._pulse = Pulse()
         # Straight to the disk: a step that is in a checkpoint is in the file, whoever dies next.
         journal = Journal(Path(assignment.run_directory))
         if self._log_refused is not None:
@@ -88,10 +92,15 @@ class TrainingWorker:
             should_stop=lambda: self._stop_cause,
             ends_with_process=True,
             listener=self._listener,
+            pulse=self._pulse,
         )
         if assignment.rank == 0 and (missing := journal.sync()):
             outcome = replace(outcome, cause="; ".join(filter(None, [outcome.cause, missing])))
         return asdict(outcome)
+
+    def sign(self) -> dict[str, Any] | None:
+        """What the training thread is doing; None before it trains."""
+        return None if self._pulse is None else self._pulse.sign().to_mapping()
 
     def stop(self, cause: str) -> None:
         self._stop_cause = cause

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from orchestrator.control.processes import end_marked, marked_environment, session_folder
+from orchestrator.training.limits import Limits
 
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -28,8 +29,9 @@ class Host(Protocol):
     def hear(self, timeout_s: float) -> dict[str, Any] | None:
         """The next message; None where none came in time; {"kind": "gone"} where none can come any more."""
 
-    def end(self) -> None:
-        """Ends it and everything that it started."""
+    def end(self, within_s: float) -> list[int]:
+        """Ends it and everything that it started; the ids of processes that outlive SIGKILL for so long, because the kernel
+        holds them in a read or write that does not come back."""
 
 
 @contextlib.contextmanager
@@ -48,11 +50,13 @@ def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
 class RayHost:
     """`python -m orchestrator.control.ray_runtime` in a session of its own: the terminal's Ctrl-C is for `run` alone."""
 
-    def __init__(self, run_directory: Path) -> None:
+    def __init__(
+        self, run_directory: Path, *, program: Sequence[str] = ("-m", "orchestrator.control.ray_runtime")
+    ) -> None:
         self.mark, self.session = str(run_directory.resolve()), session_folder(run_directory)
         logs = run_directory.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "orchestrator.control.ray_runtime", str(logs), str(self.session)]
+        command = [sys.executable, *program, str(logs), str(self.session)]
         with (logs / "ray.log").open("a") as log, held_back(ENDING_SIGNALS):
             self.process = subprocess.Popen(
                 command,
@@ -65,20 +69,34 @@ class RayHost:
         self._messages: queue.Queue[dict[str, Any]] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        self._commands: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        self._sender = threading.Thread(target=self._send, daemon=True)
+        self._sender.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self._messages.put(json.loads(line))
+            try:
+                message = json.loads(line)
+                self._messages.put({**message, "kind": message["kind"]})
+            except (
+                ValueError,
+                TypeError,
+                KeyError,
+            ):  # half a line of a process that died, or something that printed there
+                self._messages.put({"kind": "garbled", "line": line[:200].decode(errors="replace").rstrip()})
         self._messages.put({"kind": "gone"})
 
-    def tell(self, **command: Any) -> None:
+    def _send(self) -> None:
+        """A process that is stopped reads nothing, and its pipe is soon full: only this thread waits for it."""
         assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(command).encode() + b"\n")
-            self.process.stdin.flush()
-        except (BrokenPipeError, OSError):
-            return
+        with contextlib.suppress(OSError, ValueError):  # it died, which `hear` tells
+            while (command := self._commands.get()) is not None:
+                self.process.stdin.write(json.dumps(command).encode() + b"\n")
+                self.process.stdin.flush()
+
+    def tell(self, **command: Any) -> None:
+        self._commands.put(command)
 
     def hear(self, timeout_s: float) -> dict[str, Any] | None:
         try:
@@ -86,13 +104,49 @@ class RayHost:
         except queue.Empty:
             return None
 
-    def end(self) -> None:
+    def end(self, within_s: float) -> list[int]:
         self.process.kill()
-        self.process.wait(timeout=10)
-        end_marked(self.mark)  # quicker than ray.shutdown, and there is nothing for Ray to save
+        left = end_marked(
+            self.mark, within_s=within_s
+        )  # quicker than ray.shutdown, and there is nothing for Ray to save
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout=within_s if not left else 0)
         shutil.rmtree(self.session, ignore_errors=True)
-        self._reader.join(timeout=10)  # nobody is left to write
-        for pipe in (self.process.stdin, self.process.stdout):
+        self._commands.put(None)
+        for thread, pipe in ((self._sender, self.process.stdin), (self._reader, self.process.stdout)):
+            thread.join(timeout=within_s)  # nobody is left to read or write
             assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+            if not thread.is_alive():
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
+        return left
+
+
+class Early:
+    """The host process, started in the background before it is known whether it is needed."""
+
+    def __init__(self, make: Callable[[], Host]) -> None:
+        self._make = make
+        self._first: Host | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._first = self._make()
+        except BaseException as error:  # told to who asks for the host
+            self._error = error
+
+    def start(self) -> Host:
+        """The first call has the one that was started early."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        host, self._first = self._first, None
+        return host or self._make()
+
+    def end(self) -> None:
+        self._thread.join()
+        if self._first is not None:
+            self._first.end(Limits().kill_s)

@@ -6,6 +6,7 @@ another. It decides nothing. Commands come as JSON lines on standard input, answ
     {"do": "begin", "num_workers", "num_gpus", "limits"}  -> {"kind": "ready", "port", "pids", "phases"} or failed
     {"do": "train", "assignments": [...]}              -> {"kind": "outcome", ...} or {"kind": "failed", "failure", "cause"}
     {"do": "stop", "cause": "Ctrl-C"}                     an outcome follows
+                                                       -> {"kind": "signs", "signs": {rank: what it is doing}}, now and then
 
 The end of standard input ends everything: the parent has gone, or wants it so.
 """
@@ -32,6 +33,8 @@ from orchestrator.control.actor import TrainingWorker
 from orchestrator.control.processes import MARK, end, end_marked
 from orchestrator.training.limits import Limits
 
+LOOK_S = 1.0
+"""Between two looks at what the workers are doing."""
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing travels through Ray's object store; this is about the least that Ray takes."""
 QUIET = {
@@ -64,6 +67,9 @@ class Runtime:
         self.pids: list[int] = []
         self.running: dict[Any, int] = {}
         """Future of a worker's end -> its rank."""
+        self.asked: dict[Any, int] = {}
+        """Future of a worker's sign of life -> its rank; one at a time, since a process that is stopped answers none."""
+        self.looked_at = 0.0
 
     # Start ------------------------------------------------------------------------------------------------------------
 
@@ -167,6 +173,24 @@ class Runtime:
             for rank, (worker, assignment) in enumerate(zip(self.actors, assignments, strict=True))
         }
 
+    def look(self) -> None:
+        """Tells what the workers are doing, now and then; a message without one says that this process lives."""
+        if time.monotonic() - self.looked_at < LOOK_S:
+            return
+        self.looked_at = time.monotonic()
+        signs: dict[int, Any] = {}
+        if self.asked:
+            for future in self.ray.wait(list(self.asked), num_returns=len(self.asked), timeout=0)[0]:
+                rank = self.asked.pop(future)
+                try:
+                    signs[rank] = self.ray.get(future)
+                except Exception:  # it died, which its other future tells
+                    continue
+        waiting = set(self.asked.values())
+        for rank in set(self.running.values()) - waiting:
+            self.asked[self.actors[rank].sign.remote()] = rank
+        self.tell(kind="signs", signs={rank: sign for rank, sign in signs.items() if sign is not None})
+
     def stop(self, cause: str) -> None:
         for worker in self.actors:
             worker.stop.remote(cause)
@@ -209,7 +233,7 @@ class Runtime:
             except Exception as error:
                 _log(f"ray.kill: {error}")
         end(self.pids)
-        self.actors, self.pids, self.running = [], [], {}
+        self.actors, self.pids, self.running, self.asked = [], [], {}, {}
 
 
 def judged(answers: Mapping[int, Mapping[str, Any]], *, num_workers: int) -> dict[str, Any]:
@@ -252,8 +276,12 @@ def _tell(file: Any, lock: threading.Lock, **message: Any) -> None:
 
 def _listen(commands: queue.Queue[dict[str, Any]]) -> None:
     """Ends everything where the parent is gone, whatever the main thread hangs in."""
-    for line in sys.stdin:
-        commands.put(json.loads(line))
+    for line in sys.stdin.buffer:
+        try:
+            command = json.loads(line)
+            commands.put({**command, "do": command["do"]})
+        except (ValueError, TypeError, KeyError) as error:
+            print(f"a command that is not JSON was skipped: {line[:200]!r} ({error})", file=sys.stderr, flush=True)
     end_marked(os.environ[MARK])
     os._exit(1)
 
@@ -274,6 +302,7 @@ def serve(logs: Path, session: Path) -> None:
             command = commands.get(timeout=0.05)
         except queue.Empty:
             runtime.tick()
+            runtime.look()
             continue
         try:
             match command.pop("do"):

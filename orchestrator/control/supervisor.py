@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from orchestrator.control.disk import DiskWatch
 from orchestrator.control.folder import RunFolder
 from orchestrator.control.host import Host
 from orchestrator.control.recovery import Failure, FailureKind, GiveUp, Policy, on_failure
+from orchestrator.control.watch import Pace, Watch, hang, stop_s
 from orchestrator.telemetry.journal import Journal, told
-from orchestrator.telemetry.records import Event, StepReport, Tail, recent
+from orchestrator.telemetry.records import Event, StepReport, Tail, last_step
 from orchestrator.training import manifest
 from orchestrator.training.assignment import Outcome
 from orchestrator.training.limits import Limits
+from orchestrator.training.pulse import Sign
 
 TICK_S = 0.1
 
@@ -75,6 +77,8 @@ class Supervisor:
     stop: Stop
     watchers: Sequence[Watcher] = ()
     limits: Limits = field(default_factory=Limits)
+    pace: Pace = field(default_factory=Pace)
+    """At first what the plan predicts."""
     began_unix_s: float = field(default_factory=time.time)
     """When the user's command began; first_step_s counts from here."""
     phases: dict[str, float] = field(default_factory=dict)
@@ -92,6 +96,7 @@ class Supervisor:
         self._step = 0
         self._attempt_steps = 0
         self._failures: list[Failure] = []
+        self._watch = Watch(num_workers=self.num_workers)
 
     # The life of a run ------------------------------------------------------------------------------------------------
 
@@ -115,6 +120,8 @@ class Supervisor:
             decision = on_failure(self._failures, self.policy)
             if isinstance(decision, GiveUp):
                 return self._ending("lost" if decision.lost_cluster else "failed", decision.reason, details)
+            if self.stop.cause is not None:
+                return self._ending("stopped", f"{self.stop.cause}; no checkpoint of it, since {ended.cause}", details)
             self._write("restart", ended.cause, {**details, "after_s": decision.after_s})
             if not self._pause(decision.after_s):
                 return self._stopped_before_training()
@@ -123,22 +130,29 @@ class Supervisor:
 
     def close(self) -> None:
         """Ends all processes of the run."""
-        if self._host is not None:
-            self._host.end()
-            self._host = None
+        if self._host is None:
+            return
+        left = self._host.end(self.limits.kill_s)
+        self._host = None
+        if left:
+            cause = (
+                f"processes {left} outlive SIGKILL: the kernel holds them in a read or write that does not come back"
+            )
+            self._write("not_ended", cause, {"pids": left})
 
     # One attempt ------------------------------------------------------------------------------------------------------
 
     def _attempt(self) -> Ending | Failure:
         resume = manifest.latest(self.folder.checkpoints, report=self._append)
-        if (
-            resume is not None
-            and (recorded := max((report.step for report in recent(self.folder.metrics)), default=0)) < resume.step
-        ):
+        if resume is not None and (recorded := last_step(self.folder.metrics)) < resume.step:
             steps = f"steps {recorded + 1} to {resume.step}"
             self._write("records_missing", f"metrics.jsonl lacks {steps}, which {resume.path.name} contains")
         self._step = max(self._step, resume.step if resume else 0)
         self._attempt_steps = 0
+        self._watch = Watch(num_workers=self.num_workers)
+        self.pace = replace(self.pace, recent_steps_s=())
+        if resume is not None:
+            self.pace = replace(self.pace, checkpoint_bytes=float(resume.num_bytes))
         ready = self._hear_until_ready()
         if not isinstance(ready, dict):
             return ready
@@ -162,6 +176,8 @@ class Supervisor:
 
     def _train(self) -> Ending | Failure:
         told_at: float | None = None
+        self._watch.heard(())
+        self._watch.progressed()
         while True:
             message = self._hear()
             if message is not None:
@@ -174,26 +190,56 @@ class Supervisor:
                 assert self._host is not None
                 self._host.tell(do="stop", cause=self.stop.cause)
                 self._write("stopping", f"{self.stop.cause}: a checkpoint, then the end")
-                told_at = time.monotonic()
-            if told_at is not None and time.monotonic() - told_at > self.limits.save_s:
-                return self._ending("stopped", f"{self.stop.cause}: no checkpoint within {self.limits.save_s:.0f} s")
+                told_at = self._watch.now_s
+            limit_s = stop_s(self.pace, self.limits)
+            if told_at is not None and self._watch.now_s - told_at > limit_s:
+                return self._ending("stopped", f"{self.stop.cause}: no checkpoint within {limit_s:.0f} s")
+            if (cause := self._hangs()) is not None:
+                return self._failure({"kind": "failed", "failure": "hang", "cause": cause})
 
     def _hear(self) -> dict[str, Any] | None:
         assert self._host is not None
         message = self._host.hear(TICK_S)
+        self._watch.look(time.monotonic())
         self._tell_of_disk(self._disk.look())
         self._catch_up()
+        if message is not None and message["kind"] == "garbled":
+            cause = f"the process that holds Ray said what is not JSON, which was skipped: {message['line']!r}"
+            self._write("line_skipped", cause)
+            return None
+        if message is not None and message["kind"] == "signs":
+            self._watch.heard((int(rank), Sign.from_mapping(sign)) for rank, sign in message["signs"].items())
+            return None
         return message
+
+    def _hangs(self) -> str | None:
+        """Why the group counts as hung, after it was written down with what each rank was doing."""
+        ranks = self._watch.ranks()
+        cause = hang(
+            ranks,
+            host_silent_s=self._watch.host_silent_s,
+            quiet_s=self._watch.quiet_s,
+            pace=self.pace,
+            limits=self.limits,
+        )
+        if cause is not None:
+            self._write("hang", cause, {"ranks": {number: asdict(rank) for number, rank in ranks.items()}})
+        return cause
 
     def _catch_up(self) -> None:
         """What the workers wrote since the last look goes to the watchers."""
         for event in self._events.new():
             if event.kind == "worker_started":
                 self.phases |= {f"worker_{name}": seconds for name, seconds in event.details.items()}
+            if event.kind == "checkpoint":
+                self.pace = self.pace.saved(float(event.details.get("seconds", 0.0)))
+            self._watch.progressed()
             self._tell_watchers(event)
         for report in self._steps.new():
             self._step = max(self._step, report.step)
             self._attempt_steps += 1
+            self.pace = self.pace.stepped(report.step_s)
+            self._watch.progressed()
             self._tell_watchers(report)
             if self._attempt_steps == 1:
                 self._tell_of_start(report)
@@ -226,7 +272,7 @@ class Supervisor:
         if message["kind"] == "gone":
             message = {"failure": "ray_lost", "cause": "the process that holds Ray died"}
         kind = FailureKind(message["failure"])
-        if kind in (FailureKind.RAY_LOST, FailureKind.NO_START):
+        if kind in (FailureKind.RAY_LOST, FailureKind.NO_START, FailureKind.HANG):
             self.close()
         self._catch_up()
         newest = manifest.latest(self.folder.checkpoints, report=lambda event: None, check=False)
@@ -261,8 +307,7 @@ class Supervisor:
     def _tell_of_disk(self, cause: str | None) -> None:
         """To the watchers alone: the disk is what takes no event."""
         if cause is not None:
-            for watcher in self.watchers:
-                watcher.on_event(Event(time_unix_s=time.time(), kind="disk_full", step=self._step, cause=cause))
+            self._tell_watchers(Event(time_unix_s=time.time(), kind="disk_full", step=self._step, cause=cause))
 
     def _append(self, event: Event) -> None:
         """Into the file; the watchers hear of it with the next look."""

@@ -321,7 +321,7 @@ class RecoverySpec(Section):
     """What is done about a failure."""
 
     max_restarts: CountOrZero = Field(default=10, examples=[10])
-    """Restarts before the job gives up."""
+    """Restarts since the newest whole checkpoint before the job gives up."""
     on_oom: Literal["stop", "replan"] = Field(default="stop", examples=["replan"])
     """A GPU ran out of memory: give up, or choose a smaller strategy. Only stop is built."""
     on_lost_gpus: Literal["stop", "wait", "replan"] = Field(default="stop", examples=["replan"])

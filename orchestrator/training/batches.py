@@ -51,7 +51,7 @@ class Batch:
     """Samples of the global batch, in order."""
     micro_batches: list[MicroBatch]
     """This replica's."""
-    num_targets: int
+    num_target_tokens: int
     """Of the global batch."""
 
 
@@ -93,5 +93,5 @@ class Batches:
             step=step,
             indices=indices,
             micro_batches=list(cut(self.dataset, indices, self.share)),
-            num_targets=len(indices) * self.dataset.sequence_length,
+            num_target_tokens=len(indices) * self.dataset.sequence_length,
         )

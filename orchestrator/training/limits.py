@@ -21,9 +21,9 @@ LEAST_S = 2.0
 class Limits:
     """The limits of one run. A healthy run never comes near one, on slow storage and a loaded machine either."""
 
-    begin_s: float = 600.0
+    begin_s: float = 900.0
     """From the order to start a worker group to processes that answer: Python imports torch over a slow network folder."""
-    ray_s: float = 300.0
+    ray_s: float = 600.0
     """Ray's own part of it: placement, and the actors' first answer."""
     rendezvous_s: float = 600.0
     """From the first worker's arrival at the rendezvous to the last one's, and to a torch process group."""

@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from orchestrator.training.assignment import Outcome
 from orchestrator.training.batches import Batch, Batches, Share, cut
 from orchestrator.training.checkpoint import CheckpointFailed, CheckpointInfo, PendingSave
 from orchestrator.training.data import TokenDataset
+from orchestrator.training.pulse import Phase, Pulse
 from orchestrator.training.schedule import CheckpointAuto, CheckpointEvery
 from strategies.engines.engine import Session, StepResult
 
@@ -92,16 +93,20 @@ class Loop:
         settings = self.settings
         self._tell_interval()
         while self.done < settings.num_steps:
+            self._enter("data")
             batch = self.batches.next()
             waited_s = time.perf_counter() - self.mark
             engine_started = time.perf_counter()
+            self._enter("step")
             try:
                 result = self._step(batch)
             except FloatingPointError as error:
                 return self._not_finite(batch, error)
             engine_s = time.perf_counter() - engine_started
+            self._enter("agreement")
             self.done = batch.step
             stop, due = self._agree()
+            self._enter("report")
             self._report_step(batch, result, waited_s=waited_s, engine_s=engine_s)
             self._tell_of_finished_save(wait=False)
             paused_at = time.perf_counter()
@@ -122,7 +127,7 @@ class Loop:
         def step() -> StepResult:
             return self.session.step(
                 batch.micro_batches,
-                num_targets=batch.num_targets,
+                num_target_tokens=batch.num_target_tokens,
                 learning_rate=self.settings.learning_rate(batch.step),
             )
 
@@ -184,11 +189,12 @@ class Loop:
     def _evaluate(self) -> None:
         if self.validation is None:
             return
+        self._enter("evaluation")
         started = time.perf_counter()
         limit = MAX_EVALUATION_BATCHES * max(1, self.settings.tokens_per_step // self.validation.sequence_length)
         indices = arange(min(len(self.validation), limit))
-        found = self.session.evaluate(cut(self.validation, indices, self.share))
-        loss, num_tokens = found.loss / found.num_targets, found.num_targets
+        total, num_tokens = self.session.evaluate(cut(self.validation, indices, self.share))
+        loss = total / num_tokens
         self._event(
             "evaluation",
             f"loss {loss:.4f} on held-out text",
@@ -202,6 +208,7 @@ class Loop:
     def _save(self, *, background: bool = True) -> None:
         if self.saved_step == self.done:
             return
+        self._enter("checkpoint")
         self._tell_of_finished_save(wait=True)
         self.reporter.sync()  # the records of a checkpoint's steps lie on the disk before it
         self.pending = checkpoint.save(
@@ -259,6 +266,7 @@ class Loop:
 
     def _end(self, kind: Any, cause: str | None) -> Outcome:
         """The last checkpoint must be there: without it the work since the one before it would be lost in silence."""
+        self._enter("end")
         failure = self._tell_of_finished_save(wait=True)
         if failure is not None:
             kind, cause = "failed", f"the last {failure}; free space or set checkpoint.directory, then run again"
@@ -271,6 +279,10 @@ class Loop:
         fix = "lower the learning rate, or look at the samples that events.jsonl names"
         return Outcome(kind="failed", step=self.done, cause=f"{cause}; {fix}", checkpoint=self.last_checkpoint)
 
+    def _enter(self, phase: Phase) -> None:
+        """A sign of life. A step's number is the one that is being worked on."""
+        self.reporter.pulse.enter(phase, self.done + (phase in ("data", "step", "agreement")))
+
     def _event(self, kind: str, cause: str, *, step: int | None = None, **details: Any) -> None:
         self.reporter.event(kind, self.done if step is None else step, cause, **details)
 
@@ -281,11 +293,13 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Reporter:
-    """Where step reports and events go."""
+    """Where step reports, events and signs of life go."""
 
     report: Callable[[StepReport | Event], None]
     sync: Callable[[], object] = lambda: None
     """Brings what was reported onto the disk."""
+    pulse: Pulse = field(default_factory=Pulse)
+    """Where this rank says what it is doing."""
 
     def event(self, kind: str, step: int, cause: str, **details: Any) -> None:
         self.report(Event(time_unix_s=time.time(), kind=kind, step=step, cause=cause, details=details))

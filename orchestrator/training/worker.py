@@ -43,10 +43,10 @@ from orchestrator.training.checkpoint import CheckpointInfo
 from orchestrator.training.data import open_datasets
 from orchestrator.training.loop import Groups, Loop, Reporter, Settings
 from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, read_manifest
+from orchestrator.training.pulse import Pulse
 from orchestrator.training.schedule import CheckpointEvery, learning_rate
 from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
 from strategies.engines.engine import OptimizerSettings, Session
-from strategies.engines.loss import TokenLoss
 from strategies.engines.native import build_session as build_native
 
 MAY_DIFFER = ("cluster", "strategy", "objective", "targets", "checkpoint", "recovery")
@@ -61,6 +61,7 @@ def train(
     sync: Callable[[], object] = lambda: None,
     ends_with_process: bool = False,
     listener: socket.socket | None = None,
+    pulse: Pulse | None = None,
 ) -> Outcome:
     """Trains one rank's part of a run to its end, a stop or a failure; collective over the world.
 
@@ -73,8 +74,10 @@ def train(
         ends_with_process: the caller ends this process when it has told the result. The groups are left as they are then:
             taking them down may hang or abort the process, and what it has to tell would be lost.
         listener: of rank 0, a socket that is bound to the rendezvous already; None binds one.
+        pulse: where this thread says what it is doing, for others to look at.
     """
     clock = Phases()
+    pulse = pulse or Pulse()
     torch.set_num_threads(assignment.num_threads)
     job = parse_job(assignment.job, directory=Path(assignment.job_directory))
     device = torch.device(assignment.device)
@@ -85,8 +88,9 @@ def train(
     loop: Loop | None = None
     returned = False
     try:
+        pulse.enter("setup")
         world = Groups()
-        reporter = Reporter(report, sync) if world.rank == 0 else Reporter(lambda record: None)
+        reporter = Reporter(report, sync, pulse) if world.rank == 0 else Reporter(lambda record: None, pulse=pulse)
         try:
             loop = set_up(assignment, job, device, world, clock, reporter, should_stop)
         except (
@@ -226,7 +230,7 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
         ),
         device=device,
         deterministic=job.training.deterministic,
-        loss=TokenLoss(job.training.z_loss),
+        z_loss=job.training.z_loss,
     )
     return session
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ import pytest
 from orchestrator.control.folder import RunFolder
 from orchestrator.control.recovery import Policy
 from orchestrator.control.supervisor import Ending, Stop, Supervisor
+from orchestrator.control.watch import Pace
 from orchestrator.telemetry.records import Event, StepReport, append, read
 from orchestrator.training import manifest
 from orchestrator.training.limits import Limits
+from orchestrator.training.pulse import Sign
 
 READY = {"kind": "ready", "port": 1234, "pids": [1], "phases": {"ray_s": 0.1}}
 LOST = {"kind": "failed", "failure": "worker_lost", "cause": "the process of rank 1 of 2 died"}
@@ -56,8 +60,9 @@ class ScriptedHost:
             return None
         return line
 
-    def end(self) -> None:
+    def end(self, within_s: float) -> list[int]:
         self.ended = True
+        return []
 
 
 @pytest.fixture
@@ -167,6 +172,54 @@ def test_restarts_are_counted_anew_after_each_whole_checkpoint(supervise):
     ending = supervisor.run()
     assert (ending.kind, ending.num_restarts) == ("failed", 9)
     assert "3 failures since checkpoint step-00000007 are more than recovery.max_restarts: 2" in ending.cause
+
+
+def said(*phases: str) -> dict[str, Any]:
+    return {
+        "kind": "signs",
+        "signs": {str(rank): Sign(count=1, phase=phase, step=5).to_mapping() for rank, phase in enumerate(phases)},
+    }
+
+
+def test_a_group_without_a_sign_of_life_is_ended_with_its_host_and_started_again(supervise, monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr("orchestrator.control.supervisor.time.monotonic", lambda: float(next(clock)))
+    hung = [READY, *[said("step", "data") for _ in range(200)]]
+    supervisor, (first, second) = supervise(hung, [READY, outcome("finished", 9)])
+    supervisor.limits = replace(Limits(), first_step_s=50.0, answer_s=10.0)
+    assert supervisor.run() == Ending(kind="finished", step=9, num_restarts=1)
+    assert first.ended
+    assert second.told == ["begin", "train"]
+    hang, restart, _ = read(supervise.folder.events, Event)
+    assert (hang.kind, restart.kind, restart.details["failure"]) == ("hang", "restart", "hang")
+    assert "no sign of life for 51 s" in restart.cause
+    assert hang.details["ranks"]["1"]["sign"]["phase"] == "data"
+
+
+def test_a_line_that_is_no_message_is_skipped_with_an_event(supervise):
+    garbled = {"kind": "garbled", "line": '{"kind": "outc'}
+    supervisor, _ = supervise([READY, garbled, outcome("finished", 9)])
+    assert supervisor.run().kind == "finished"
+    assert kinds(supervise.folder) == ["line_skipped", "finished"]
+
+
+def test_a_large_checkpoint_is_waited_for_when_the_user_stops(supervise, monkeypatch):
+    """2 TB at 100 MB/s: hours, where a constant gave minutes."""
+    clock = itertools.count(step=0.5)
+    monkeypatch.setattr("orchestrator.control.supervisor.time.monotonic", lambda: next(clock))
+    stop = Stop()
+    script = [READY, lambda: stop.ask("Ctrl-C"), *[said("checkpoint", "checkpoint") for _ in range(3000)]]
+    supervisor, _ = supervise([*script, outcome("stopped", 7, "Ctrl-C")], stop=stop)
+    supervisor.pace = Pace(checkpoint_bytes=2e12)
+    assert supervisor.run() == Ending(kind="stopped", step=7, cause="Ctrl-C")
+
+
+def test_a_failure_while_the_user_stops_ends_the_run_and_says_that_the_checkpoint_is_missing(supervise):
+    stop = Stop()
+    supervisor, _ = supervise([READY, lambda: stop.ask("Ctrl-C"), LOST], stop=stop)
+    ending = supervisor.run()
+    assert ending.kind == "stopped"
+    assert f"Ctrl-C; no checkpoint of it, since {LOST['cause']}" in ending.cause
 
 
 class Fails:
