@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test check fix parity chaos faults bench gpu oracle collectives trace memory engine-fairscale engine-colossalai engines switch clean
+.PHONY: install quickstart test check fix parity chaos faults bench gpu oracle collectives trace memory engine-fairscale engine-colossalai engines switch docs clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml
@@ -81,6 +81,9 @@ engines: $(INSTALLED)  ## ColossalAI and fairscale against the native engine, as
 
 switch: $(INSTALLED)  ## checkpoints between engines and strategies, as a table
 	$(BIN)/python -m benchmarks.switch
+
+docs: $(INSTALLED)  ## every command of the pages under docs/, those that train too
+	$(BIN)/python -m pytest tests/golden/test_docs.py
 
 clean:
 	rm -rf $(VENV) runs examples/corpus
