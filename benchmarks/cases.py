@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from orchestrator.models.architecture import Architecture, make_architecture
 from strategies.pipeline.stages import cut
@@ -16,6 +16,8 @@ class Task:
     arch: Architecture
     global_batch_size: int
     sequence_length: int
+    packed: bool = False
+    """Each row holds two samples."""
 
     def __str__(self) -> str:
         """Only what differs from TASK."""
@@ -23,10 +25,9 @@ class Task:
         if self == TASK:
             return ""
         kin = " narrow" * (arch.word_embedding_size is not None) + " untied" * (not arch.tied_embeddings)
+        packed = " packed" * self.packed
         family = f" {arch.family}" * (arch.family != TASK.arch.family)
-        return (
-            f" of{family} {arch.num_layers}x{arch.hidden_size}{kin} on {self.global_batch_size}x{self.sequence_length}"
-        )
+        return f" of{family}{packed} {arch.num_layers}x{arch.hidden_size}{kin} on {self.global_batch_size}x{self.sequence_length}"
 
 
 ARCH = make_architecture(
@@ -43,6 +44,9 @@ FAMILIES = {
     }.items()
 }
 """The same small task for each other family that is built; LLaMA with grouped-query heads."""
+PACKED = tuple(replace(FAMILIES.get(family, TASK), packed=True) for family in ("opt", "llama", "bloom"))
+"""One family for each kind of positions, with two samples in a row."""
+TASKS = (*FAMILIES.values(), *PACKED)
 NOWHERE = Offload()
 
 
@@ -163,7 +167,7 @@ class Trial:
 
     @property
     def kind(self) -> str:
-        if self.case.task.arch.family != ARCH.family:
+        if self.case.task in TASKS:
             return "family"
         if self.then is None:
             return "parity" if isinstance(self.case, Case) else "drawn"

@@ -166,8 +166,8 @@ def play(rank: int, row: Row) -> tuple[list[float], dict[str, float], float]:
     RUNS.clear()
     session = session_of(row)
     losses = steps(session, row.case, rank, NUM_STEPS // 2)
-    total, count = session.evaluate(parity.micro_batches(row.case, rank))
-    losses += [*steps(session, row.case, rank, NUM_STEPS // 2), total / count]
+    found = session.evaluate(parity.micro_batches(row.case, rank))
+    losses += [*steps(session, row.case, rank, NUM_STEPS // 2), found.loss / found.num_targets]
     held = {kind: float(sum(t.numel() for t in tensors)) for kind, tensors in session.tensors().items()}
     held |= _peculiar(session, row)
     session.close()
@@ -177,7 +177,7 @@ def play(rank: int, row: Row) -> tuple[list[float], dict[str, float], float]:
 def steps(session: Any, case: Case, rank: int, count: int) -> list[float]:
     mine = parity.micro_batches(case, rank)
     tokens = TASK.global_batch_size * TASK.sequence_length
-    return [session.step(mine, num_target_tokens=tokens, learning_rate=LEARNING_RATE).loss for _ in range(count)]
+    return [session.step(mine, num_targets=tokens, learning_rate=LEARNING_RATE).loss for _ in range(count)]
 
 
 def _peculiar(session: Any, row: Row) -> dict[str, float]:

@@ -86,7 +86,7 @@ def measure(case: Case, rank: int, store: str) -> dict[str, Any]:
         if on_gpu:
             torch.cuda.synchronize()
         started = time.perf_counter()
-        session.step(batches, num_target_tokens=case.tokens_per_step, learning_rate=1e-4)
+        session.step(batches, num_targets=case.tokens_per_step, learning_rate=1e-4)
         if on_gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - started

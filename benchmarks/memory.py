@@ -108,7 +108,7 @@ def play(rank: int, run: Run) -> Bytes:
         session = session_of(run, BUCKET_BYTES)
         for name in ("the first step", COUNTED):
             with record_function(name):
-                session.step(mine, num_target_tokens=tokens, learning_rate=LEARNING_RATE)
+                session.step(mine, num_targets=tokens, learning_rate=LEARNING_RATE)
         files = sum(size for inode, size in _nameless_files().items() if inode not in others)
         session.close()
         del session

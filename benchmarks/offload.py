@@ -136,9 +136,9 @@ def train(run: Run, cluster: Cluster) -> Did:
         began = time.perf_counter()
         if index == 1:
             with LiveBytes(session.tensors(), vocab_size=run.arch.vocab_size) as live:
-                losses.append(session.step([batch], num_target_tokens=2 * SEQUENCE, learning_rate=1e-3).loss)
+                losses.append(session.step([batch], num_targets=2 * SEQUENCE, learning_rate=1e-3).loss)
         else:
-            losses.append(session.step([batch], num_target_tokens=2 * SEQUENCE, learning_rate=1e-3).loss)
+            losses.append(session.step([batch], num_targets=2 * SEQUENCE, learning_rate=1e-3).loss)
             seconds.append(time.perf_counter() - began)
     digest = hashlib.sha256()
     for _, value in sorted(session.state_dict().items()):
@@ -167,7 +167,7 @@ def warm_up(cluster: Cluster) -> None:
     )
     ids = torch.zeros((1, 8), dtype=torch.int64)
     batch = MicroBatch(input_ids_BS=ids, target_ids_BS=ids, weight_B=torch.ones(1))
-    session.step([batch], num_target_tokens=8, learning_rate=1e-3)
+    session.step([batch], num_targets=8, learning_rate=1e-3)
     session.close()
 
 

@@ -69,6 +69,14 @@ def batch(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
+def segments(task: Task) -> dict[str, torch.Tensor]:
+    """Further inputs of the batch: where the second sample of each row begins, if rows hold two."""
+    if not task.packed:
+        return {}
+    starts = 1 + torch.arange(task.global_batch_size) % (task.sequence_length - 1)
+    return {"segment_ids_BS": (torch.arange(task.sequence_length) >= starts[:, None]).long()}
+
+
 def micro_batches(case: Case | Run, rank: int) -> list[MicroBatch]:
     """This replica's share; what is missing is filled up with sequences of weight 0."""
     inputs, targets = batch(case.task)
@@ -79,7 +87,10 @@ def micro_batches(case: Case | Run, rank: int) -> list[MicroBatch]:
         rows = [(i * strategy.data_parallel_degree + replica) * size + j for j in range(size)]
         weight = torch.tensor([1.0 if row < count else 0.0 for row in rows])
         rows = [min(row, count - 1) for row in rows]
-        result.append(MicroBatch(input_ids_BS=inputs[rows], target_ids_BS=targets[rows], weight_B=weight))
+        further = {name: value[rows] for name, value in segments(case.task).items()}
+        result.append(
+            MicroBatch(input_ids_BS=inputs[rows], target_ids_BS=targets[rows], weight_B=weight, inputs=further)
+        )
     return result
 
 
@@ -99,10 +110,11 @@ def reference(task: Task, precision: str, num_steps: int) -> tuple[list[float], 
         eps=OPTIMIZER.epsilon,
     )
     inputs, targets = batch(task)
+    context = [module.context(**segments(task))] if task.packed else []
     losses = []
     for _ in range(num_steps):
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(module(inputs).flatten(0, 1), targets.flatten())
+        loss = torch.nn.functional.cross_entropy(module(inputs, *context).flatten(0, 1), targets.flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), OPTIMIZER.gradient_clip or 0.0)
         optimizer.step()
@@ -126,7 +138,7 @@ def session_of(case: Case | Run, bucket_bytes: int = BUCKET_BYTES) -> Any:
 def steps(session: Any, case: Case | Run, rank: int, count: int) -> list[float]:
     mine, task = micro_batches(case, rank), case.task
     tokens = task.global_batch_size * task.sequence_length
-    return [session.step(mine, num_target_tokens=tokens, learning_rate=LEARNING_RATE).loss for _ in range(count)]
+    return [session.step(mine, num_targets=tokens, learning_rate=LEARNING_RATE).loss for _ in range(count)]
 
 
 def whole(state: dict[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def ours(
     times = []
     for _ in range(WARMUP_STEPS + num_steps):
         wall, cpu = time.perf_counter(), time.thread_time()
-        session.step([batch], num_target_tokens=ids.shape[1] - 1, learning_rate=LEARNING_RATE)
+        session.step([batch], num_targets=ids.shape[1] - 1, learning_rate=LEARNING_RATE)
         times.append((time.perf_counter() - wall, time.thread_time() - cpu))
     session.close()
     return times

@@ -19,11 +19,11 @@ from orchestrator.cli.runs import directory_option, run_folder
 @click.option("--json", "as_json", is_flag=True, help="Print a list of {time_unix_s, kind, step, cause, details}.")
 def command(run: str, directory: str, kind: str | None, as_json: bool) -> int:
     """Shows the events of RUN, a name or a run folder, oldest first."""
-    from orchestrator.telemetry.records import Event, read
+    from orchestrator.telemetry.records import Event, finite, read
 
     events = [event for event in read(run_folder(run, directory).events, Event) if kind is None or event.kind == kind]
     if as_json:
-        click.echo(json.dumps([asdict(event) for event in events], indent=1))
+        click.echo(json.dumps([finite(asdict(event)) for event in events], indent=1))
         return ExitCode.DONE
     for event in events:
         clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event.time_unix_s))

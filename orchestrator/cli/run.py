@@ -86,11 +86,11 @@ CODES = {
 
 def summary(result: RunResult, job: Job) -> dict[str, Any]:
     """The result as JSON."""
-    from orchestrator.telemetry.records import steps
+    from orchestrator.telemetry.records import finite, last_of_each_step, recent
     from orchestrator.training.manifest import latest
 
     whole = latest(result.folder.checkpoints, report=lambda event: None, check=False)
-    reports = steps(result.folder.metrics)
+    reports = last_of_each_step(recent(result.folder.metrics))
     last = reports[-1] if reports else None
     speeds = sorted(report.tokens_per_second_per_gpu for report in reports[-100:])
     ending = result.ending
@@ -102,7 +102,7 @@ def summary(result: RunResult, job: Job) -> dict[str, Any]:
         "steps": result.num_steps,
         "restarts": ending.num_restarts,
         "checkpoint_step": None if whole is None else whole.step,
-        "loss": None if last is None else last.loss,
+        "loss": None if last is None else finite(last.loss),
         "tokens_per_second_per_gpu": speeds[len(speeds) // 2] if speeds else None,
         "directory": str(result.folder.path),
         "report": str(result.folder.report),

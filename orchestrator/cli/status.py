@@ -50,10 +50,10 @@ def command(run: str | None, directory: str, as_json: bool) -> int:
 def status(folder: RunFolder) -> dict[str, Any]:
     """Of one run, from its folder. `killed`: nobody runs it, and it never came to an end."""
     from orchestrator.control.folder import holder
-    from orchestrator.telemetry.records import Event, read, steps
+    from orchestrator.telemetry.records import Event, finite, read, recent
     from orchestrator.telemetry.report import state_of
 
-    reports, events = steps(folder.metrics), list(read(folder.events, Event))
+    reports, events = recent(folder.metrics), list(read(folder.events, Event))
     state, cause = state_of(events)
     pid = holder(folder)
     if state == "running" and pid is None:
@@ -66,7 +66,7 @@ def status(folder: RunFolder) -> dict[str, Any]:
         "cause": cause,
         "step": last.step if last else 0,
         "steps": plan.get("job", {}).get("steps"),
-        "loss": last.loss if last else None,
+        "loss": finite(last.loss) if last else None,
         "tokens_per_second_per_gpu": last.tokens_per_second_per_gpu if last else None,
         "last_step_unix_s": last.time_unix_s if last else None,
         "restarts": sum(event.kind == "restart" for event in events),

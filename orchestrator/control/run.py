@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,6 +21,7 @@ from orchestrator.control.supervisor import Ending, Stop, Supervisor, Watcher
 from orchestrator.control.watch import Pace
 from orchestrator.spec import acting
 from orchestrator.telemetry import report
+from orchestrator.telemetry.history import History
 from orchestrator.telemetry.journal import Journal
 from orchestrator.telemetry.records import Event, StepReport
 from orchestrator.training import manifest
@@ -176,7 +178,7 @@ def _run(
     view.planned(planned, folder, done)
     if done >= job.num_steps:
         folder.write_plan(document)
-        write_report(folder, view)
+        LiveReport(folder, supervisor.journal).finish(view)
         ending = Ending(kind="finished", step=done, cause="there was nothing left to do")
         return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=None)
     with contextlib.ExitStack() as stack:
@@ -191,16 +193,17 @@ def _run(
         supervisor.assign = assigner(job, planned, folder, str(index.directory), limits, on_gpus=on_gpus)
         supervisor.journal.write(_begun(job, planned, done))
         metrics = Metrics(document, num_gpus=num_gpus)
+        live = LiveReport(folder, supervisor.journal)
         stack.callback(metrics.close)
         url = None if metrics_port is None else served(metrics, metrics_port)
         if url is not None:
             supervisor.journal.write(_event("metrics_endpoint", url, done, address=url))
             view.note(f"metrics   {url}")
-        supervisor.watchers = [metrics, LiveReport(folder, supervisor.journal), *view.watchers]
+        supervisor.watchers = [metrics, live, *view.watchers]
         ending = supervisor.run()
     if ending.kind == "finished" and (told := lessons.record(planned, folder, done)):
         view.note(told)
-    write_report(folder, view)
+    live.finish(view)
     return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=url)
 
 
@@ -317,33 +320,50 @@ def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
         )
 
 
-def write_report(folder: RunFolder, view: View) -> None:
-    """The last report.html; a disk that refuses it is told and fails no run."""
-    try:
-        report.write(folder.path)
-    except OSError as error:
-        view.note(f"report    could not be written: {error.strerror}; {room_told(folder.path)}")
-
-
 class LiveReport:
-    """Writes report.html now and then while the run goes on."""
+    """Writes report.html now and then while the run goes on, on a thread of its own: a long history or a slow disk must not keep
+    the supervisor from hearing its workers."""
 
     EVERY_S = 60.0
 
     def __init__(self, folder: RunFolder, journal: Journal) -> None:
         self.folder, self.journal, self.written = folder, journal, time.monotonic()
+        self._history = History(folder.path)
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
 
     def on_step(self, step: StepReport) -> None:
+        if self._thread is not None and self._thread.is_alive():
+            return
+        if self._failure is not None:
+            self.journal.write(_event("report_failed", self._failure, step.step))
+            self._failure = None
         if time.monotonic() - self.written < self.EVERY_S:
             return
         self.written = time.monotonic()
-        try:
-            report.write(self.folder.path)
-        except OSError as error:  # a full disk, say: no reason to stop training
-            self.journal.write(_event("report_failed", f"report.html: {error.strerror}", step.step))
+        self._thread = threading.Thread(target=self._write, daemon=True)
+        self._thread.start()
 
     def on_event(self, event: Event) -> None:
         """A step follows soon."""
+
+    def finish(self, view: View) -> None:
+        """The last one, when nothing is written any more; a disk that refuses it is told and fails no run."""
+        if self._thread is not None:
+            self._thread.join(timeout=self.EVERY_S)
+            if self._thread.is_alive():
+                view.note("report    is not up to date: the disk is slow")
+                return
+        self._write()
+        if self._failure is not None:
+            view.note(f"report    could not be written: {self._failure}; {room_told(self.folder.path)}")
+
+    def _write(self) -> None:
+        try:
+            self._history.update()
+            report.write_of(self._history)
+        except OSError as error:
+            self._failure = f"report.html: {error.strerror}"
 
 
 class Clock:

@@ -17,7 +17,7 @@ from orchestrator.control.host import Host
 from orchestrator.control.recovery import Failure, FailureKind, GiveUp, Policy, on_failure
 from orchestrator.control.watch import Pace, Watch, hang, stop_s
 from orchestrator.telemetry.journal import Journal, told
-from orchestrator.telemetry.records import Event, StepReport, Tail, last_step
+from orchestrator.telemetry.records import Event, StepReport, Tail, recent
 from orchestrator.training import manifest
 from orchestrator.training.assignment import Outcome
 from orchestrator.training.limits import Limits
@@ -144,7 +144,10 @@ class Supervisor:
 
     def _attempt(self) -> Ending | Failure:
         resume = manifest.latest(self.folder.checkpoints, report=self._append)
-        if resume is not None and (recorded := last_step(self.folder.metrics)) < resume.step:
+        if (
+            resume is not None
+            and (recorded := max((report.step for report in recent(self.folder.metrics)), default=0)) < resume.step
+        ):
             steps = f"steps {recorded + 1} to {resume.step}"
             self._write("records_missing", f"metrics.jsonl lacks {steps}, which {resume.path.name} contains")
         self._step = max(self._step, resume.step if resume else 0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,14 +53,35 @@ def make_norm(arch: Architecture) -> nn.Module:
     return nn.LayerNorm(arch.hidden_size, eps=arch.norm_epsilon, bias=arch.traits.norm_bias)
 
 
-def rotated(x_BASD: Tensor, theta: float) -> Tensor:
+class Packed(NamedTuple):
+    """What embedding and attention need to know where several samples share a row."""
+
+    positions_BS: Tensor
+    """Place of each token within its sample."""
+    seen_B1SS: Tensor
+    """True where a query may see a key: not later, and of the same sample."""
+
+
+def packed(segment_ids_BS: Tensor) -> Packed:
+    """Positions and mask of packed rows. Samples of a row are runs of equal ids: attention never crosses from one to another."""
+    sequence = segment_ids_BS.shape[1]
+    places_S = torch.arange(sequence, device=segment_ids_BS.device)
+    first_BS = torch.ones_like(segment_ids_BS, dtype=torch.bool)
+    first_BS[:, 1:] = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
+    starts_BS = torch.where(first_BS, places_S, 0).cummax(1).values
+    same_BSS = starts_BS[:, :, None] == starts_BS[:, None, :]
+    seen_BSS = same_BSS & ~_future(sequence, segment_ids_BS.device)
+    return Packed(places_S - starts_BS, seen_BSS[:, None])
+
+
+def rotated(x_BASD: Tensor, theta: float, positions_BS: Tensor | None = None) -> Tensor:
     """Rotary positions (arXiv:2104.09864) as LLaMA applies them: dimension d turns together with d + D / 2, by the angle
     position x theta ** (-2 d / D). Angles are computed in fp32, in fp64 for a model in fp64."""
     sequence, head_dim = x_BASD.shape[2:]
     wide = torch.promote_types(x_BASD.dtype, torch.float32)
     exponent_E = torch.arange(0, head_dim, 2, device=x_BASD.device, dtype=wide) / head_dim
-    positions_S = torch.arange(sequence, device=x_BASD.device, dtype=wide)
-    angles_SE = positions_S[:, None] * (1.0 / theta**exponent_E)
+    positions = torch.arange(sequence, device=x_BASD.device) if positions_BS is None else positions_BS[:, None]
+    angles_SE = positions[..., None].to(wide) * (1.0 / theta**exponent_E)
     cos_SD = torch.cat([angles_SE, angles_SE], -1).cos().to(x_BASD.dtype)
     sin_SD = torch.cat([angles_SE, angles_SE], -1).sin().to(x_BASD.dtype)
     first, second = x_BASD.chunk(2, -1)
@@ -93,38 +114,41 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden, hidden, bias=bias)
         self.region = WHOLE
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
+    def forward(self, x_BSH: Tensor, context: Packed | None = None) -> Tensor:
         columns = self.region.columns(x_BSH, self.q, self.k, self.v)
         batch, sequence, _ = columns[0].shape  # whole, where x_BSH may be split by sequence
         q_BASD, k_BKSD, v_BKSD = (y.view(batch, sequence, -1, self.head_dim).transpose(1, 2) for y in columns)
         if self.positions == "rotary":
-            q_BASD, k_BKSD = rotated(q_BASD, self.theta), rotated(k_BKSD, self.theta)
+            positions_BS = None if context is None else context.positions_BS
+            q_BASD, k_BKSD = (rotated(x, self.theta, positions_BS) for x in (q_BASD, k_BKSD))
         if (group := q_BASD.shape[1] // k_BKSD.shape[1]) > 1:  # grouped-query heads (arXiv:2305.13245)
             k_BKSD, v_BKSD = k_BKSD.repeat_interleave(group, 1), v_BKSD.repeat_interleave(group, 1)
-        bias_ASS = self._alibi(q_BASD) if self.positions == "alibi" else None
-        if self.kind != "flash":
-            scores = q_BASD @ k_BKSD.transpose(-1, -2) / math.sqrt(self.head_dim)
-            if bias_ASS is None:
-                bias_ASS = _future(sequence, x_BSH.device)
-                y_BASD = scores.masked_fill(bias_ASS, float("-inf")).softmax(-1) @ v_BKSD
-            else:
-                y_BASD = (scores + bias_ASS).softmax(-1) @ v_BKSD
-        elif bias_ASS is None:
-            y_BASD = F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, is_causal=True)
+        # None, true where a key is seen, or what is added to the scores.
+        mask = None if context is None else context.seen_B1SS
+        if self.positions == "alibi":
+            seen = ~_future(sequence, x_BSH.device) if mask is None else mask
+            mask = self._alibi(q_BASD).masked_fill(~seen, float("-inf"))
+        if self.kind == "flash":
+            y_BASD = F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None)
         else:
-            y_BASD = F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, attn_mask=bias_ASS)
+            scores = q_BASD @ k_BKSD.transpose(-1, -2) / math.sqrt(self.head_dim)
+            if mask is not None and mask.is_floating_point():
+                scores = scores + mask
+            else:
+                hidden = _future(sequence, x_BSH.device) if mask is None else ~mask
+                scores = scores.masked_fill(hidden, float("-inf"))
+            y_BASD = scores.softmax(-1) @ v_BKSD
         return self.region.row(y_BASD.transpose(1, 2).reshape(batch, sequence, -1), self.out)
 
     def _alibi(self, q_BASD: Tensor) -> Tensor:
-        """What ALiBi adds to the scores of this rank's heads, [A, S, S]: slope x (key - query), -inf for the future."""
+        """What ALiBi adds to the scores of this rank's heads, [A, S, S]: slope x (key - query)."""
         heads, sequence = q_BASD.shape[1:3]
         first = self.region.rank * heads
         slopes = alibi_slopes(self.num_heads)[first : first + heads]
         slopes_A = torch.tensor(slopes, device=q_BASD.device, dtype=q_BASD.dtype)
         positions_S = torch.arange(sequence, device=q_BASD.device)
         distance_SS = (positions_S[None, :] - positions_S[:, None]).to(q_BASD.dtype)
-        bias_ASS = slopes_A[:, None, None] * distance_SS
-        return bias_ASS.masked_fill(_future(sequence, q_BASD.device), float("-inf"))
+        return slopes_A[:, None, None] * distance_SS
 
 
 def _future(sequence: int, device: torch.device) -> Tensor:
@@ -177,12 +201,12 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(arch)
         self.mlp = MLP(arch)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
+    def forward(self, x_BSH: Tensor, *context: Packed) -> Tensor:
         if self.post_norm:
-            x_BSH = self.attention_norm(x_BSH + self.attention(x_BSH))
+            x_BSH = self.attention_norm(x_BSH + self.attention(x_BSH, *context))
             y: Tensor = self.mlp_norm(x_BSH + self.mlp(x_BSH))
             return y
-        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH))
+        x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), *context)
         z: Tensor = x_BSH + self.mlp(self.mlp_norm(x_BSH))
         return z
 
@@ -202,7 +226,7 @@ class Embed(nn.Module):
         self.norm = make_norm(arch) if arch.traits.embedding_norm else None
         self.region = WHOLE
 
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
+    def forward(self, input_ids_BS: Tensor, context: Packed | None = None) -> Tensor:
         sequence = input_ids_BS.shape[1]
         if self.positions is not None and sequence > self.max_position:
             raise ValueError(f"a sequence of {sequence} tokens is longer than max_position {self.max_position}")
@@ -210,8 +234,8 @@ class Embed(nn.Module):
         if self.project is not None:
             x = self.project(x)
         if self.positions is not None:
-            positions_S = torch.arange(sequence, device=input_ids_BS.device) + self.offset
-            x = x + self.region.rows(self.positions, positions_S)
+            positions = torch.arange(sequence, device=input_ids_BS.device) if context is None else context.positions_BS
+            x = x + self.region.rows(self.positions, positions + self.offset)
         x = self.region.leave(x)
         return x if self.norm is None else self.norm(x)
 
@@ -268,10 +292,14 @@ class Decoder(nn.Module):
             raise ValueError(f"a model of family {self.arch.family} is not split by Hugging Face's modules; opt is")
         return config_of_architecture(self.arch), FORMATS["opt"].key
 
-    def forward(self, input_ids_BS: Tensor) -> Tensor:
-        x_BSH = self.embed(input_ids_BS)
+    def context(self, *, segment_ids_BS: Tensor) -> Packed:
+        """What `forward` takes where rows hold several samples; made once for all blocks."""
+        return packed(segment_ids_BS)
+
+    def forward(self, input_ids_BS: Tensor, *context: Packed) -> Tensor:
+        x_BSH = self.embed(input_ids_BS, *context)
         for block in self.blocks:
-            x_BSH = block(x_BSH)
+            x_BSH = block(x_BSH, *context)
         logits_BSV: Tensor = self.head(x_BSH)
         return logits_BSV
 

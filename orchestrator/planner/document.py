@@ -45,6 +45,7 @@ def document(plan: Plan) -> dict[str, Any]:
         "search": _search(plan),
         "notes": plan.notes,
         "nearest": plan.nearest,
+        "nearest_refused": plan.nearest_refused,
         **({} if plan.trace is None else {"trace": plan.trace}),
     }
 

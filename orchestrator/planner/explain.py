@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clusters.cluster import weaker_links
-from orchestrator.planner.problem import Choice, PlanError, Problem
+from orchestrator.planner.confidence import choose, error_of, wider_by
+from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.render import offload_told
 from orchestrator.planner.result import Found, SearchResult, Wanted, told_excess
 from orchestrator.planner.search.candidates import Shape, simplicity
-from orchestrator.planner.search.solve import SLOWER, Solution, solve
+from orchestrator.planner.search.solve import SLOWER, Refused, Solution, ask
 from strategies.price.step_time import Price
 from strategies.strategy import Offload, Strategy, without_effect
 
@@ -80,6 +81,24 @@ def _notes(solution: Solution) -> Iterator[str]:
         yield f"a stage has {max(layers)} layers at most: all of them are computed again"
     for rule in without_effect(strategy):
         yield rule.told(strategy)
+    if solution.passed_over is not None:
+        yield from _other_offload(solution, solution.passed_over)
+
+
+def _other_offload(solution: Solution, other: Solution) -> Iterator[str]:
+    """What another choice of offload would change, and how much of that the stated errors cover."""
+    ratio = other.tokens_per_second_per_gpu / solution.tokens_per_second_per_gpu
+    if other.strategy.offload.any:
+        yield (
+            f"{offload_told(other.strategy.offload)} is predicted {ratio - 1:.1%} faster, which is inside the "
+            f"{wider_by(other, solution):.0%} by which plans with offload are less certain, since no published run anchors them; "
+            "it is taken where `offload:` pins it"
+        )
+    elif 1 - ratio <= error_of(solution):
+        yield (
+            f"without offload, which no published run anchors: {other.tokens_per_second_per_gpu:,.0f} tokens/s/GPU "
+            f"± {error_of(other):.0%}, {1 - ratio:.1%} slower; `offload: none` asks for it"
+        )
 
 
 def _why_idle(problem: Problem, strategy: Strategy) -> str:
@@ -174,6 +193,8 @@ def _because(solution: Solution, strategy: Strategy, price: Price) -> str:
         "pipeline_transfer_s": (f"pipeline {strategy.pipeline_parallel_degree}", "transfers"),
         "optimizer_s": (f"ZeRO {strategy.zero_stage}", "optimizer"),
     }
+    if strategy.offload.any and step_s < best.step_s:
+        return f"{offload_told(strategy.offload)}: {best.step_s / step_s - 1:.1%} faster, and less certain by more than that"
     grown = {name: getattr(price.time, name) - getattr(best, name) for name in parts}
     name = max(grown, key=lambda part: grown[part])
     more, slower = price.time.compute_s - best.compute_s, step_s / best.step_s - 1
@@ -206,29 +227,44 @@ def _why_longer(chosen: Strategy, strategy: Strategy) -> str:
 # What would fit -------------------------------------------------------------------------------------------------------
 
 
-def nearest(solution: Solution) -> list[dict[str, Any]]:
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """What would make a job fit."""
+
+    rows: list[dict[str, Any]]
+    """The changes, each planned: fewest GPUs first, then the fastest."""
+    refused: list[str]
+    """Changes that break a rule of what is pinned, each with the rule."""
+
+
+def nearest(solution: Solution) -> Nearest:
     """Changes that would make the job fit, each planned: free one pin, or else all that count; shorten; add GPUs."""
     problem, pins = solution.problem, solution.problem.pins
     if solution.search is None:  # what was settled by convention stays as it was
         problem = problem.changed(pins={**pins, "gather": solution.strategy.gather, "reduce": solution.strategy.reduce})
     one = {name: names for name, names in FREED.items() if name in pins}
-    changes = [(f"leave out {name}", problem.without_pins(*names)) for name, names in one.items()]
-    rows = list(_fitting(changes))
-    if not rows and len(one) > 1:
+    found = [_first_fit([(f"leave out {name}", problem.without_pins(*names))]) for name, names in one.items()]
+    if not any(near.rows for near in found) and len(one) > 1:
         freed = problem.without_pins(*(name for names in one.values() for name in names))
-        rows += _fitting([(f"leave out {', '.join(one)}", freed)])
-    rows += [*_shorter(problem), *_larger_clusters(problem)]
-    return sorted(rows, key=lambda row: (row["num_gpus"], -row["tokens_per_second_per_gpu"]))
+        found.append(_first_fit([(f"leave out {', '.join(one)}", freed)]))
+    found += [_first_fit(_shorter(problem)), _first_fit(_larger_clusters(problem))]
+    rows = sorted(
+        (row for near in found for row in near.rows),
+        key=lambda row: (row["num_gpus"], -row["tokens_per_second_per_gpu"]),
+    )
+    return Nearest(rows, [reason for near in found for reason in near.refused])
 
 
-def _fitting(changes: Iterable[tuple[str, Problem]]) -> Iterator[dict[str, Any]]:
+def _first_fit(changes: Iterable[tuple[str, Problem]]) -> Nearest:
+    """Return the first change under which the job fits, or else why the first that was refused was."""
+    refused: list[str] = []
     for change, problem in changes:
-        try:
-            found = solve(problem)
-        except PlanError:
-            continue
-        if found.fits:
-            yield _near(change, found)
+        found = ask(choose, problem)
+        if isinstance(found, Refused):
+            refused = refused or [f"{change}: {found.reason}"]
+        elif found.fits:
+            return Nearest([_near(change, found)], [])
+    return Nearest([], refused)
 
 
 def _near(change: str, found: Solution) -> dict[str, Any]:
@@ -244,32 +280,27 @@ def _near(change: str, found: Solution) -> dict[str, Any]:
     }
 
 
-def _shorter(problem: Problem) -> Iterator[dict[str, Any]]:
-    """The longest sequence, in halvings, that fits."""
+def _shorter(problem: Problem) -> Iterator[tuple[str, Problem]]:
+    """Yield shorter sequences, in halvings, the longest first."""
     length = problem.sequence_length // 2
     while length >= SHORTEST:
-        found = solve(problem.changed(sequence_length=length))
-        if found.fits:
-            yield _near(f"sequence_length {length}", found)
-            return
+        yield f"sequence_length {length}", problem.changed(sequence_length=length)
         length //= 2
 
 
-def _larger_clusters(problem: Problem) -> Iterator[dict[str, Any]]:
-    """The smallest cluster, in doublings of the nodes, that holds the job with the same pins and more replicas."""
+def _larger_clusters(problem: Problem) -> Iterator[tuple[str, Problem]]:
+    """Yield larger clusters, in doublings of the nodes, with the same pins and more replicas, the smallest first."""
     cluster, pins, factor = problem.cluster, problem.pins, 2
     while factor * cluster.num_gpus <= MOST_GPUS:
         grown = {name: pins[name] * factor for name in ("data_parallel_degree", "zero_group_size") if name in pins}
         larger = problem.without_pins("gradient_accumulation_steps")
         nodes = cluster.num_nodes * factor
-        found = solve(
+        yield (
+            f"{nodes} nodes of {cluster.gpus_per_node}",
             larger.changed(
                 cluster=replace(cluster, num_nodes=nodes), pins={**larger.pins, **grown}, objective="fastest"
-            )
+            ),
         )
-        if found.fits:
-            yield _near(f"{nodes} nodes of {cluster.gpus_per_node}", found)
-            return
         factor *= 2
 
 

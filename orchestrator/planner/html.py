@@ -313,10 +313,11 @@ def _nearest(plan: Plan) -> str:
     if plan.fits:
         return ""
     head = '<tr><th>change</th><th class="num">GPUs</th><th class="num">GiB</th><th class="num">tokens/s/GPU</th></tr>'
-    return _section(
-        "What would fit",
-        f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>' if rows else "<p>Nothing tried.</p>",
+    table = (
+        f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>' if rows else "<p>Nothing that was tried.</p>"
     )
+    refused = "".join(f"<p>No answer for {escape(reason)}</p>" for reason in plan.nearest_refused)
+    return _section("What would fit", table + refused)
 
 
 def _targets(plan: Plan) -> str:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from clusters.calibration.runs import PRIOR_ERROR
 from orchestrator.planner import explain
+from orchestrator.planner.confidence import choose, confidence
 from orchestrator.planner.problem import PlanError, Problem
-from orchestrator.planner.search.solve import Solution, solve
+from orchestrator.planner.search.solve import Refused, Solution, ask
 from orchestrator.planner.targets import judged, wanted_of, would_meet
 from orchestrator.spec import acting
 from strategies.catalog import ENGINES
-from strategies.strategy import Offload, Strategy
+from strategies.strategy import Strategy
 
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
@@ -22,21 +22,6 @@ if TYPE_CHECKING:
     from strategies.price.step_time import Price
 
 __all__ = ["Plan", "PlanError", "plan"]
-
-PUBLISHED_ERROR = {
-    ("a100", "sharded"): 0.06,
-    ("a800", "sharded"): 0.06,
-    ("h100", "sharded"): 0.06,
-    ("a100", "dense"): 0.13,
-    ("a800", "dense"): 0.13,
-}
-"""Mean relative error of tokens/s/GPU on published sources left out of the fit (python -m benchmarks.oracle), by GPU: ZeRO 2
-and 3 without tensor or pipeline parallelism (MPT 4.3 and 4.8 %, half of it on H100, torchtitan 6.0 %), of which the largest,
-for two are one stack; all else (LLaMA 10.3, BLOOM 19.0 and 11.4, Megatron 9.9, InternEvo 12.1 %)."""
-OTHER_GPU_ERROR = 0.50
-"""Assumed on a GPU whose published runs of that kind are not in the fit; of two stacks on V100 one came out 8 % off, one 51 %."""
-OFFLOAD_ERROR = 0.40
-"""Assumed where something is offloaded: no published run with its whole configuration anchors those terms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,71 +119,13 @@ class Plan:
 
     @cached_property
     def confidence(self) -> dict[str, Any]:
-        """Where the constants come from, and how wrong they have been."""
-        source, speed = self._speed_error()
-        if self.strategy.offload.any:
-            source, speed = f"{source}; offload terms without a published anchor", max(speed, OFFLOAD_ERROR)
-        measured = self.cluster.calibration
-        memory = measured.memory_error if measured else None
-        memory = PRIOR_ERROR["peak_bytes"] if memory is None else memory
-        engine = self.solution.problem.engine
-        if engine.speed_error:
-            source = f"{source}; engine {self.strategy.engine} priced as {engine.semantics}"
-            speed, memory = max(speed, engine.speed_error), max(memory, engine.memory_error)
-        return {"source": source, "throughput_error": speed, "memory_error": memory}
-
-    def _speed_error(self) -> tuple[str, float]:
-        """Of the cluster's finished runs; before any, what is assumed of measured machines; else of published runs."""
-        measured, strategy = self.cluster.calibration, self.strategy
-        if measured is None:
-            sharded = (
-                strategy.zero_stage >= 2 and strategy.tensor_parallel_degree * strategy.pipeline_parallel_degree == 1
-            )
-            kind, words = ("sharded", "ZeRO 2 and 3") if sharded else ("dense", "tensor, pipeline, replicated")
-            gpu = self.cluster.accelerator
-            known = PUBLISHED_ERROR.get((gpu.name.split("-")[0], kind))
-            if known is None:
-                return (
-                    f"catalog: {gpu.source}; error assumed: no published run of this kind ({words}) on this GPU",
-                    OTHER_GPU_ERROR,
-                )
-            return f"catalog: {gpu.source}; error of published runs left out of the fit ({words})", known
-        if measured.throughput_error is None:
-            told = "error assumed: no finished run has been compared with its plan here"
-            return f"{measured.source}; {told}", PRIOR_ERROR["tokens_per_second"]
-        runs = f"{measured.num_runs} finished run{'' if measured.num_runs == 1 else 's'}"
-        return f"{measured.source}; error of {runs} here", measured.throughput_error
+        """{source, throughput_error, memory_error}: where the constants come from, and how wrong they have been."""
+        return asdict(confidence(self.solution.problem, self.strategy))
 
     @cached_property
     def notes(self) -> list[str]:
-        """What a reader should know: idle GPUs, padding, settings without effect, what measured ground would cost."""
-        return [*acting.notes(self.job), *explain.notes(self.solution), *self._plainer()]
-
-    def _plainer(self) -> list[str]:
-        """The best without offload, where this plan's wider error covers the difference."""
-        if self.search is None or not self.fits or not self.strategy.offload.any:
-            return []
-        problem = self.solution.problem
-        if "offload" in problem.pins:
-            return []
-        wanted = wanted_of(self.job, self.cluster.usd_per_gpu_hour)
-        try:
-            plain = Plan(
-                job=self.job,
-                solution=solve(
-                    problem.changed(pins={**problem.pins, "offload": Offload()}), wanted=wanted, after=self.search
-                ),
-            )
-        except PlanError:
-            return []
-        slower = 1 - plain.tokens_per_second_per_gpu / self.tokens_per_second_per_gpu
-        if not plain.fits or slower > self.confidence["throughput_error"]:
-            return []
-        speed, error = plain.tokens_per_second_per_gpu, plain.confidence["throughput_error"]
-        return [
-            f"without offload, which no published run anchors: {speed:,.0f} tokens/s/GPU ± {error:.0%}, {slower:.1%} slower; "
-            "`offload: none` asks for it"
-        ]
+        """What a reader should know: idle GPUs, padding, settings without effect, what another choice of offload would change."""
+        return [*acting.notes(self.job), *explain.notes(self.solution)]
 
     @cached_property
     def alternatives(self) -> list[explain.Loser]:
@@ -216,7 +143,16 @@ class Plan:
     @cached_property
     def nearest(self) -> list[dict[str, Any]]:
         """Where it does not fit: the changes that would make it fit, each planned."""
-        return [] if self.fits else explain.nearest(self.solution)
+        return self._nearest.rows
+
+    @property
+    def nearest_refused(self) -> list[str]:
+        """Where it does not fit: changes that break a rule of what is pinned, each with the rule."""
+        return self._nearest.refused
+
+    @cached_property
+    def _nearest(self) -> explain.Nearest:
+        return explain.Nearest([], []) if self.fits else explain.nearest(self.solution)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON (docs/reference/plan.md). Placement is made here."""
@@ -236,15 +172,15 @@ def plan(job: Job, *, cluster: Cluster | None = None, built_only: bool = False, 
     Raises PlanError where no strategy can be what is pinned. One that does not fit is a plan with `fits` false."""
     problem = problem_of(job, cluster=cluster, built_only=built_only)
     wanted = wanted_of(job, problem.cluster.usd_per_gpu_hour)
-    solution = solve(problem, wanted=wanted, num_families=top + 1, near=True)
+    solution = choose(problem, wanted=wanted, num_families=top + 1, near=True)
     made = Plan(job=job, solution=solution, top=top)
     if not built_only or solution.search is None or not problem.engine.plans_ahead:
         return made
-    everything = solve(problem.changed(built_only=False), wanted=wanted, after=solution.search, near=True)
-    faster = everything.fits and everything.price.time.step_s < solution.price.time.step_s
-    if not faster and solution.fits:
+    everything = ask(choose, problem.changed(built_only=False), wanted=wanted, after=solution.search, near=True)
+    if isinstance(everything, Refused) or not everything.fits:
         return made
-    return replace(made, left_out=Plan(job=job, solution=everything, top=top)) if everything.fits else made
+    faster = everything.price.time.step_s < solution.price.time.step_s
+    return replace(made, left_out=Plan(job=job, solution=everything, top=top)) if faster or not made.fits else made
 
 
 def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = False) -> Problem:

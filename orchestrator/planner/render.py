@@ -336,6 +336,8 @@ def _nearest(plan: Plan, width: int) -> Iterator[str]:
             f"{row['change']}: {bytes_told(row['peak_bytes'])} on {row['num_gpus']} GPUs, "
             f"{rate_told(row['tokens_per_second_per_gpu'])} tokens/s/GPU"
         )
+    for reason in plan.nearest_refused:
+        yield from wrapped(f"no answer for {reason}", width - MARGIN - 2)
     if not plan.fits and not plan.nearest:
         yield f"nothing tried does: not fewer tokens a sequence, not offload, not {16384:,} GPUs"
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.planner.confidence import choose
 from orchestrator.planner.result import Wanted
-from orchestrator.planner.search.solve import Solution, solve
+from orchestrator.planner.search.solve import Refused, Solution, ask
 
 if TYPE_CHECKING:
     from orchestrator.spec import Job
@@ -62,7 +63,9 @@ def would_meet(
         pins = free.pins
         if other.num_gpus < pins.get("tensor_parallel_degree", 1) * pins.get("pipeline_parallel_degree", 1):
             continue
-        found = solve(free.changed(cluster=other), wanted=wanted)
+        found = ask(choose, free.changed(cluster=other), wanted=wanted)
+        if isinstance(found, Refused):
+            continue
         step_s, num_gpus = found.price.time.step_s, found.strategy.num_gpus
         if found.fits and wanted.met(step_s, num_gpus):
             return f"{num_gpus} GPUs: {found.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {step_s:.3g} s a step"

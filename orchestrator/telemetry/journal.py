@@ -6,10 +6,21 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.telemetry.records import EVENTS, METRICS, Event, StepReport, append_line, encode
 
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
+    except OSError:
+        return "unknown"
+
+
+BOOT = _boot()
+"""This start of this machine: monotonic times are compared within one alone."""
 KEPT_BYTES = 32 * 2**20
 """Of records that a disk refuses, in memory: about 80,000 steps."""
 
@@ -37,7 +48,8 @@ class Journal:
         self._num_delayed = self._num_lost = 0
 
     def write(self, record: StepReport | Event) -> None:
-        """Appends the record, after those that wait."""
+        """Appends the record, after those that wait; the journal's clock stands in it."""
+        record = replace(record, monotonic_s=time.monotonic(), boot=BOOT)
         self._keep(METRICS if isinstance(record, StepReport) else EVENTS, encode(record))
         self._drain()
 
@@ -87,7 +99,8 @@ class Journal:
             self._kept.popleft()
             self._size -= len(line)
             if not self._kept and self._refusal is not None:
-                self._keep(EVENTS, encode(self._over(self._refusal)))
+                over = replace(self._over(self._refusal), monotonic_s=time.monotonic(), boot=BOOT)
+                self._keep(EVENTS, encode(over))
 
     def _refuse(self, error: OSError) -> None:
         if self._refusal is not None:

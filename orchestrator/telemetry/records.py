@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 END_BYTES = 2**16
-"""More than a hundred lines: what is read to know how far a run is."""
+"""What is read to know how far a run is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +42,10 @@ class StepReport:
     """Inside the engine's step function; what step_s has beyond it is orchestration."""
     skipped: bool = False
     """The loss scaler met an overflow: the samples are consumed, the weights unchanged."""
+    monotonic_s: float | None = None
+    """When it was written down, by a clock that nobody sets; it counts from a start of the machine. None: an older file."""
+    boot: str = ""
+    """Which start of which machine that is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +57,9 @@ class Event:
     step: int | None = None
     cause: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+    monotonic_s: float | None = None
+    """As in StepReport."""
+    boot: str = ""
 
 
 Record = TypeVar("Record", StepReport, Event)
@@ -142,14 +149,14 @@ def parse(lines: Iterable[bytes], kind: type[Record]) -> Iterator[Record]:
             continue
 
 
-def last_step(path: Path) -> int:
-    """The newest step that a metrics.jsonl has, from the end of the file alone; 0 where there is none."""
+def recent(path: Path) -> list[StepReport]:
+    """The last reports of a metrics.jsonl, a hundred or more, oldest first, from the end of the file alone."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - END_BYTES))
-            return max((report.step for report in parse(file, StepReport)), default=0)
+            return list(parse(file, StepReport))
     except OSError:
-        return 0
+        return []
 
 
 def steps(path: Path) -> list[StepReport]:
@@ -162,11 +169,16 @@ def last_of_each_step(reports: Iterable[StepReport]) -> list[StepReport]:
 
 
 class Tail(Generic[Record]):
-    """Reads a growing file: each call gives the records added since the one before."""
+    """Reads a growing file: each call gives the records added since the one before, from `most_bytes` at most."""
 
-    def __init__(self, path: Path, kind: type[Record], *, from_end: bool = False) -> None:
+    def __init__(
+        self, path: Path, kind: type[Record], *, from_end: bool = False, most_bytes: int | None = None
+    ) -> None:
         self.path = path
         self.kind: type[Record] = kind
+        self.at_end = True
+        """The last call read as far as the file went."""
+        self._most = -1 if most_bytes is None else most_bytes
         self._position = path.stat().st_size if from_end and path.exists() else 0
         self._rest = b""
 
@@ -174,9 +186,11 @@ class Tail(Generic[Record]):
         try:
             with self.path.open("rb") as file:
                 file.seek(self._position)
-                chunk = file.read()
+                chunk = file.read(self._most)
         except OSError:  # not there yet, or a disk in trouble: the next look tries again
+            self.at_end = True
             return []
+        self.at_end = len(chunk) != self._most
         self._position += len(chunk)
         *lines, self._rest = (self._rest + chunk).split(b"\n")
         return list(parse(lines, self.kind))

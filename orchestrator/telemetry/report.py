@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import html
 import json
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from clusters.files import write_atomically
-from orchestrator.telemetry.goodput import ENDS, Ledger, ledger_of
-from orchestrator.telemetry.records import EVENTS, METRICS, Event, StepReport, last_of_each_step, read
+from orchestrator.telemetry.goodput import ENDS, Ledger
+from orchestrator.telemetry.history import History, Steps
+from orchestrator.telemetry.records import Event
 
 POINTS = 1200
 """Of a curve at most: as many as a wide screen can show."""
@@ -47,8 +50,15 @@ HIDDEN = ("metrics_endpoint",)
 
 def write(folder: Path) -> Path:
     """Writes the folder's report.html anew."""
-    target = folder / "report.html"
-    write_atomically(target, page(data_of(folder)))
+    history = History(folder)
+    history.update()
+    return write_of(history)
+
+
+def write_of(history: History) -> Path:
+    """The same from a history that was read already, as far as it was."""
+    target = history.folder / "report.html"
+    write_atomically(target, page(data_of(history)))
     return target
 
 
@@ -58,33 +68,32 @@ def page(data: Mapping[str, Any]) -> str:
     return template.replace("__TITLE__", html.escape(str(data["name"]))).replace("__DATA__", inline)
 
 
-def data_of(folder: Path) -> dict[str, Any]:
+def data_of(history: History) -> dict[str, Any]:
     """All that the page shows, as plain values."""
+    folder, events, ledger = history.folder, history.events, history.ledger
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    every = list(read(folder / METRICS, StepReport))
-    events = list(read(folder / EVENTS, Event))
-    reports = last_of_each_step(every)
-    ledger = ledger_of(every, events)
+    steps = history.steps().last_of_each()
+    calm = settled(steps, events)
     state, cause = state_of(events)
     predicted = float(plan["throughput"]["tokens_per_second_per_gpu"])
-    speed = median([report.tokens_per_second_per_gpu for report in settled(reports, events)])
-    memory = memory_of(plan, events, reports)
+    speed = median(calm["tokens_per_second_per_gpu"])
+    memory = memory_of(plan, events, steps)
     restarts = [{"step": event.step, "cause": event.cause} for event in events if event.kind == "restart"]
     validation = [[event.step, event.details["loss"]] for event in events if event.kind == "evaluation"]
     validation = [list(pair) for pair in dict(validation).items()]
     return {
         "name": plan["job"]["name"],
         "state": state,
-        "lead": lead(plan, reports, state, cause, speed, predicted, len(restarts)),
-        "tiles": tiles(plan, reports, validation, speed, predicted, memory, ledger),
-        "series": series(reports),
+        "lead": lead(plan, steps, state, cause, speed, predicted, len(restarts)),
+        "tiles": tiles(plan, steps, validation, speed, predicted, memory, ledger),
+        "series": series(steps),
         "validation": [[step, finite(loss)] for step, loss in validation],
         "restarts": restarts,
         "predicted_speed": predicted,
         "target_speed": plan.get("wanted"),
         "speed_hint": speed_hint(plan, speed, predicted),
         "memory": memory,
-        "time": time_of(plan, settled(reports, events)),
+        "time": time_of(plan, calm),
         **start_of(events),
         "ledger": {
             "parts": list(ledger.totals.items()),
@@ -114,20 +123,20 @@ def state_of(events: Sequence[Event]) -> tuple[str, str]:
     return "running", ""
 
 
-def settled(reports: Sequence[StepReport], events: Sequence[Event]) -> list[StepReport]:
+def settled(steps: Steps, events: Sequence[Event]) -> Steps:
     """Reports without the first steps after each start, if others are left."""
     starts = [event.step or 0 for event in events if event.kind == "worker_started"] or [0]
-    kept = [
-        report
-        for report in reports
-        if not any(start < report.step <= start + WARM_UP_STEPS for start in starts) and not report.skipped
-    ]
-    return kept or list(reports)
+    step = steps["step"]
+    calm = steps["skipped"] == 0
+    for start in starts:
+        calm &= (step <= start) | (step > start + WARM_UP_STEPS)
+    kept = steps.where(calm)
+    return kept if len(kept) else steps
 
 
 def lead(
     plan: Mapping[str, Any],
-    reports: Sequence[StepReport],
+    steps: Steps,
     state: str,
     cause: str,
     speed: float | None,
@@ -137,8 +146,8 @@ def lead(
     """The run in a sentence or three."""
     model, job, strategy = plan["model"], plan["job"], plan["strategy"]
     text = f"{model['name']}, {model['num_parameters']:,} parameters, on {strategy['num_gpus']} of {plan['cluster']['name']}."
-    if reports:
-        text += f" {reports[-1].step:,} of {job['steps']:,} steps, {reports[-1].tokens:,} tokens."
+    if len(steps):
+        text += f" {steps['step'][-1]:,.0f} of {job['steps']:,} steps, {steps['tokens'][-1]:,.0f} tokens."
     if speed:
         text += f" It ran at {speed / predicted:.0%} of the speed that the plan promised."
     if num_restarts:
@@ -150,30 +159,29 @@ def lead(
 
 def tiles(
     plan: Mapping[str, Any],
-    reports: Sequence[StepReport],
+    steps: Steps,
     validation: Sequence[Sequence[float]],
     speed: float | None,
     predicted: float,
     memory: Mapping[str, Any],
     ledger: Ledger,
 ) -> list[dict[str, str]]:
-    last = reports[-1] if reports else None
     total_s = sum(ledger.totals.values())
     useful = ledger.totals["training"] / total_s if total_s else 0.0
-    tail = [report.loss for report in reports[-max(1, len(reports) // 40) :]]
+    loss = mean(steps["loss"][-max(1, len(steps) // 40) :])
     held_out = f"held-out {validation[-1][1]:.4f}" if validation else "no held-out text yet"
     measured = memory["measured_peak"]
-    mfu = [report.mfu for report in reports if report.mfu is not None]
+    mfu = median(steps["mfu"])
     return [
         {
             "label": "Loss",
-            "value": f"{statistics.fmean(tail):.4f}" if tail else "–",
-            "note": held_out if last else "no step yet",
+            "value": "–" if loss is None else f"{loss:.4f}",
+            "note": held_out if len(steps) else "no step yet",
         },
         {
             "label": "Tokens/s/GPU",
             "value": f"{speed:,.0f}" if speed else "–",
-            "note": f"plan {predicted:,.0f}" + (f", MFU {median(mfu) or 0:.0%}" if mfu else ""),
+            "note": f"plan {predicted:,.0f}" + ("" if mfu is None else f", MFU {mfu:.0%}"),
         },
         {
             "label": "Peak of live tensors",
@@ -184,16 +192,23 @@ def tiles(
     ]
 
 
-def series(reports: Sequence[StepReport]) -> dict[str, list[float | None]]:
+def series(steps: Steps) -> dict[str, list[float | None]]:
     """The curves, thinned to what a screen shows: each point is the mean of its neighbours."""
-    span = -(-len(reports) // POINTS) or 1
-    groups = [reports[at : at + span] for at in range(0, len(reports), span)]
+    span = -(-len(steps) // POINTS) or 1
+    starts = np.arange(0, len(steps), span)
+    ends = np.minimum(starts + span, len(steps)) - 1
 
     def means(name: str) -> list[float | None]:
-        return [mean([getattr(report, name) for report in group]) for group in groups]
+        values = steps[name]
+        known = np.isfinite(values)
+        if not len(values):
+            return []
+        total = np.add.reduceat(np.where(known, values, 0.0), starts)
+        count = np.add.reduceat(known.astype(np.float64), starts)
+        return [float(each / n) if n else None for each, n in zip(total, count, strict=True)]
 
     return {
-        "step": [group[-1].step for group in groups],
+        "step": [int(step) for step in steps["step"][ends]],
         "loss": means("loss"),
         "speed": means("tokens_per_second_per_gpu"),
         "learning_rate": means("learning_rate"),
@@ -201,7 +216,7 @@ def series(reports: Sequence[StepReport]) -> dict[str, list[float | None]]:
     }
 
 
-def memory_of(plan: Mapping[str, Any], events: Sequence[Event], reports: Sequence[StepReport]) -> dict[str, Any]:
+def memory_of(plan: Mapping[str, Any], events: Sequence[Event], steps: Steps) -> dict[str, Any]:
     """Live tensors by component: the plan's fullest stage beside the fullest rank of the last measurement."""
     stage = max(plan["memory"]["stages"], key=lambda stage: int(stage["peak_bytes"]))
     measurements = [event for event in events if event.kind in ("memory", "memory_measured")]
@@ -219,21 +234,21 @@ def memory_of(plan: Mapping[str, Any], events: Sequence[Event], reports: Sequenc
     hint = f"Fullest GPU at its peak ({stage['peak_phase']}), measured / plan."
     if peak is not None and stage["tensor_peak_bytes"]:
         hint += f" All tensors: {peak / stage['tensor_peak_bytes'] - 1:+.1%} against the plan."
-    if reports:
-        whole = max(report.peak_bytes for report in reports)
+    if len(steps):
+        whole = float(steps["peak_bytes"].max())
         hint += f" The process reached {told_bytes(whole)}; the plan adds {told_bytes(reserve)} for what is no tensor."
     return {"rows": rows, "hint": hint, "measured_peak": peak, "predicted_peak": int(stage["tensor_peak_bytes"])}
 
 
-def time_of(plan: Mapping[str, Any], reports: Sequence[StepReport]) -> dict[str, Any]:
+def time_of(plan: Mapping[str, Any], steps: Steps) -> dict[str, Any]:
     """Parts of the promised step beside what the loop's own clocks saw."""
     promised = [(name, float(plan["time"].get(name) or 0.0)) for name in OF_TIME]
-    step_s = median([report.step_s for report in reports])
+    step_s = median(steps["step_s"])
     measured = None
     hint = f"The plan: {told_s(plan['time']['step_s'])}."
     if step_s is not None:
-        engine = median([report.engine_s for report in reports]) or 0.0
-        wait = median([report.data_wait_s for report in reports]) or 0.0
+        engine = median(steps["engine_s"]) or 0.0
+        wait = median(steps["data_wait_s"]) or 0.0
         rest = max(0.0, step_s - engine - wait)
         measured = [("engine_s", engine), ("data_wait_s", wait), ("other_s", rest)]
         hint += f" Measured: {told_s(step_s)}, the median step; {(wait + rest) / step_s:.1%} outside the engine."
@@ -312,13 +327,16 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and abs(value) < float("inf") else None
 
 
-def mean(values: Sequence[float]) -> float | None:
-    known = [value for value in values if finite(value) is not None]
-    return statistics.fmean(known) if known else None
+def mean(values: NDArray[np.float64]) -> float | None:
+    """Of the numbers that are finite."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if len(known) else None
 
 
-def median(values: Sequence[float]) -> float | None:
-    return statistics.median(values) if values else None
+def median(values: NDArray[np.float64]) -> float | None:
+    """Of the numbers that are finite."""
+    known = values[np.isfinite(values)]
+    return float(np.median(known)) if len(known) else None
 
 
 def told_bytes(num_bytes: float) -> str:

@@ -51,7 +51,7 @@ class Batch:
     """Samples of the global batch, in order."""
     micro_batches: list[MicroBatch]
     """This replica's."""
-    num_target_tokens: int
+    num_targets: int
     """Of the global batch."""
 
 
@@ -93,5 +93,5 @@ class Batches:
             step=step,
             indices=indices,
             micro_batches=list(cut(self.dataset, indices, self.share)),
-            num_target_tokens=len(indices) * self.dataset.sequence_length,
+            num_targets=len(indices) * self.dataset.sequence_length,
         )

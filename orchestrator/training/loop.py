@@ -127,7 +127,7 @@ class Loop:
         def step() -> StepResult:
             return self.session.step(
                 batch.micro_batches,
-                num_target_tokens=batch.num_target_tokens,
+                num_targets=batch.num_targets,
                 learning_rate=self.settings.learning_rate(batch.step),
             )
 
@@ -193,8 +193,8 @@ class Loop:
         started = time.perf_counter()
         limit = MAX_EVALUATION_BATCHES * max(1, self.settings.tokens_per_step // self.validation.sequence_length)
         indices = arange(min(len(self.validation), limit))
-        total, num_tokens = self.session.evaluate(cut(self.validation, indices, self.share))
-        loss = total / num_tokens
+        found = self.session.evaluate(cut(self.validation, indices, self.share))
+        loss, num_tokens = found.loss / found.num_targets, found.num_targets
         self._event(
             "evaluation",
             f"loss {loss:.4f} on held-out text",

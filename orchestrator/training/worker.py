@@ -47,6 +47,7 @@ from orchestrator.training.pulse import Pulse
 from orchestrator.training.schedule import CheckpointEvery, learning_rate
 from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
 from strategies.engines.engine import OptimizerSettings, Session
+from strategies.engines.loss import TokenLoss
 from strategies.engines.native import build_session as build_native
 
 MAY_DIFFER = ("cluster", "strategy", "objective", "targets", "checkpoint", "recovery")
@@ -230,7 +231,7 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
         ),
         device=device,
         deterministic=job.training.deterministic,
-        z_loss=job.training.z_loss,
+        loss=TokenLoss(job.training.z_loss),
     )
     return session
 

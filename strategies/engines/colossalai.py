@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from strategies.engines.collectives import all_gather
-from strategies.engines.engine import Build, MicroBatch, OptimizerSettings
+from strategies.engines.engine import Build, Loss, MicroBatch, OptimizerSettings
 from strategies.engines.held import Held, HeldSession, Owned, Place, fill, refuse_unbuilt, refuse_world
 from strategies.engines.installed import engine_module
+from strategies.engines.loss import TOKEN_LOSS
 from strategies.engines.mesh import NAMES, Mesh, lay
-from strategies.pipeline.runner import PlainRunner, counted_loss
+from strategies.pipeline.runner import PlainRunner, context_of
 from strategies.recompute import apply as recompute
 from strategies.strategy import Strategy
 from strategies.tensor.region import WHOLE
@@ -41,7 +42,7 @@ def build_session(
     optimizer: OptimizerSettings | None = None,
     device: torch.device | str = "cpu",
     deterministic: bool = False,
-    z_loss: float = 0.0,
+    loss: Loss = TOKEN_LOSS,
 ) -> HeldSession:
     """As native.build_session. Raises ValueError, with the field's name, for what ColossalAI cannot do."""
     _refuse(strategy, precision, deterministic)
@@ -64,7 +65,7 @@ def build_session(
     if build.device.type == "cpu":
         engine_module("strategies", "strategies.engines.colossalai_cpu").install()
     engine_module("colossalai", "colossalai.logging").get_dist_logger()._logger.setLevel(logging.WARNING)
-    return HeldSession(build, kind(build, weights), z_loss=z_loss, owns_group=False)
+    return HeldSession(build, kind(build, weights), loss=loss, owns_group=False)
 
 
 def _kind(strategy: Strategy, *, split: bool) -> tuple[type[Boosted], type[BoosterRunner]]:
@@ -101,10 +102,11 @@ class BoosterRunner(PlainRunner):
         with torch._C.DisableTorchFunctionSubclass():
             # Gemini's tensors turn mul_ into mul, which the loss's backward would take for done.
             plain_BSV = logits_BSV.as_subclass(Tensor)
-        return counted_loss(self.build, plain_BSV, batch, self.z_loss)
+        return self.loss(self.build.region, plain_BSV, batch)
 
     def _logits(self, batch: MicroBatch) -> Tensor:
-        logits_BSV: Tensor = self.build.module(batch.input_ids_BS.to(self.build.device))
+        ids_BS = batch.input_ids_BS.to(self.build.device)
+        logits_BSV: Tensor = self.build.module(ids_BS, *context_of(self.build, batch))
         return logits_BSV
 
     def _backward(self, loss: Tensor) -> None:

@@ -19,7 +19,7 @@ from strategies.engines.colossalai import BoosterRunner, LowLevelZero
 from strategies.engines.engine import Build, Layout, MicroBatch
 from strategies.engines.held import Place
 from strategies.engines.installed import engine_module
-from strategies.pipeline.runner import counted_loss
+from strategies.pipeline.runner import none_told
 from strategies.strategy import Strategy
 from strategies.zero.states import Shard, Weights
 
@@ -67,20 +67,23 @@ class HybridRunner(BoosterRunner):
         waiting = iter(micro_batches)
 
         def criterion(output: Any, _: Any) -> Tensor:
-            loss, trained = counted_loss(self.build, output["logits"], next(waiting), self.z_loss)
-            losses.append(loss.detach().double())
+            told_K, trained = self.loss(self.build.region, output["logits"], next(waiting))
+            losses.append(told_K.double())
             return trained * factor
 
         return criterion
 
     def _inputs(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
         """The mask is all ones; the stages behind the first learn the batch's shape from it."""
+        if any(batch.inputs for batch in micro_batches):
+            raise ValueError(
+                "packed samples cannot run on ColossalAI's tensor and pipeline parallelism; set engine: native"
+            )
         ids = torch.cat([batch.input_ids_BS for batch in micro_batches]).to(self.build.device)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def _sum(self, losses: list[Tensor]) -> Tensor:
-        zero = torch.zeros((), dtype=torch.float64, device=self.build.device)
-        return torch.stack(losses).sum() if losses else zero
+        return torch.stack(losses).sum(0) if losses else none_told(self.build, self.loss)
 
 
 class Hybrid(LowLevelZero):

@@ -32,6 +32,11 @@ class MicroBatch:
     """Target of each position; -100 where it does not count."""
     weight_B: Tensor
     """1 for a real sequence, 0 for one that only fills up the last micro batch."""
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the module's `context` takes beside the tokens, by its name, each [B, ...]: segment_ids_BS of packed samples, say.
+    Empty: every row is one sample."""
+    labels: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the loss takes beside the target ids, by its name, each [B, ...]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +44,41 @@ class StepResult:
     """What one optimizer step did; the same on every rank."""
 
     loss: float
-    """Cross entropy summed over the target tokens of the global batch, divided by their number: nats per token."""
+    """Summed over the targets of the global batch, divided by their number: nats per token where they are tokens."""
     gradient_norm: float
     """Global, before clipping."""
     skipped: bool = False
     """The loss scaler met an overflow: samples consumed, weights unchanged."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else the loss tells, by name, each a mean over its targets."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluation:
+    """What a pass over held-out batches found, summed over all ranks."""
+
+    loss: float
+    """Sum over the targets; nats where they are tokens."""
+    num_targets: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Sums over the targets of what else the loss tells."""
+
+
+class Loss(Protocol):
+    """What is made of the module's output for one micro batch. Sums, never means: ranks and micro batches add."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the K numbers that it tells; the first is `loss`."""
+
+    def __call__(self, region: Region, output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        """(told_K, trained): sums over the targets, the first without a gradient; `trained` is what backward starts from.
+
+        Args:
+            output: the head's, logits_BSV of this rank's part of the vocabulary, say."""
+
+    def num_targets(self, batch: MicroBatch) -> Tensor:
+        """How many targets of a micro batch count."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,15 +143,16 @@ class Session(Protocol):
 
     module: nn.Module
 
-    def step(self, micro_batches: Sequence[MicroBatch], *, num_target_tokens: int, learning_rate: float) -> StepResult:
-        """Forward, loss, backward, clip, optimizer. num_target_tokens counts the whole global batch.
+    def step(self, micro_batches: Sequence[MicroBatch], *, num_targets: int, learning_rate: float) -> StepResult:
+        """Forward, loss, backward, clip, optimizer. num_targets counts what the loss sums over in the whole global batch:
+        tokens, or pairs of answers.
 
         Raises FloatingPointError, on every rank and with the weights unchanged, where the loss is not finite, or the
         gradient norm is not and no loss scaler handles it."""
 
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
-        """(sum of the loss in nats, number of target tokens) over all ranks, no gradient. Every rank gives as many
-        micro batches, filled up with sequences of weight 0."""
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> Evaluation:
+        """The loss over all ranks, no gradient. Every rank gives as many micro batches, filled up with sequences of
+        weight 0."""
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded state for torch.distributed.checkpoint: `model.NAME`, `optimizer.exp_avg.NAME`, ... DTensors or

@@ -12,9 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from strategies.engines.engine import Build, OptimizerSettings
+from strategies.engines.engine import Build, Loss, OptimizerSettings
 from strategies.engines.held import Held, HeldSession, Owned, Place, fill, refuse_unbuilt, refuse_world
 from strategies.engines.installed import engine_module
+from strategies.engines.loss import TOKEN_LOSS
 from strategies.engines.mesh import NAMES, Mesh
 from strategies.pipeline.runner import PlainRunner
 from strategies.strategy import Strategy
@@ -31,7 +32,7 @@ def build_session(
     optimizer: OptimizerSettings | None = None,
     device: torch.device | str = "cpu",
     deterministic: bool = False,
-    z_loss: float = 0.0,
+    loss: Loss = TOKEN_LOSS,
 ) -> HeldSession:
     """As native.build_session. Raises ValueError, with the field's name, for what fairscale cannot do."""
     _refuse(strategy, precision, deterministic)
@@ -51,7 +52,7 @@ def build_session(
     if build.device.type == "cpu":
         engine_module("strategies", "strategies.engines.fairscale_cpu").install()
     states = (Fsdp if strategy.zero_stage == 3 else Oss)(build, weights)
-    return HeldSession(build, states, z_loss=z_loss, owns_group=False)
+    return HeldSession(build, states, loss=loss, owns_group=False)
 
 
 def _refuse(strategy: Strategy, precision: str, deterministic: bool) -> None:

@@ -12,29 +12,61 @@ N tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+if TYPE_CHECKING:
+    from strategies.engines.engine import MicroBatch
+    from strategies.tensor.region import Region
 
 IGNORED = -100
 CHUNK_ELEMENTS = 2**22
 """Logits that are widened at once: 16 MiB in fp32."""
 
 
-def token_loss(logits_NV: Tensor, targets_N: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-    """(cross entropy, cross entropy + z_loss x log-partition squared), each summed over the tokens that count, in nats.
+@dataclass(frozen=True, slots=True)
+class TokenLoss:
+    """Cross entropy of the target tokens that count, in nats (see engine.Loss).
 
-    The second is what is trained (PaLM, arXiv:2204.02311, section 5), the first what is told and has no gradient."""
-    apply: Any = _TokenLoss.apply
-    result: tuple[Tensor, Tensor] = apply(logits_NV, targets_N, z_loss)
+    With z_loss, what is trained adds z_loss x log-partition squared (PaLM, arXiv:2204.02311, section 5); it is not told."""
+
+    z_loss: float = 0.0
+    names: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __call__(self, region: Region, output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        losses_N, partition_N = region.token_losses(output.flatten(0, 1), _targets(batch).flatten().to(output.device))
+        loss = losses_N.sum()
+        trained = loss + self.z_loss * partition_N.square().sum() if self.z_loss else loss
+        return loss.detach()[None], trained
+
+    def num_targets(self, batch: MicroBatch) -> Tensor:
+        return (_targets(batch) != IGNORED).sum()
+
+
+TOKEN_LOSS = TokenLoss()
+"""The loss of pretraining."""
+
+
+def _targets(batch: MicroBatch) -> Tensor:
+    """The target ids, none of which counts in a sequence that only fills up."""
+    return batch.target_ids_BS.masked_fill(batch.weight_B[:, None] == 0, IGNORED)
+
+
+def token_losses(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """(cross entropy, log-partition) of each token, in nats and in fp32 at least; both 0 where a token does not count."""
+    apply: Any = _TokenLosses.apply
+    result: tuple[Tensor, Tensor] = apply(logits_NV, targets_N)
     return result
 
 
-class _TokenLoss(torch.autograd.Function):
+class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         counted_N = targets_N != IGNORED
         index_N1 = targets_N.clamp(min=0)[:, None]
@@ -44,35 +76,45 @@ class _TokenLoss(torch.autograd.Function):
             losses.append(-picked[:, 0])
             partitions.append((logits_NV[rows].gather(1, index_N1[rows]) - picked)[:, 0])
         zero = logits_NV.new_zeros((), dtype=wide)
-        partition_N = torch.cat(partitions)
-        loss = torch.where(counted_N, torch.cat(losses), zero).sum()
-        total = loss + z_loss * torch.where(counted_N, partition_N.square(), zero).sum() if z_loss else loss.clone()
-        ctx.z_loss = z_loss
-        ctx.save_for_backward(logits_NV, index_N1, counted_N, partition_N)
-        ctx.mark_non_differentiable(loss)
-        return loss, total
+        ctx.save_for_backward(logits_NV, index_N1, counted_N)
+        return torch.where(counted_N, torch.cat(losses), zero), torch.where(counted_N, torch.cat(partitions), zero)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, index_N1, counted_N, partition_N = ctx.saved_tensors
-        wide = partition_N.dtype
+    def backward(ctx: Any, of_losses_N: Tensor | None, of_partition_N: Tensor | None) -> tuple[Tensor, None]:
+        logits_NV, index_N1, counted_N = ctx.saved_tensors
+        wide = torch.promote_types(logits_NV.dtype, torch.float32)
+        weight_N1, ratio_N1 = backward_weights(counted_N, of_losses_N, of_partition_N, wide)
         result_NV = torch.empty_like(logits_NV)
-        weight_N1 = torch.where(counted_N, gradient.to(wide), 0.0)[:, None]
         for rows in chunks(logits_NV):
             into = result_NV[rows]
             if into.dtype == wide:
                 probability = torch.softmax(logits_NV[rows], -1, out=into)
             else:
                 probability = torch.softmax(logits_NV[rows], -1, dtype=wide)
-            if ctx.z_loss:
-                probability.mul_(1 + 2 * ctx.z_loss * partition_N[rows, None])
+            if ratio_N1 is not None:
+                probability.mul_(ratio_N1[rows])
             index = index_N1[rows]
             probability.scatter_(1, index, probability.gather(1, index) - 1)
             probability.mul_(weight_N1[rows])
             if into.dtype != wide:
                 into.copy_(probability)
-        return result_NV, None, None
+        return result_NV, None
+
+
+def backward_weights(
+    counted_N: Tensor, of_losses_N: Tensor | None, of_partition_N: Tensor | None, wide: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """(w, r), each [N, 1], so that the gradient of a token's logits is w x (r x softmax - one-hot of its target).
+
+    r is None where it is 1: nothing depends on the partition. A loss without a gradient cannot come with a partition that
+    has one."""
+    assert of_losses_N is not None
+    weight_N1 = torch.where(counted_N, of_losses_N.to(wide), 0.0)[:, None]
+    if of_partition_N is None:
+        return weight_N1, None
+    share_N1 = torch.where(counted_N, of_partition_N.to(wide), 0.0)[:, None]
+    return weight_N1, 1 + torch.where(weight_N1 == 0, 0.0, share_N1 / weight_N1)
 
 
 def chunks(logits_NV: Tensor) -> list[slice]:

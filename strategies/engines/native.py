@@ -18,8 +18,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from strategies.catalog import ENGINES
 from strategies.engines import mesh
-from strategies.engines.engine import BUCKET_BYTES, Build, MicroBatch, OptimizerSettings, StepResult
-from strategies.engines.loss import IGNORED
+from strategies.engines.engine import (
+    BUCKET_BYTES,
+    Build,
+    Evaluation,
+    Loss,
+    MicroBatch,
+    OptimizerSettings,
+    StepResult,
+)
+from strategies.engines.loss import TOKEN_LOSS
 from strategies.offload import apply as offload
 from strategies.pipeline import apply as pipeline
 from strategies.pipeline.runner import Runner
@@ -53,7 +61,7 @@ def build_session(
     optimizer: OptimizerSettings | None = None,
     device: torch.device | str = "cpu",
     deterministic: bool = False,
-    z_loss: float = 0.0,
+    loss: Loss = TOKEN_LOSS,
     bucket_bytes: int = BUCKET_BYTES,
 ) -> NativeSession:
     """Splits a module that stands on the meta device and fills it, a parameter at a time.
@@ -62,7 +70,8 @@ def build_session(
 
     Args:
         module: has .embed, .blocks and .head; module(input_ids_BS) -> logits_BSV. Has no buffers. To be split over ranks
-            it also says how: see strategies/tensor/apply.py and strategies/pipeline/apply.py.
+            it also says how: see strategies/tensor/apply.py and strategies/pipeline/apply.py. Where a batch has `inputs`,
+            module.context(**inputs) makes what embed and blocks take as a second argument.
         precision: bf16, fp16, fp32 or fp64.
         weights: (name, shape) -> that parameter's first value; every rank is given the same.
         deterministic: no kernel whose sum depends on the order of arrival, in this whole process until close().
@@ -97,7 +106,7 @@ def build_session(
         if owns_group:
             dist.destroy_process_group()
         raise
-    return NativeSession(build, states, z_loss=z_loss, owns_group=owns_group)
+    return NativeSession(build, states, loss=loss, owns_group=owns_group)
 
 
 def _parts(build: Build, weights: Weights) -> Weights:
@@ -142,9 +151,9 @@ def _degrees(strategy: Strategy) -> str:
 class NativeSession:
     """One rank's share of the training, see engine.Session."""
 
-    def __init__(self, build: Build, states: States, *, z_loss: float, owns_group: bool) -> None:
-        self.module, self.build, self.states = build.module, build, states
-        self.runner: Runner = build.requests["runner"](build, states, z_loss)
+    def __init__(self, build: Build, states: States, *, loss: Loss, owns_group: bool) -> None:
+        self.module, self.build, self.states, self.loss = build.module, build, states, loss
+        self.runner: Runner = build.requests["runner"](build, states, loss)
         self.distributed, self.owns_group = dist.is_initialized(), owns_group
         self.scale = FIRST_SCALE if build.precision == "fp16" else None
         self.good_steps = 0
@@ -153,24 +162,25 @@ class NativeSession:
         if build.deterministic:
             _be_deterministic()
 
-    def step(self, micro_batches: Sequence[MicroBatch], *, num_target_tokens: int, learning_rate: float) -> StepResult:
+    def step(self, micro_batches: Sequence[MicroBatch], *, num_targets: int, learning_rate: float) -> StepResult:
         """See engine.Session. The device is waited for once, between backward and the optimizer."""
         self.states.begin()
-        total = self.runner.train(micro_batches, (self.scale or 1.0) / num_target_tokens)
+        total = self.runner.train(micro_batches, (self.scale or 1.0) / num_targets)
         self.states.reduce()
         self._add_parts()
-        loss_value, norm = self._totals(total / num_target_tokens)
+        told, norm = self._totals(total / num_targets)
+        loss_value, metrics = told[0], dict(zip(self.loss.names[1:], told[1:], strict=True))
         if not math.isfinite(loss_value):
             raise FloatingPointError(f"the loss is {loss_value}; the weights are those of the step before")
         if not math.isfinite(norm):
             self._overflow(norm)
-            return StepResult(loss=loss_value, gradient_norm=norm, skipped=True)
+            return StepResult(loss=loss_value, gradient_norm=norm, skipped=True, metrics=metrics)
         clip = self.build.optimizer.gradient_clip
         factor = 1.0 if clip is None else min(1.0, clip / (norm + 1e-6))
         self.states.update(scale=factor / (self.scale or 1.0), learning_rate=learning_rate)
         self.num_steps += 1
         self._grow()
-        return StepResult(loss=loss_value, gradient_norm=norm)
+        return StepResult(loss=loss_value, gradient_norm=norm, metrics=metrics)
 
     @torch.no_grad()
     def _add_parts(self) -> None:
@@ -185,8 +195,8 @@ class NativeSession:
         _all_reduce_together(shared, self.build.requests["shared_group"], self.build.device)
 
     @torch.no_grad()
-    def _totals(self, loss: Tensor) -> tuple[float, float]:
-        """(loss, gradient norm) over all ranks, in one message: whoever holds a copy tells its part of it."""
+    def _totals(self, told_K: Tensor) -> tuple[list[float], float]:
+        """(what the loss tells, gradient norm) over all ranks, in one message: whoever holds a copy tells its part of it."""
         tensor = self.build.mesh.sizes["tensor"]
         by_copies: dict[int, list[Tensor]] = {}
         for name, gradient in self.states.gradients().items():
@@ -198,13 +208,13 @@ class NativeSession:
         square = torch.zeros((), dtype=torch.float64, device=self.build.device)
         for copies, gradients in sorted(by_copies.items()):
             square += squared_norm(gradients, self.build.device) / copies
-        sums = torch.stack([loss / tensor, square])
+        sums = torch.cat([told_K / tensor, square[None]])
         if self.distributed:
             dist.all_reduce(sums)
         if isinstance(sums, FakeTensor):  # a trace plays the step on tensors that have no values
-            return 1.0, 1.0
-        loss_value, total = sums.tolist()
-        return loss_value, math.sqrt(total) / (self.scale or 1.0) if total >= 0 else math.nan
+            return [1.0] * len(told_K), 1.0
+        *told, total = sums.tolist()
+        return told, math.sqrt(total) / (self.scale or 1.0) if total >= 0 else math.nan
 
     def _overflow(self, norm: float) -> None:
         """Half the scale, the same on every rank: the norm is. Without a scaler, or at its end, nothing helps."""
@@ -219,22 +229,22 @@ class NativeSession:
                 self.scale, self.good_steps = self.scale * 2, 0
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> tuple[float, int]:
+    def evaluate(self, micro_batches: Iterable[MicroBatch]) -> Evaluation:
         """See engine.Session."""
-        total = torch.zeros(2, dtype=torch.float64, device=self.build.device)
+        names = self.loss.names
+        total = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.build.device)
         for batch in micro_batches:
-            counted = (batch.target_ids_BS != IGNORED) & (batch.weight_B[:, None] != 0)
-            loss = self.runner.evaluate(batch)
-            if loss is not None:
-                total[0] += loss
-                total[1] += counted.sum().to(self.build.device)
+            told_K = self.runner.evaluate(batch)
+            if told_K is not None:
+                total[:-1] += told_K
+                total[-1] += self.loss.num_targets(batch).to(self.build.device)
         self.runner.settle()
         self.states.settle()
         if self.distributed:
             dist.all_reduce(total)
             total /= self.build.mesh.sizes["tensor"]
-        loss, count = total.tolist()
-        return loss, int(count)
+        *told, count = total.tolist()
+        return Evaluation(loss=told[0], num_targets=int(count), metrics=dict(zip(names[1:], told[1:], strict=True)))
 
     def state_dict(self) -> dict[str, Any]:
         """See engine.Session."""

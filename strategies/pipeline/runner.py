@@ -16,8 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from strategies.engines.engine import Build, MicroBatch
-from strategies.engines.loss import IGNORED
+from strategies.engines.engine import Build, Loss, MicroBatch
 from strategies.pipeline.schedules import Action, orders, received
 from strategies.strategy import SPLIT_BACKWARD, Stage
 from strategies.tensor.region import Pending, weight_gradient
@@ -28,30 +27,37 @@ class Runner(Protocol):
     """Forward and backward passes of a step."""
 
     def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
-        """Adds up the gradients of factor x loss. The sum of the told loss in nats, fp64; 0 where another rank holds the
-        head."""
+        """Adds up the gradients of factor x loss. What the loss tells, told_K, summed in fp64; 0 where another rank holds
+        the head."""
 
     def evaluate(self, batch: MicroBatch) -> Tensor | None:
-        """The sum of the told loss; None where another rank holds the head."""
+        """What the loss tells, told_K; None where another rank holds the head."""
 
     def settle(self) -> None:
         """After the last of several evaluations."""
 
 
-def counted_loss(build: Build, logits_BSV: Tensor, batch: MicroBatch, z_loss: float) -> tuple[Tensor, Tensor]:
-    """(told, trained), sums over the counted target tokens."""
-    targets_BS = batch.target_ids_BS.masked_fill(batch.weight_B[:, None] == 0, IGNORED)
-    return build.region.loss(logits_BSV.flatten(0, 1), targets_BS.flatten().to(build.device), z_loss)
+def context_of(build: Build, batch: MicroBatch) -> tuple[Any, ...]:
+    """What embedding, blocks and head take after their input: what the module makes of the batch's further inputs."""
+    if not batch.inputs:
+        return ()
+    module: Any = build.module
+    return (module.context(**{name: value.to(build.device) for name, value in batch.inputs.items()}),)
+
+
+def none_told(build: Build, loss: Loss) -> Tensor:
+    """told_K before the first micro batch."""
+    return torch.zeros(len(loss.names), dtype=torch.float64, device=build.device)
 
 
 class PlainRunner:
     """The whole model on this rank."""
 
-    def __init__(self, build: Build, states: States, z_loss: float) -> None:
-        self.build, self.states, self.z_loss = build, states, z_loss
+    def __init__(self, build: Build, states: States, loss: Loss) -> None:
+        self.build, self.states, self.loss = build, states, loss
 
     def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
-        total = torch.zeros((), dtype=torch.float64, device=self.build.device)
+        total = none_told(self.build, self.loss)
         for index, batch in enumerate(micro_batches):
             self.states.micro_batch(last=index == len(micro_batches) - 1)
             loss, trained = self._loss(batch)
@@ -70,8 +76,8 @@ class PlainRunner:
         """Nothing is on its way."""
 
     def _loss(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        logits_BSV = self.build.module(batch.input_ids_BS.to(self.build.device))
-        return counted_loss(self.build, logits_BSV, batch, self.z_loss)
+        output = self.build.module(batch.input_ids_BS.to(self.build.device), *context_of(self.build, batch))
+        return self.loss(self.build.region, output, batch)
 
 
 class _Flight(NamedTuple):
@@ -85,8 +91,8 @@ class _Flight(NamedTuple):
 class PipelineRunner:
     """The stages of one pipeline rank."""
 
-    def __init__(self, build: Build, states: PipelineStates, z_loss: float) -> None:
-        self.build, self.states, self.z_loss = build, states, z_loss
+    def __init__(self, build: Build, states: PipelineStates, loss: Loss) -> None:
+        self.build, self.states, self.loss = build, states, loss
         strategy, mesh = build.strategy, build.mesh
         self.strategy, self.rank = strategy, mesh.rank("pipeline")
         self.stages = {stage.stage: stage for stage in strategy.stages}
@@ -105,12 +111,12 @@ class PipelineRunner:
 
     # The two passes --------------------------------------------------------------------------------------------------
 
-    def _stage_forward(self, x: Tensor, stage: Stage) -> Tensor:
+    def _stage_forward(self, x: Tensor, stage: Stage, *context: Any) -> Tensor:
         module: Any = self.build.module
         if stage.embedding:
-            x = module.embed(x)
+            x = module.embed(x, *context)
         for index in range(stage.first_layer, stage.first_layer + stage.num_layers):
-            x = module.blocks._modules[str(index)](x)
+            x = module.blocks._modules[str(index)](x, *context)
         return module.head(x) if stage.head else x
 
     def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
@@ -124,7 +130,7 @@ class PipelineRunner:
         actions, self.known = orders(*asked)[self.rank], received(*asked, self.rank)
         flights: dict[tuple[int, int], _Flight] = {}
         weights: dict[tuple[int, int], Pending] = {}
-        total = torch.zeros((), dtype=torch.float64, device=self.build.device)
+        total = none_told(self.build, self.loss)
         for index, action in enumerate(actions):
             for ahead in actions[index : index + 2]:  # the next one's input travels while this one computes
                 self._ask(ahead, micro_batches)
@@ -153,9 +159,10 @@ class PipelineRunner:
     ) -> tuple[_Flight, Tensor | None]:
         stage, batch = self.stages[action.stage], micro_batches[action.micro_batch]
         given = None if stage.embedding else self._take(action).requires_grad_()
-        result = self.build.module(batch.input_ids_BS.to(self.build.device) if given is None else given, stage)
+        x = batch.input_ids_BS.to(self.build.device) if given is None else given
+        result = self.build.module(x, stage, *context_of(self.build, batch))
         if stage.head:
-            loss, trained = counted_loss(self.build, result, batch, self.z_loss)
+            loss, trained = self.loss(self.build.region, result, batch)
             return _Flight(given, get_gradient_edge(trained * factor)), loss
         self._give(Action("forward", action.stage + 1, action.micro_batch), result.detach())
         return _Flight(given, get_gradient_edge(result)), None
@@ -198,9 +205,9 @@ class PipelineRunner:
             action, stage = Action("forward", number, 0), self.stages[number]
             self._ask(action, [batch])
             x = batch.input_ids_BS.to(self.build.device) if stage.embedding else self._take(action)
-            result = self.build.module(x, stage)
+            result = self.build.module(x, stage, *context_of(self.build, batch))
             if stage.head:
-                loss, _ = counted_loss(self.build, result, batch, self.z_loss)
+                loss, _ = self.loss(self.build.region, result, batch)
             else:
                 self._give(Action("forward", number + 1, 0), result)
         return loss

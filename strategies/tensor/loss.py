@@ -15,26 +15,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from strategies.engines.loss import IGNORED, chunks
+from strategies.engines.loss import IGNORED, backward_weights, chunks
 
 
-def vocabulary_parallel_loss(
-    logits_NV: Tensor, targets_N: Tensor, z_loss: float = 0.0, *, start: int, group: Any
+def vocabulary_parallel_losses(
+    logits_NV: Tensor, targets_N: Tensor, *, start: int, group: Any
 ) -> tuple[Tensor, Tensor]:
-    """See token_loss; the same on every rank of the group.
+    """See token_losses; the same on every rank of the group.
 
     Args:
         start: first token of this rank's part."""
-    apply: Any = _SplitLoss.apply
-    result: tuple[Tensor, Tensor] = apply(logits_NV, targets_N, z_loss, start, group)
+    apply: Any = _SplitLosses.apply
+    result: tuple[Tensor, Tensor] = apply(logits_NV, targets_N, start, group)
     return result
 
 
-class _SplitLoss(torch.autograd.Function):
+class _SplitLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits_NV: Tensor, targets_N: Tensor, z_loss: float, start: int, group: Any
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits_NV: Tensor, targets_N: Tensor, start: int, group: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         wide = torch.promote_types(logits_NV.dtype, torch.float32)
         counted_N = targets_N != IGNORED
         index_N = targets_N.clamp(min=0) - start
@@ -50,25 +49,23 @@ class _SplitLoss(torch.autograd.Function):
         dist.all_reduce(both_2N, group=group)
         partition_N = both_2N[0].log() + largest_N
         zero = logits_NV.new_zeros((), dtype=wide)
-        loss = torch.where(counted_N, partition_N - both_2N[1], zero).sum()
-        total = loss + z_loss * torch.where(counted_N, partition_N.square(), zero).sum() if z_loss else loss.clone()
-        ctx.z_loss = z_loss
         ctx.save_for_backward(logits_NV, index_N1, mine_N, counted_N, partition_N)
-        ctx.mark_non_differentiable(loss)
-        return loss, total
+        return torch.where(counted_N, partition_N - both_2N[1], zero), torch.where(counted_N, partition_N, zero)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(
+        ctx: Any, of_losses_N: Tensor | None, of_partition_N: Tensor | None
+    ) -> tuple[Tensor, None, None, None]:
         logits_NV, index_N1, mine_N, counted_N, partition_N = ctx.saved_tensors
         wide = partition_N.dtype
+        weight_N1, ratio_N1 = backward_weights(counted_N, of_losses_N, of_partition_N, wide)
         result_NV = torch.empty_like(logits_NV)
-        weight_N1 = torch.where(counted_N, gradient.to(wide), 0.0)[:, None]
         hit_N1 = mine_N.to(wide)[:, None]
         for rows in chunks(logits_NV):
             probability = (logits_NV[rows].to(wide) - partition_N[rows, None]).exp_()
-            if ctx.z_loss:
-                probability.mul_(1 + 2 * ctx.z_loss * partition_N[rows, None])
+            if ratio_N1 is not None:
+                probability.mul_(ratio_N1[rows])
             probability.scatter_add_(1, index_N1[rows], -hit_N1[rows])
             result_NV[rows] = probability.mul_(weight_N1[rows])
-        return result_NV, None, None, None, None
+        return result_NV, None, None, None

@@ -16,7 +16,6 @@ B micro batch, S sequence, H hidden, V vocabulary, t tensor_parallel_degree.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from strategies.engines.collectives import all_gather, reduce_scatter
-from strategies.engines.loss import token_loss
+from strategies.engines.loss import token_losses
 
 Pending = list[tuple[nn.Parameter, Tensor, Tensor]]
 """(weight, gradient of the output, input) of products whose weight gradient is still to be computed."""
@@ -66,9 +65,9 @@ class Region:
         """The output table; [B, S, V / t]."""
         return F.linear(x_BSH, weight_VH)
 
-    def loss(self, logits_NV: Tensor, targets_N: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-        """See token_loss."""
-        return token_loss(logits_NV, targets_N, z_loss)
+    def token_losses(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        """See engines/loss.py."""
+        return token_losses(logits_NV, targets_N)
 
     def _linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         if self.pending is None or not torch.is_grad_enabled():
@@ -127,10 +126,10 @@ class SplitRegion(Region):
         self.pending = pending
         return result
 
-    def loss(self, logits_NV: Tensor, targets_N: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:
-        from strategies.tensor.loss import vocabulary_parallel_loss
+    def token_losses(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+        from strategies.tensor.loss import vocabulary_parallel_losses
 
-        return vocabulary_parallel_loss(logits_NV, targets_N, z_loss, start=self.vocabulary_start, group=self.group)
+        return vocabulary_parallel_losses(logits_NV, targets_N, start=self.vocabulary_start, group=self.group)
 
     def _gathered(self, x_BSH: Tensor, *linears: tuple[Any, Tensor | None]) -> tuple[Tensor, ...]:
         weights, biases = [weight for weight, _ in linears], [bias for _, bias in linears]
@@ -262,6 +261,3 @@ class _Deferred(torch.autograd.Function):
 def weight_gradient(gradient: Tensor, x: Tensor) -> Tensor:
     """[outputs, inputs] of a linear, from its output's gradient and its input."""
     return gradient.flatten(0, -2).t() @ x.flatten(0, -2)
-
-
-Loss = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]

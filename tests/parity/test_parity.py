@@ -99,9 +99,9 @@ def evaluated(rank: int, case: Case) -> tuple[float, int]:
 
     runner.evaluate = counted
     batches = micro_batches(case, rank)
-    loss, count = session.evaluate(batches * (1 if len(batches) > 1 else 2))
+    found = session.evaluate(batches * (1 if len(batches) > 1 else 2))
     session.close()
-    return loss / count, kept
+    return found.loss / found.num_targets, kept
 
 
 def test_the_planner_draws_every_room():

@@ -69,7 +69,7 @@ def plain(rank: int, case: Case) -> list[float]:
 def overflowing(rank: int, case: Case) -> tuple[Any, float]:
     session = session_of(case)
     session.scale = 2.0**40 if rank == 1 else 2.0**10
-    result = session.step(micro_batches(case, rank), num_target_tokens=84, learning_rate=1e-2)
+    result = session.step(micro_batches(case, rank), num_targets=84, learning_rate=1e-2)
     scale = session.scale
     session.close()
     return result, scale
@@ -95,7 +95,7 @@ def scaled_down(rank: int, case: Case) -> list[tuple[bool, float]]:
     session.scale = 2.0**24
     told = []
     for _ in range(12):
-        result = session.step(micro_batches(case, rank), num_target_tokens=84, learning_rate=1e-2)
+        result = session.step(micro_batches(case, rank), num_targets=84, learning_rate=1e-2)
         told.append((result.skipped, session.scale))
     session.close()
     return told

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +12,14 @@ from hypothesis import strategies as st
 from clusters.catalog import load_cluster
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import make_architecture
+from orchestrator.planner.html import page
+from orchestrator.planner.plan import PlanError, plan
 from orchestrator.planner.problem import Choice, Problem
+from orchestrator.planner.render import render
 from orchestrator.planner.search.axes import Space
 from orchestrator.planner.search.best_first import search
 from orchestrator.planner.search.solve import solve
+from orchestrator.spec import SpecError, parse_job
 
 GIB = 2**30
 quick = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -63,6 +68,57 @@ def test_a_plan_that_fits_is_under_the_budget_and_its_degrees_and_batch_multiply
     places = s.micro_batch_size * s.gradient_accumulation_steps * s.data_parallel_degree
     assert problem.global_batch_size <= places < problem.global_batch_size + s.micro_batch_size * s.data_parallel_degree
     assert sum(stage.num_layers for stage in s.stages) == problem.arch.num_layers
+
+
+def _jobs() -> st.SearchStrategy[dict[str, Any]]:
+    """Jobs with most of their strategy pinned, many of which fit nowhere near, and with targets that most miss."""
+    degree = st.sampled_from([1, 2, 4])
+    flag = st.booleans()
+    pins: dict[str, st.SearchStrategy[Any]] = {
+        "data_parallel_degree": degree,
+        "tensor_parallel_degree": degree,
+        "pipeline_parallel_degree": degree,
+        "num_virtual_stages": st.integers(1, 3),
+        "pipeline_schedule": st.sampled_from(["1f1b", "gpipe", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"]),
+        "sequence_parallel": flag,
+        "zero_stage": st.integers(0, 3),
+        "zero_group_size": degree,
+        "gather": st.sampled_from(["per_micro_batch", "per_step"]),
+        "reduce": st.sampled_from(["per_micro_batch", "per_step"]),
+        "activation_checkpointing": st.sampled_from(["none", "selective", "full"]),
+        "num_checkpointed_layers_per_stage": st.integers(1, 4),
+        "micro_batch_size": degree,
+        "gradient_accumulation_steps": st.integers(1, 8),
+        "offload": st.sampled_from(["none", "optimizer", "activations"]),
+    }
+    targets: dict[str, st.SearchStrategy[Any]] = {
+        "tokens_per_second_per_gpu": st.sampled_from([10, 10**6]),
+        "budget_usd": st.sampled_from([1, 10**9]),
+        "finish_within": st.sampled_from(["1m", "300d"]),
+    }
+    return st.fixed_dictionaries(
+        {
+            "model": st.sampled_from(["opt-1.3b", "opt-30b"]),
+            "cluster": st.sampled_from(["a100-40gb-1x4", "a100-40gb-2x8", "t4"]),
+            "batch": st.sampled_from([{"global_batch_size": n, "sequence_length": 2048} for n in (4, 16, 24)]),
+            "strategy": st.fixed_dictionaries({}, optional=pins),
+            "targets": st.fixed_dictionaries({}, optional=targets),
+            "training": st.just({"steps": 10, "precision": "fp16"}),
+        }
+    )
+
+
+@settings(quick, max_examples=60)
+@given(_jobs(), st.booleans())
+def test_whatever_is_planned_is_also_told(job: dict[str, Any], built_only: bool) -> None:
+    """A question that is asked on the side (what would fit, what would meet the targets) never ends the answer."""
+    try:
+        made = plan(parse_job({"version": 1, "name": "drawn", **job}), built_only=built_only, top=2)
+    except (SpecError, PlanError):
+        return
+    assert json.loads(json.dumps(made.to_dict()))["fits"] is made.fits
+    assert made.job.name in render(made, sensitivity=True)
+    assert page(made).endswith("</html>\n")
 
 
 @quick

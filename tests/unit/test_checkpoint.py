@@ -52,7 +52,7 @@ def session(*, zero_stage=0, replicas=1, seed=1, hidden_size=24, precision="fp32
 
 
 def step(engine):
-    return engine.step([BATCH], num_target_tokens=24 * dist.get_world_size(), learning_rate=1e-2).loss
+    return engine.step([BATCH], num_targets=24 * dist.get_world_size(), learning_rate=1e-2).loss
 
 
 def whole(engine):

@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from strategies.engines import loss
-from strategies.engines.loss import token_loss
+from strategies.engines.engine import MicroBatch
+from strategies.engines.loss import TokenLoss, token_losses
+from strategies.tensor.region import WHOLE
 
 
 @pytest.fixture
@@ -16,6 +18,13 @@ def logits_NV() -> torch.Tensor:
 
 
 TARGETS_N = torch.tensor([0, 12, -100, 5, 5, -100, 1, 7, 3])
+
+
+def token_loss(logits_NV, targets_N, z_loss=0.0):
+    """(told, trained) of one micro batch whose only sequence has these logits and targets."""
+    batch = MicroBatch(input_ids_BS=targets_N[None], target_ids_BS=targets_N[None], weight_B=torch.ones(1))
+    told_K, trained = TokenLoss(z_loss)(WHOLE, logits_NV[None], batch)
+    return told_K[0], trained
 
 
 @pytest.mark.parametrize("chunk", [1, 13, 40, 10**6])
@@ -56,3 +65,20 @@ def test_a_micro_batch_without_targets_costs_nothing(logits_NV):
     trained.backward()
     assert told == 0
     assert not logits_NV.grad.any()
+
+
+def test_each_tokens_loss_has_a_gradient_of_its_own(logits_NV):
+    """What DPO and PPO weigh token by token."""
+    ours, theirs = logits_NV.clone().requires_grad_(), logits_NV.clone().requires_grad_()
+    weight_N = torch.linspace(-1, 2, 9, dtype=torch.float64)
+    (token_losses(ours, TARGETS_N)[0] * weight_N).sum().backward()
+    (F.cross_entropy(theirs, TARGETS_N, reduction="none") * weight_N).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-12, rtol=0)
+
+
+def test_a_sequence_of_weight_0_counts_for_nothing(logits_NV):
+    ids_BS = TARGETS_N[:8].view(2, 4)
+    batch = MicroBatch(input_ids_BS=ids_BS, target_ids_BS=ids_BS, weight_B=torch.tensor([1.0, 0.0]))
+    told_K, _ = TokenLoss()(WHOLE, logits_NV[:8].view(2, 4, 13), batch)
+    assert TokenLoss().num_targets(batch) == 3
+    torch.testing.assert_close(told_K[0], F.cross_entropy(logits_NV[:4], TARGETS_N[:4], reduction="sum"))

@@ -14,6 +14,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from strategies.engines.engine import MicroBatch, OptimizerSettings
+from strategies.engines.loss import TOKEN_LOSS, TokenLoss
 from strategies.engines.native import NativeSession, build_session
 from strategies.strategy import Offload, Stage, Strategy
 
@@ -64,16 +65,14 @@ def session(
     precision: str = "fp64",
     first: Any = weights,
     settings: OptimizerSettings | None = None,
-    z_loss: float = 0.0,
+    loss: TokenLoss = TOKEN_LOSS,
     **fields: Any,
 ) -> NativeSession:
     stage = fields.get("zero_stage", 0)
     strategy = Strategy(**{"states": STATES.get(precision, ("full",) * 2)[stage >= 2], **fields})
     with torch.device("meta"):
         module = Tiny()
-    return build_session(
-        module, strategy=strategy, precision=precision, weights=first, optimizer=settings, z_loss=z_loss
-    )
+    return build_session(module, strategy=strategy, precision=precision, weights=first, optimizer=settings, loss=loss)
 
 
 def micro_batch(*, sequences: int = 2, weight: list[float] | None = None) -> MicroBatch:
@@ -84,7 +83,7 @@ def micro_batch(*, sequences: int = 2, weight: list[float] | None = None) -> Mic
 
 
 def step(one: NativeSession, *batches: MicroBatch, tokens: int = 8) -> Any:
-    return one.step(batches or [micro_batch()], num_target_tokens=tokens, learning_rate=1e-2)
+    return one.step(batches or [micro_batch()], num_targets=tokens, learning_rate=1e-2)
 
 
 def state(one: NativeSession) -> dict[str, Any]:
@@ -191,17 +190,18 @@ def test_sequences_of_weight_zero_change_nothing():
         expected, result = step(plain), step(filled, padding, empty)
         assert result.loss == pytest.approx(expected.loss, abs=1e-14)
         assert result.gradient_norm == pytest.approx(expected.gradient_norm, abs=1e-14)
-    assert filled.evaluate([padding, empty]) == pytest.approx(plain.evaluate([micro_batch()]))
+    found, expected = filled.evaluate([padding, empty]), plain.evaluate([micro_batch()])
+    assert (found.loss, found.num_targets) == (pytest.approx(expected.loss), expected.num_targets)
 
 
 def test_an_evaluation_is_the_sum_over_its_tokens_and_changes_nothing():
     for zero_stage in (0, 2, 3):
-        one = session(zero_stage=zero_stage, z_loss=0.1)
+        one = session(zero_stage=zero_stage, loss=TokenLoss(z_loss=0.1))
         before = state(one)
-        loss, tokens = one.evaluate([micro_batch(), micro_batch()])
+        found = one.evaluate([micro_batch(), micro_batch()])
         result = step(one)
-        assert (loss / tokens, tokens) == (pytest.approx(result.loss), 16)
-        assert one.evaluate([micro_batch()])[0] < loss / 2
+        assert (found.loss / found.num_targets, found.num_targets) == (pytest.approx(result.loss), 16)
+        assert one.evaluate([micro_batch()]).loss < found.loss / 2
         assert not torch.equal(before["model.embed.weight"], state(one)["model.embed.weight"])
         one.close()
 

@@ -124,9 +124,22 @@ def test_a_cluster_of_the_catalog_keeps_no_record(tmp_path):
 @pytest.mark.parametrize(
     ("strategy", "stated"),
     [
-        ({"zero_stage": 3, "tensor_parallel_degree": 1, "pipeline_parallel_degree": 1, "offload": {}}, 0.06),
-        ({"zero_stage": 1, "tensor_parallel_degree": 2, "pipeline_parallel_degree": 1, "offload": {}}, 0.13),
-        ({"zero_stage": 0, "tensor_parallel_degree": 1, "pipeline_parallel_degree": 1, "offload": {}}, 0.13),
+        ({"zero_stage": 3, "tensor_parallel_degree": 1, "pipeline_parallel_degree": 1, "offload": {}}, 0.20),
+        ({"zero_stage": 1, "tensor_parallel_degree": 2, "pipeline_parallel_degree": 1, "offload": {}}, 0.20),
+        ({"zero_stage": 0, "tensor_parallel_degree": 1, "pipeline_parallel_degree": 1, "offload": {}}, 0.20),
+        ({"zero_stage": 1, "pipeline_parallel_degree": 2, "pipeline_schedule": "1f1b", "offload": {}}, 0.20),
+        ({"zero_stage": 1, "pipeline_parallel_degree": 2, "pipeline_schedule": "gpipe", "offload": {}}, 0.30),
+        (
+            {
+                "zero_stage": 1,
+                "pipeline_parallel_degree": 2,
+                "pipeline_schedule": "interleaved_zero_bubble",
+                "offload": {},
+            },
+            0.30,
+        ),
+        ({"zero_stage": 3, "tensor_parallel_degree": 2, "pipeline_parallel_degree": 1, "offload": {}}, 0.30),
+        ({"zero_stage": 2, "pipeline_parallel_degree": 2, "pipeline_schedule": "1f1b", "offload": {}}, 0.30),
         ({"zero_stage": 3, "tensor_parallel_degree": 1, "offload": {"optimizer": "host"}}, 0.40),
     ],
 )

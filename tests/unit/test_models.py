@@ -94,6 +94,20 @@ def test_a_folder_of_hugging_face_loads_and_is_the_same_model(arch, tmp_path):
         torch.testing.assert_close(module(input_ids), theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
 
 
+@every_model
+@pytest.mark.parametrize("attention", ["flash", "math"])
+def test_samples_that_share_a_row_do_not_see_each_other(arch, attention):
+    module = filled(arch, attention)
+    input_ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(0))
+    lengths = [(9, 15), (1, 23)]
+    segment_ids = torch.tensor([[0] * first + [1] * second for first, second in lengths])
+    with torch.no_grad():
+        together = module(input_ids, module.context(segment_ids_BS=segment_ids))
+        for row, (first, _) in enumerate(lengths):
+            apart = [module(input_ids[row : row + 1, part]) for part in (slice(0, first), slice(first, 24))]
+            torch.testing.assert_close(together[row : row + 1], torch.cat(apart, 1), atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "mpt-7b", "llama-7b", "llama-65b", "bloom-560m", "bloom-176b"])
 def test_the_module_has_as_many_parameters_as_the_closed_form_and_the_price(name):
     with torch.device("meta"):

@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.planner.plan import Plan, PlanError, plan
+from orchestrator.planner.render import render
 from orchestrator.spec import parse_job
 from strategies.catalog import unbuilt
 
@@ -169,6 +170,30 @@ def test_a_model_that_no_strategy_fits_is_a_plan_with_what_would_fit() -> None:
     assert answer["memory"]["peak_bytes"] > answer["memory"]["usable_bytes"]
     assert [row["num_gpus"] for row in answer["nearest"]] == sorted(row["num_gpus"] for row in answer["nearest"])
     assert answer["nearest"]
+
+
+def test_a_question_on_the_side_that_breaks_a_rule_is_told_and_ends_nothing() -> None:
+    pins = {
+        "data_parallel_degree": 1,
+        "tensor_parallel_degree": 8,
+        "pipeline_parallel_degree": 8,
+        "num_virtual_stages": 3,
+        "pipeline_schedule": "interleaved_1f1b",
+        "micro_batch_size": 2,
+        "sequence_parallel": False,
+        "activation_checkpointing": "none",
+        "zero_stage": 0,
+        "offload": "none",
+    }
+    got = planned(model="opt-175b", cluster="a100-80gb-8x8", strategy=pins)
+    answer = got.to_dict()
+    assert not answer["fits"]
+    assert "leave out activation_checkpointing" in [row["change"] for row in answer["nearest"]]
+    (refused,) = answer["nearest_refused"]
+    assert refused.startswith(
+        "64 nodes of 8: interleaved_1f1b over 3 virtual stages runs micro batches in whole rounds"
+    )
+    assert "no answer for 64 nodes of 8" in render(got)
 
 
 REFUSED = {
@@ -401,7 +426,7 @@ def test_the_slowest_link_slows_a_pipeline_that_crosses_it() -> None:
 
 def test_the_error_stated_for_a_gpu_that_no_published_run_was_held_against_is_an_assumption() -> None:
     known, unknown = planned(), planned(cluster={"gpu": "rtx-4090", "nodes": 1, "gpus_per_node": 8}, model="opt-1.3b")
-    assert known.confidence["throughput_error"] < 0.2
+    assert known.confidence["throughput_error"] < 0.5
     assert unknown.confidence["throughput_error"] == 0.5
     assert "error assumed" in unknown.confidence["source"]
 
@@ -423,15 +448,54 @@ def test_the_choice_that_a_slower_link_would_change_is_planned() -> None:
     assert row["best_step_s"] == pytest.approx(weaker.price.time.step_s)
 
 
+def test_a_gain_of_offload_inside_its_wider_error_is_not_taken_and_told() -> None:
+    asked = {
+        "model": "opt-6.7b",
+        "cluster": "a100-40gb-1x8",
+        "batch": {"global_batch_size": 512, "sequence_length": 2048},
+    }
+    got, taken = planned(**asked), planned(**asked, strategy={"offload": {"optimizer": "host"}})
+    assert not got.strategy.offload.any
+    assert got.strategy == planned(**asked, strategy={"offload": "none"}).strategy
+    gain = taken.tokens_per_second / got.tokens_per_second - 1
+    assert 0 < gain < taken.confidence["throughput_error"] - got.confidence["throughput_error"]
+    (note,) = [note for note in got.notes if "offload" in note]
+    assert f"offload optimizer to host is predicted {gain:.1%} faster" in note
+    (first, *_) = [loser for loser in got.alternatives if loser.fits]
+    assert first.strategy == taken.strategy
+    assert f"{gain:.1%} faster, and less certain" in first.because
+
+
+def test_offload_is_taken_where_a_target_needs_it() -> None:
+    asked = {
+        "model": "opt-6.7b",
+        "cluster": "a100-40gb-1x8",
+        "batch": {"global_batch_size": 512, "sequence_length": 2048},
+    }
+    plain = planned(**asked).tokens_per_second_per_gpu
+    got = planned(**asked, targets={"tokens_per_second_per_gpu": 1.02 * plain, "tolerance": 0.0})
+    assert got.strategy.offload.any
+    assert got.targets_met
+
+
+def test_the_other_objectives_take_offload_as_it_is_priced() -> None:
+    asked = {
+        "model": "opt-6.7b",
+        "cluster": "a100-40gb-1x8",
+        "batch": {"global_batch_size": 512, "sequence_length": 2048},
+    }
+    assert planned(**asked, objective="cheapest").strategy.offload.any
+
+
 def test_a_plan_with_offload_says_what_measured_ground_would_cost() -> None:
     asked = {
         "model": "opt-66b",
-        "cluster": "a100-80gb-8x8",
-        "batch": {"global_batch_size": 1024, "sequence_length": 2048},
+        "cluster": "a100-40gb-4x8",
+        "batch": {"global_batch_size": 512, "sequence_length": 2048},
     }
     got = planned(**asked)
     assert got.strategy.offload.any
     (note,) = [note for note in got.notes if note.startswith("without offload")]
     plain = planned(**asked, strategy={"offload": "none"})
-    assert f"{plain.tokens_per_second_per_gpu:,.0f} tokens/s/GPU ± 13%" in note
+    assert f"{plain.tokens_per_second_per_gpu:,.0f} tokens/s/GPU ± 20%" in note
     assert not any(note.startswith("without offload") for note in plain.notes)

@@ -11,7 +11,7 @@ import pytest
 
 from clusters.catalog import load_cluster
 from clusters.cluster import Cluster, weaker_links
-from orchestrator.models.architecture import make_architecture
+from orchestrator.models.architecture import CATALOG, make_architecture
 from orchestrator.planner.explain import sensitivity
 from orchestrator.planner.problem import Problem
 from orchestrator.planner.result import Wanted
@@ -100,6 +100,22 @@ CASES = {
         0.1,
         nvme=True,
     ),
+    # One recomputed layer fits, and all do; two to 47 do not: what is carried back and what is recomputed stand side by side.
+    "recomputed and carried activations": Problem(
+        arch=CATALOG["opt-30b"],
+        cluster=load_cluster("a100-80gb-1x8"),
+        global_batch_size=64,
+        sequence_length=2048,
+        precision="bf16",
+        pins={
+            "tensor_parallel_degree": 1,
+            "pipeline_parallel_degree": 1,
+            "data_parallel_degree": 8,
+            "zero_stage": 3,
+            "micro_batch_size": 8,
+            "offload": Offload(activations="host"),
+        },
+    ),
 }
 
 
@@ -110,6 +126,7 @@ def test_the_search_finds_what_brute_force_finds(name: str) -> None:
     best, number, feasible = brute_force(asked, every_size=every_size)
     found = search(asked)
     assert found.num_candidates == number
+    assert all(asked.fits(asked.strategy(family.choice)) for family in found.families)
     if best is None:
         assert found.best is None
         assert found.closest is not None

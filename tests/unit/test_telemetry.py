@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from orchestrator.telemetry.goodput import BUCKETS, Ledger, ledger_of
 from orchestrator.telemetry.journal import Journal
 from orchestrator.telemetry.metrics import Metrics
-from orchestrator.telemetry.records import Event, StepReport, Tail, append, encode, last_step, read, steps
+from orchestrator.telemetry.records import Event, StepReport, Tail, append, encode, read, recent, steps
 
 REPORT = StepReport(
     step=1,
@@ -138,11 +139,13 @@ def test_a_file_of_an_older_version_is_read_with_its_nan_and_infinity(tmp_path):
     assert back.gradient_norm == math.inf
 
 
-@pytest.mark.parametrize(("reports", "newest"), [(0, 0), (1, 1), (2000, 2000)])
-def test_the_newest_step_is_read_from_the_end_of_the_file(tmp_path, reports, newest):
+@pytest.mark.parametrize(("reports", "fewest"), [(0, 0), (1, 1), (2000, 100)])
+def test_the_newest_steps_are_read_from_the_end_of_the_file(tmp_path, reports, fewest):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(encode(replace(REPORT, step=step)) for step in range(1, reports + 1)) + b'{"step": 9')
-    assert last_step(path) == newest
+    found = [report.step for report in recent(path)]
+    assert found == list(range(reports + 1 - len(found), reports + 1))
+    assert fewest <= len(found) <= 400
 
 
 # A disk that refuses -------------------------------------------------------------------------------------------------
@@ -269,6 +272,44 @@ def at(step: int, end: float, step_s: float = 2.0, wait: float = 0.0) -> StepRep
 )
 def test_buckets_sum_to_the_wall_time(reports, events, spent):
     assert ledger_of(reports, events).totals == pytest.approx({**dict.fromkeys(BUCKETS, 0.0), **spent})
+
+
+def clocked(record, boot: str, jump_s: float = 0.0):
+    """The record as it is written now, by a wall clock that is off by so much."""
+    at_s = record.time_unix_s
+    return replace(record, monotonic_s=at_s, boot=boot, time_unix_s=1e9 + at_s + jump_s)
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+def test_a_clock_that_is_set_an_hour_ahead_or_back_and_set_right_again_books_nothing(jump_s):
+    history = [event("run", 0.0), at(1, 12), at(2, 14), at(3, 16), at(4, 18), event("finished", 19.0)]
+    jumped = [clocked(record, "a", jump_s * (number in (2, 3))) for number, record in enumerate(history)]
+    ledger = ledger_of(
+        [record for record in jumped if isinstance(record, StepReport)],
+        [record for record in jumped if isinstance(record, Event)],
+    )
+    assert {bucket: spent for bucket, spent in ledger.totals.items() if spent} == {
+        "starting": 10.0,
+        "training": 8.0,
+        "other": 1.0,
+    }
+
+
+def test_a_machine_that_was_started_anew_between_two_commands_is_told_by_its_boot():
+    """Its monotonic clock begins again, so that the second command's times lie before and among those of the first."""
+    reports = [clocked(at(1, 112), "a"), clocked(at(2, 114), "a"), clocked(at(3, 113), "b", 500.0)]
+    events = [clocked(event("run", 100.0), "a"), clocked(event("run", 101.0), "b", 500.0)]
+    totals = ledger_of(reports, events).totals
+    assert {bucket: spent for bucket, spent in totals.items() if spent} == {"starting": 20.0, "training": 6.0}
+
+
+def test_a_journal_writes_both_clocks(tmp_path):
+    before = time.monotonic()
+    Journal(tmp_path).write(event("run", 5.0))
+    (back,) = read(tmp_path / "events.jsonl", Event)
+    assert back.time_unix_s == 5.0
+    assert before <= back.monotonic_s <= time.monotonic()
+    assert back.boot
 
 
 def test_a_ledger_tells_what_each_record_added():

@@ -351,7 +351,7 @@ class _Search:
         shape, space = core.shape, self.space
         if self._is_done(shape, sharding.zero, offload, size):
             return
-        kinds, counts = space.recomputes(shape.pipeline, core.virtual)
+        kinds, _ = space.recomputes(shape.pipeline, core.virtual)
         carried = offload.activations != "none"  # then what is recomputed need not be carried, and more can be faster
         priced, done = 0, False
         for kind in kinds:
@@ -362,34 +362,46 @@ class _Search:
                     self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
                     done = kind == "none" and not carried
         if least.layers is not None and not done:
-            found, number = self._fewest(core, sharding, offload, least.layers)
+            found, number = self._layers_that_fit(core, sharding, offload, least.layers)
             priced += number
-            if found is not None:
-                for layers in counts[found:] if carried else counts[found : found + 1]:
-                    choice = point(core, sharding, offload, "full", layers)
-                    self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
-                priced += len(counts) - found - number if carried else 0
+            for layers in found:
+                choice = point(core, sharding, offload, "full", layers)
+                self._push_leaf(choice, self.problem.time(self.problem.strategy(choice)).step_s)
         self.result.num_priced += priced
         self._reject(shape, "recompute", size - priced, "fits with less recomputed, or does not fit with more")
 
-    def _fewest(self, core: Core, sharding: Sharding, offload: Offload, floor: int) -> tuple[int | None, int]:
-        """(place of the fewest recomputed layers that fit among space.recomputes' numbers, how many were priced): halved, since
-        more layers recomputed never hold more. `floor`: layers of a pipeline rank that must be at least."""
+    def _layers_that_fit(
+        self, core: Core, sharding: Sharding, offload: Offload, floor: int
+    ) -> tuple[list[int | None], int]:
+        """Return the numbers of recomputed layers that fit and may be the fastest, and how many were priced.
+
+        More recomputed layers never hold more, so the fewest are halved to, and where nothing is carried these are the fastest.
+        Only the second adds bytes where activations are carried: it is on the GPU beside the block that comes back.
+        `floor`: layers of a pipeline rank that must be recomputed at least."""
         _, counts = self.space.recomputes(core.shape.pipeline, core.virtual)
         per_stage = -(-floor // core.virtual) if core.shape.pipeline > 1 else floor
-        low, high, found, priced = max(0, min(per_stage, len(counts)) - 1), len(counts) - 1, None, 0
+        low, high = max(0, min(per_stage, len(counts)) - 1), len(counts) - 1
+        asked: dict[int, bool] = {}
+
+        def fits(place: int) -> bool:
+            asked[place] = self.fits(point(core, sharding, offload, "full", counts[place]))
+            return asked[place]
+
+        carried, found = offload.activations != "none", list[int]()
+        one = [0] if carried and low == 0 and fits(0) else []
+        low = max(low, len(asked))
         middle = low  # the floor is often exact
         while low <= high:
-            priced += 1
-            if self.fits(point(core, sharding, offload, "full", counts[middle])):
-                found, high = middle, middle - 1
-            elif found is None and middle != len(counts) - 1:
+            if fits(middle):
+                found, high = list(range(middle, len(counts))), middle - 1
+            elif not found and middle != len(counts) - 1:
                 low, middle = middle + 1, len(counts) - 1  # does it fit at all?
                 continue
             else:
                 low = middle + 1
             middle = (low + high) // 2
-        return found, priced
+        taken = one + (found if carried else found[:1])
+        return [counts[place] for place in taken], len({*asked, *taken})
 
 
 def _told_over(num_bytes: float) -> str:

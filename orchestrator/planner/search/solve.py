@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import ParamSpec
 
 from clusters.cluster import weaker_links
 from orchestrator.planner.problem import Choice, PlanError, Problem, check, check_batch, check_rules
@@ -25,6 +27,9 @@ class Solution:
     strategy: Strategy
     price: Price
     search: SearchResult | None = None
+    passed_over: Solution | None = None
+    """The best that differs in offload, where there is one: without offload where this one offloads, or a faster one that
+    offloads and whose wider error covers its gain (confidence.choose)."""
 
     @property
     def fits(self) -> bool:
@@ -82,6 +87,27 @@ def solve(
         raise _not_built(limit, getattr(strategy, limit.field), strategy.engine)
     _check_precision(strategy, problem)
     return Solution(problem=problem, strategy=strategy, price=problem.price(strategy), search=found)
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A question on the side that no strategy answers, and why."""
+
+    reason: str
+    fix: str
+
+
+P = ParamSpec("P")
+
+
+def ask(how: Callable[P, Solution], *args: P.args, **kwargs: P.kwargs) -> Solution | Refused:
+    """Return the answer to a question asked on the side (what would fit, what another size would do): a refusal is an answer
+    with its reason, so that it never ends the plan in which it is asked."""
+    try:
+        return how(*args, **kwargs)
+    except PlanError as error:
+        reason, _, fix = str(error).partition("\n  to fix: ")
+        return Refused(reason, fix)
 
 
 def _on_slower_links_s(problem: Problem, choice: Choice) -> float:

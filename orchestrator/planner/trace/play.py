@@ -234,7 +234,7 @@ def _batches(strategy: Strategy, sequence_length: int, pipeline_rank: int) -> li
 
 
 def _step(session: NativeSession, batches: list[MicroBatch]) -> None:
-    session.step(batches, num_target_tokens=1, learning_rate=1e-3)
+    session.step(batches, num_targets=1, learning_rate=1e-3)
 
 
 class _Collectives(TorchDispatchMode):
