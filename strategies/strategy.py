@@ -206,6 +206,12 @@ IMPOSSIBLE: tuple[Rule, ...] = (
 
 WITHOUT_EFFECT: tuple[Rule, ...] = (
     Rule(
+        fields=("offload",),
+        applies=lambda s: s.offload.optimizer_fraction < 1 and s.offload.optimizer == "none",
+        reason="offload.optimizer_fraction has no effect where the optimizer states stay on the GPU",
+        fix="leave it out",
+    ),
+    Rule(
         fields=("sequence_parallel", "tensor_parallel_degree"),
         applies=lambda s: s.sequence_parallel and s.tensor_parallel_degree == 1,
         reason="sequence_parallel has no effect at tensor_parallel_degree 1",

@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from orchestrator.cli.outlet import Outlet
 from orchestrator.control.run import View
-from orchestrator.planner.render import bytes_told, seconds_told, strategy_told
+from orchestrator.planner.render import bytes_told, seconds_told, strategy_told, target_told
+from orchestrator.planner.targets import judged
 
 if TYPE_CHECKING:
     from orchestrator.control.folder import RunFolder
@@ -89,6 +90,10 @@ class Screen(View):
         self.note(f"plan      {strategy_told(plan.strategy)}")
         told = f"{bytes_told(memory.peak_bytes)} of {bytes_told(memory.usable_bytes)} on each of {self.num_gpus}"
         self.note(f"promise   {speed:,.0f} tokens/s/GPU, {told}")
+        for row in judged(plan.job, plan.solution, plan.cost):
+            if not row["met"]:
+                wanted, got = target_told(row["name"], row["wanted"]), target_told(row["name"], row["got"])
+                self.note(f"missed    {row['name']}: wanted {wanted}, the plan gets {got}")
         if plan.left_out is not None:
             faster = plan.left_out
             ratio = faster.tokens_per_second / plan.tokens_per_second

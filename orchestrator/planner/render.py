@@ -303,8 +303,7 @@ def _cost(plan: Plan) -> Iterator[str]:
 
 def _targets(plan: Plan) -> Iterator[str]:
     for row in plan.targets:
-        got = "unknown" if row["got"] is None else _target_value(row["name"], row["got"])
-        text = f"{row['name']}: wanted {_target_value(row['name'], row['wanted'])}, gets {got}"
+        text = f"{row['name']}: wanted {target_told(row['name'], row['wanted'])}, gets {target_told(row['name'], row['got'])}"
         yield painted(f"met     {text}", GREEN) if row["met"] else painted(f"missed  {text}", RED)
         if not row["met"]:
             met_by = (
@@ -313,7 +312,10 @@ def _targets(plan: Plan) -> Iterator[str]:
             yield f"        {met_by}"
 
 
-def _target_value(name: str, value: float) -> str:
+def target_told(name: str, value: float | None) -> str:
+    """A target's value, or what a plan gets of it, with its unit."""
+    if value is None:
+        return "unknown"
     if name == "finish_within":
         return seconds_told(value)
     return f"${value:,.0f}" if name == "budget_usd" else f"{value:,.0f}"

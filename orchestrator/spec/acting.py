@@ -158,6 +158,17 @@ UNBUILT: tuple[Unbuilt, ...] = (
         fix="sequence_parallel: false, or a sequence_length that the degree divides",
     ),
     Unbuilt(
+        keys=("strategy", "reduce"),
+        asked=lambda job: (
+            job.strategy.reduce == "per_micro_batch"
+            and job.strategy.zero_stage in (0, 1)
+            and job.strategy.engine in (None, "native")
+            and job.strategy.gradient_accumulation_steps != 1
+        ),
+        told="at zero_stage 0 and 1 the native engine reduces gradients once a step, since they stand whole anyway",
+        fix="reduce: per_step, or leave it out",
+    ),
+    Unbuilt(
         keys=("strategy", "offload", "optimizer_fraction"),
         asked=lambda job: job.strategy.offload is not None and job.strategy.offload.optimizer_fraction == 0,
         told="no part of the optimizer states leaves the GPU",

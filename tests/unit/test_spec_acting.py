@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.control.folder import RunRefused
-from orchestrator.control.run import refuse_unsplit
+from orchestrator.control.run import refuse_priced
 from orchestrator.planner.plan import plan
 from orchestrator.spec import SpecError, parse_job
 from orchestrator.spec.acting import ACTS, UNBUILT, refuse_unbuilt
@@ -86,6 +86,9 @@ ASKED = {
     "a family that is not split there": (
         LENGTH + "strategy: {engine: colossalai, tensor_parallel_degree: 2, attention: math}\n",
         "8:20", "splits Hugging Face's modules, and only that of family opt", "engine: native",
+    ),
+    "a reduction that is not run": (
+        LENGTH + "strategy: {zero_stage: 1, reduce: per_micro_batch}\n", "8:35", "gradients once a step", "reduce: per_step",
     ),
     "a sequence that does not split": (
         LENGTH + "strategy: {tensor_parallel_degree: 2, sequence_parallel: true}\n",
@@ -188,6 +191,8 @@ def test_a_plan_notes_it_and_is_made():
     [
         ({"family": "llama", "num_kv_heads": 1}, 64, {"tensor_parallel_degree": 2}, "1 key and value heads"),
         ({}, 63, {"tensor_parallel_degree": 2, "sequence_parallel": True}, "sequence of 63 tokens"),
+        ({}, 64, {"reduce": "per_micro_batch", "micro_batch_size": 1, "zero_stage": 1}, "reduces once a step"),
+        ({}, 64, {"reduce": "per_micro_batch", "micro_batch_size": 1, "zero_stage": 2}, ""),
         ({"family": "llama", "num_kv_heads": 2}, 64, {"tensor_parallel_degree": 2}, ""),
     ],
 )
@@ -204,10 +209,10 @@ def test_a_split_that_the_planner_chose_and_nobody_builds_is_refused(model, leng
         }
     )
     if not told:
-        refuse_unsplit(plan(job, top=0))
+        refuse_priced(plan(job, top=0))
         return
     with pytest.raises(RunRefused, match=told):
-        refuse_unsplit(plan(job, top=0))
+        refuse_priced(plan(job, top=0))
 
 
 def test_all_of_a_job_is_told_at_once():
