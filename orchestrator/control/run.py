@@ -37,6 +37,10 @@ if TYPE_CHECKING:
     from orchestrator.telemetry.metrics import Metrics
 
 
+MAX_CHANGES = 100
+"""Files in one event."""
+
+
 class DoesNotFit(Exception):
     """The plan does not fit the machine; `.plan` says by how much and what would."""
 
@@ -181,17 +185,22 @@ def _run(
         LiveReport(folder, supervisor.journal).finish(view)
         ending = Ending(kind="finished", step=done, cause="there was nothing left to do")
         return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=None)
+    from orchestrator.control import text
+
+    reads = text.text_of(job, folder, resume)
+    if change := text.told(reads):
+        view.note(change)
     with contextlib.ExitStack() as stack:
         stack.callback(supervisor.close)
         supervisor.begin()
-        from orchestrator.training.prepare import prepare_job
-
-        index = prepare_job(job, progress=view.preparing)
+        index = text.prepared(job, folder, reads, resume, view.preparing)
         clock.lap("prepare_s")
         folder.write_job(job)
         folder.write_plan(document)
         supervisor.assign = assigner(job, planned, folder, str(index.directory), limits, on_gpus=on_gpus)
         supervisor.journal.write(_begun(job, planned, done))
+        if change:
+            supervisor.journal.write(_event("text_changed", change, done, changes=list(reads.changes[:MAX_CHANGES])))
         metrics = Metrics(document, num_gpus=num_gpus)
         live = LiveReport(folder, supervisor.journal)
         stack.callback(metrics.close)

@@ -98,15 +98,9 @@ def read_index(directory: Path) -> DataIndex:
     """The index of a prepared folder, its files' sizes checked. DataError where there is none or it is torn."""
     advice = f"delete {directory} and run `shardwise prepare` again"
     try:
-        mapping = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-        written = mapping.pop("format")
-        if written not in (1, FORMAT):
-            raise DataError(f"{directory} was prepared by another version of shardwise: {advice}")
-        if written == 1:
-            _from_format_1(mapping)
-        mapping["sources"] = tuple(Source(**source) for source in mapping["sources"])
-        mapping["files"] = {split: tuple((str(n), int(t)) for n, t in mapping["files"][split]) for split in SPLITS}
-        index = DataIndex(directory=directory, **mapping)
+        index = index_of(json.loads((directory / INDEX).read_text(encoding="utf-8")), directory)
+    except DataError as error:
+        raise DataError(f"{error}: {advice}") from None
     except FileNotFoundError:
         raise DataError(f"{directory} holds no prepared tokens: run `shardwise prepare JOB`") from None
     except OSError as error:
@@ -119,6 +113,19 @@ def read_index(directory: Path) -> DataIndex:
         if not file.is_file() or file.stat().st_size != num_tokens * width:
             raise DataError(f"{file} is missing or not {num_tokens * width} bytes long: {advice}")
     return index
+
+
+def index_of(mapping: dict[str, Any], directory: Path) -> DataIndex:
+    """The inverse of DataIndex.to_mapping, through JSON too. DataError for a format that is not known, KeyError, TypeError or
+    AttributeError for what is no index."""
+    written = mapping.pop("format")
+    if written not in (1, FORMAT):
+        raise DataError(f"{directory} was prepared by another version of shardwise")
+    if written == 1:
+        _from_format_1(mapping)
+    mapping["sources"] = tuple(Source(**source) for source in mapping["sources"])
+    mapping["files"] = {split: tuple((str(n), int(t)) for n, t in mapping["files"][split]) for split in SPLITS}
+    return DataIndex(directory=directory, **mapping)
 
 
 def _from_format_1(mapping: dict[str, Any]) -> None:

@@ -1,14 +1,14 @@
 """Text files -> a folder of tokens that every worker maps into memory.
 
-    FOLDER.partial/     while it is made; an attempt that was cut short goes on in it, file by file
-      HASH-train.bin    tokens of one input file
-      whole/            what becomes FOLDER when its index is written
-    FOLDER/
-      index.json        tokenizer, splits, and every input file with its checksum
-      train-00000.bin   tokens of many input files, one after the other
-      tokenizer.json    unless the tokens are bytes
+    REQUEST.partial/       while it is made; an attempt that was cut short goes on in it, file by file
+      HASH-train.bin       tokens of one input file
+      whole/               what becomes the folder when its index is written
+    REQUEST-FINGERPRINT/   never changed: a run that began with it goes on with it, whatever becomes of the files
+      index.json           tokenizer, splits, and every input file with its checksum
+      train-00000.bin      tokens of many input files, one after the other
+      tokenizer.json       unless the tokens are bytes
 
-A folder is used again while its inputs, tokenizer and splits are what they were.
+A folder is used again while its inputs, tokenizer and splits are what they were. Else another is made beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from clusters.files import publish
 from orchestrator.training import corpus, shard
 from orchestrator.training.data import INDEX, DataError, DataIndex, Source, Split, read_index, unigram_entropy
+from orchestrator.training.inputs import Request, few, files_of, is_unchanged, request_of, versions
 from orchestrator.training.tokenizer import Tokenizer, check_vocabulary, load_saved, load_tokenizer, train_bpe
 
 if TYPE_CHECKING:
@@ -43,42 +44,6 @@ BPE_TRAINING_BYTES = 10**8
 """Text that a BPE is trained on at most: its merges settle long before, and memory grows with every distinct word."""
 _PARALLEL_BYTES = 1 << 25
 """Below, processes cost more than they bring."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What to prepare: the job's data section, with absolute paths resolved from `base`."""
-
-    base: Path
-    train: tuple[str, ...]
-    validation: float | tuple[str, ...] = 0.005
-    """Files, or the fraction of train that is held out."""
-    tokenizer: str | int = "byte"
-    """byte, a path, or the size of a BPE to train."""
-    vocab_size: int | None = None
-    """Of the model; None where it does not matter."""
-
-    @property
-    def directory(self) -> Path:
-        """Where the tokens of this request are kept: in the user's cache, under a name that the request decides."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        validation = self.validation if isinstance(self.validation, float | int) else list(self.validation)
-        key = json.dumps([str(self.base.resolve()), list(self.train), validation, self.tokenizer])
-        return cache / "shardwise" / "data" / hashlib.sha256(key.encode()).hexdigest()[:16]
-
-
-def request_of(job: Job) -> Request:
-    """DataError where the job has no data."""
-    if job.data is None:
-        raise DataError(f"job {job.name} has no data: add `data: {{train: [corpus/*.txt]}}`")
-    validation, tokenizer = job.data.validation, job.data.tokenizer
-    return Request(
-        base=Path(job.directory),
-        train=tuple(job.data.train),
-        validation=float(validation) if isinstance(validation, float | int) else tuple(validation),
-        tokenizer=tokenizer if isinstance(tokenizer, str) else int(tokenizer.bpe),
-        vocab_size=job.architecture.vocab_size,
-    )
 
 
 def prepare_job(job: Job, *, progress: Progress | None = None) -> DataIndex:
@@ -95,29 +60,25 @@ def prepare(
 ) -> DataIndex:
     """Tokenizes what is new; whole or not at all, and what was finished of an attempt cut short is used.
 
+    Args:
+        directory: what the folder's name begins with; the fingerprint of its tokens follows.
+
     Raises DataError: text or tokenizer that cannot be used, or a disk that is full."""
-    target = request.directory if directory is None else directory
+    stem = request.directory if directory is None else directory
     tokenizer = _given_tokenizer(request)
-    train = corpus.expand(request.train, request.base, field="data.train")
-    held_out: tuple[Path, ...] = ()
-    if not isinstance(request.validation, float | int):
-        held_out = corpus.expand(request.validation, request.base, field="data.validation")
-    if both := sorted(set(train) & set(held_out)):
-        raise DataError(
-            f"{both[0]} is in data.train and in data.validation: its loss would say nothing; leave it in one"
-        )
+    train, held_out = files_of(request)
     try:
-        with _alone(target):
-            index = _fresh(target, request, tokenizer, train, held_out)
+        with _alone(stem):
+            index = _fresh(stem, request, tokenizer, train, held_out)
             if index is None:
-                index = _make(target, request, tokenizer, train, held_out, progress, num_processes)
+                index = _make(stem, request, tokenizer, train, held_out, progress, num_processes)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DataError(
-                f"the disk of {target} is full: free space, or set XDG_CACHE_HOME to a larger disk; "
+                f"the disk of {stem} is full: free space, or set XDG_CACHE_HOME to a larger disk; "
                 "finished files are kept, and prepare goes on from there"
             ) from None
-        raise DataError(f"{error.filename or target} cannot be written: {error.strerror or error}") from None
+        raise DataError(f"{error.filename or stem} cannot be written: {error.strerror or error}") from None
     return index
 
 
@@ -134,55 +95,40 @@ def _given_tokenizer(request: Request) -> Tokenizer | None:
 
 
 @contextmanager
-def _alone(target: Path) -> Iterator[None]:
+def _alone(stem: Path) -> Iterator[None]:
     """One process makes a folder; others wait for it and then find it made."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(target.name + ".lock"), "w") as lock:
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with open(stem.with_name(stem.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _fresh(
-    target: Path,
+    stem: Path,
     request: Request,
     tokenizer: Tokenizer | None,
     train: Sequence[Path],
     held_out: Sequence[Path],
 ) -> DataIndex | None:
-    """The folder's index, if it is what this request would make now."""
-    try:
-        index = read_index(target)
-        load_saved(target, index.tokenizer)
-    except DataError:
-        return None
+    """The index of the folder that this request would make now, if it is there."""
     asked = request.tokenizer if tokenizer is None else tokenizer.fingerprint
-    had = index.tokenizer.get("bpe") if tokenizer is None else index.tokenizer["fingerprint"]
     wanted = [(str(path), "train") for path in train] + [(str(path), "validation") for path in held_out]
-    if asked != had or wanted != [(source.path, source.split) for source in index.sources]:
-        return None
-    if index.tokenizer["validation"] != _fraction(request):
-        return None
-    return index if all(_unchanged(source) for source in index.sources) else None
-
-
-def _unchanged(source: Source) -> bool:
-    """By size and time; where only the time differs (a copy, a checkout), by content."""
-    path = Path(source.path)
-    stat = path.stat()
-    if stat.st_size != source.bytes:
-        return False
-    if stat.st_mtime_ns == source.mtime_ns:
-        return True
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == source.sha256
-
-
-def _fraction(request: Request) -> float:
-    return float(request.validation) if isinstance(request.validation, float | int) else 0.0
+    for folder in versions(stem):
+        try:
+            index = read_index(folder)
+            load_saved(folder, index.tokenizer)
+        except DataError:
+            continue
+        had = index.tokenizer.get("bpe") if tokenizer is None else index.tokenizer["fingerprint"]
+        if asked != had or wanted != [(source.path, source.split) for source in index.sources]:
+            continue
+        if index.tokenizer["validation"] == request.fraction and all(map(is_unchanged, index.sources)):
+            return index
+    return None
 
 
 def _make(
-    target: Path,
+    stem: Path,
     request: Request,
     tokenizer: Tokenizer | None,
     train: Sequence[Path],
@@ -190,23 +136,23 @@ def _make(
     progress: Progress | None,
     num_processes: int | None,
 ) -> DataIndex:
-    partial = target.with_name(target.name + ".partial")
+    partial = stem.with_name(stem.name + ".partial")
     partial.mkdir(exist_ok=True)
     if tokenizer is None:
         tokenizer = _trained(int(request.tokenizer), train, partial)
-    works = _works(train, held_out, tokenizer, _fraction(request))
+    works = _works(train, held_out, tokenizer, request.fraction)
     sources = _tokenize(works, tokenizer, partial, progress, num_processes)
     num_tokens = sum(source.num_tokens["train"] for source in sources)
     if not num_tokens:
         raise DataError(
-            f"data.train holds no text to train on: {_few(train)} gave {sum(s.num_documents for s in sources)} documents"
+            f"data.train holds no text to train on: {few(train)} gave {sum(s.num_documents for s in sources)} documents"
             + ("; data.validation: 0 holds nothing out of so little" if any(s.num_documents for s in sources) else "")
         )
     whole = partial / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     tokenizer.save(whole)
-    description = {**tokenizer.describe(), "validation": _fraction(request)}
+    description = {**tokenizer.describe(), "validation": request.fraction}
     if not isinstance(request.tokenizer, str):
         description["bpe"] = request.tokenizer
     index = DataIndex(
@@ -220,6 +166,7 @@ def _make(
     )
     tokens = (index.tokens(name) for name, _ in index.files["train"])
     index = replace(index, unigram_entropy=unigram_entropy(tokens, num_tokens, tokenizer.vocab_size))
+    target = stem.with_name(f"{stem.name}-{index.fingerprint[:16]}")
     _publish(partial, whole, target, index)
     return read_index(target)
 
@@ -352,7 +299,7 @@ def _fingerprint(works: Sequence[shard.Work], sources: Sequence[Source]) -> str:
 
 
 def _publish(partial: Path, whole: Path, target: Path, index: DataIndex) -> None:
-    """Index last, then the rename, then nothing is left to go on with."""
+    """Index last, then the rename, then nothing is left to go on with. What bears the name has the same tokens or is damaged."""
     shard.write_json(whole / INDEX, index.to_mapping())
     aside = target.with_name(target.name + ".old")
     shutil.rmtree(aside, ignore_errors=True)
@@ -361,8 +308,3 @@ def _publish(partial: Path, whole: Path, target: Path, index: DataIndex) -> None
     publish(whole, target)
     shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def _few(paths: Sequence[Path]) -> str:
-    shown = ", ".join(str(path) for path in paths[:3])
-    return shown + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")

@@ -312,11 +312,11 @@ def resumable(path: Path, job: Job, info: CheckpointInfo) -> CheckpointRef:
             f"it is of a job that differs in {', '.join(differences)}; set these back, or start over with --fresh",
         )
     for what, mine in info.data.items():
-        if (theirs := ref.manifest["data"].get(what)) != mine:
+        if ref.manifest["data"].get(what) != mine:
             raise CheckpointRefused(
                 path.name,
-                f"it was trained with another {what} ({theirs} instead of {mine}); prepare the data as it was, "
-                "or start over with --fresh",
+                f"it was trained with {'another tokenizer' if what == 'tokenizer' else 'other text'} than the tokens here are "
+                "of; put the data back as it was, or start over with --fresh",
             )
     if ref.step > info.num_steps:
         raise CheckpointRefused(

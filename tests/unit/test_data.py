@@ -28,7 +28,8 @@ from orchestrator.training.data import (
     read_index,
     unigram_entropy,
 )
-from orchestrator.training.prepare import Request, prepare
+from orchestrator.training.inputs import Request, versions
+from orchestrator.training.prepare import prepare
 
 DOCUMENTS = [f"document {number}: " + "words and more words. " * (number % 7) for number in range(300)]
 END = 256
@@ -49,8 +50,13 @@ def request(folder: Path, **fields) -> Request:
     return Request(**{"base": folder, "train": ("corpus.jsonl",), "validation": 0.0} | fields)
 
 
+def newest(stem: Path) -> Path:
+    """The folder of tokens that was made last."""
+    return max(versions(stem), key=lambda folder: (folder / "index.json").stat().st_mtime_ns)
+
+
 def stream(folder: Path, split: str = "train") -> list[int]:
-    index = read_index(folder)
+    index = read_index(newest(folder))
     return [int(token) for name, _ in index.files[split] for token in index.tokens(name)]
 
 
@@ -123,7 +129,8 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from orchestrator.training.data import TokenDataset
-from orchestrator.training.prepare import Request, prepare
+from orchestrator.training.inputs import Request, versions
+from orchestrator.training.prepare import prepare
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 folder = Path(sys.argv[1])
 index = prepare(Request(base=folder, train=("corpus",), validation=0.1), directory=folder / "tokens", num_processes=2)
@@ -229,12 +236,12 @@ def test_an_attempt_cut_short_goes_on_with_the_files_that_are_left(tmp_path, mon
     monkeypatch.setattr(shard.corpus, "read", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prepare(asked, directory=tmp_path / "tokens")
-    assert not (tmp_path / "tokens").exists()
+    assert versions(tmp_path / "tokens") == []
     prepare(asked, directory=tmp_path / "tokens")
     assert encoded == ["part-0.jsonl", "part-1.jsonl", "interrupted", "part-2.jsonl"]
     assert stream(tmp_path / "tokens") == [token for n in range(3) for token in (*f"text {n}".encode(), END)]
     left = {file.name for file in tmp_path.iterdir()}
-    assert left == {"tokens", "tokens.lock", *(f"part-{n}.jsonl" for n in range(3))}
+    assert left == {newest(tmp_path / "tokens").name, "tokens.lock", *(f"part-{n}.jsonl" for n in range(3))}
 
 
 def test_what_a_power_cut_tore_of_an_attempt_is_made_again(tmp_path, monkeypatch):
@@ -289,7 +296,8 @@ def test_a_full_disk_leaves_nothing_half_written_and_the_old_folder_as_it_was(tm
             patch.setattr(shard, "open", full_disk(open, full_file), raising=False)
             with pytest.raises(DataError, match="is full: free space, or set XDG_CACHE_HOME"):
                 prepare(asked, directory=tmp_path / "tokens")
-        assert read_index(tmp_path / "tokens") == before
+        assert versions(tmp_path / "tokens") == [before.directory]
+        assert read_index(before.directory) == before
         assert len(list(partial.glob("*.json"))) == len(list(partial.glob("*-train.bin"))) == num_finished
     assert prepare(asked, directory=tmp_path / "tokens").num_documents == 2 * before.num_documents
     assert not partial.exists()
@@ -347,7 +355,7 @@ def test_a_corpus_that_cannot_be_used_is_refused_by_place(tmp_path, files, train
         (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
         prepare(request(tmp_path, train=train), directory=tmp_path / "tokens")
-    assert not (tmp_path / "tokens").exists()
+    assert versions(tmp_path / "tokens") == []
 
 
 @pytest.mark.parametrize(
@@ -380,8 +388,8 @@ def test_a_folder_that_is_missing_torn_or_too_small_is_refused_with_advice(tmp_p
     with pytest.raises(DataError, match=r"holds no prepared tokens: run `shardwise prepare JOB`"):
         read_index(tmp_path)
     corpus(tmp_path)
-    folder = tmp_path / "tokens"
-    index = prepare(request(tmp_path), directory=folder)
+    index = prepare(request(tmp_path), directory=tmp_path / "tokens")
+    folder = index.directory
     with pytest.raises(DataError, match=r"one sequence needs 100001: add text to data\.train, or lower"):
         TokenDataset(folder, "train", 100_000)
     ((name, num_tokens),) = index.files["train"]
@@ -402,9 +410,9 @@ def test_a_folder_that_is_missing_torn_or_too_small_is_refused_with_advice(tmp_p
 def test_sequences_follow_one_another_over_the_ends_of_files_and_targets_are_one_further(tmp_path):
     for number in range(5):
         corpus(tmp_path, name=f"part-{number}", documents=["x" * (number + 1)])
-    prepare(request(tmp_path, train=("part-*.jsonl",)), directory=tmp_path / "tokens")
+    index = prepare(request(tmp_path, train=("part-*.jsonl",)), directory=tmp_path / "tokens")
     tokens = stream(tmp_path / "tokens")
-    data = TokenDataset(tmp_path / "tokens", "train", 4)
+    data = TokenDataset(index.directory, "train", 4)
     inputs, targets = data.sequences(np.arange(len(data)))
     assert len(data) == data.num_samples == (len(tokens) - 1) // 4
     assert inputs.dtype == targets.dtype == np.int64
@@ -416,8 +424,8 @@ def test_sequences_follow_one_another_over_the_ends_of_files_and_targets_are_one
 
 def test_held_out_text_shorter_than_a_sequence_is_no_dataset(tmp_path):
     corpus(tmp_path)
-    prepare(request(tmp_path), directory=tmp_path / "tokens")
-    train, validation = open_datasets(tmp_path / "tokens", 16)
+    index = prepare(request(tmp_path), directory=tmp_path / "tokens")
+    train, validation = open_datasets(index.directory, 16)
     assert len(train) > 0
     assert validation is None
 

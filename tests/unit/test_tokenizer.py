@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from orchestrator.training.data import DataError, read_index
-from orchestrator.training.prepare import Request, prepare
+from orchestrator.training.data import DataError
+from orchestrator.training.inputs import Request
+from orchestrator.training.prepare import prepare
 from orchestrator.training.tokenizer import (
     ByteTokenizer,
     check_vocabulary,
@@ -103,8 +104,8 @@ def test_prepared_tokens_bring_their_tokenizer_and_a_run_keeps_it(tmp_path, toke
 
 def test_a_tokenizer_altered_after_the_text_was_tokenized_is_refused(tmp_path, bpe):
     (tmp_path / "a.txt").write_text(TEXT * 50)
-    prepare(Request(base=tmp_path, train=("a.txt",), tokenizer=290, validation=0.0), directory=tmp_path / "tokens")
-    bpe.save(tmp_path / "tokens")
-    index = read_index(tmp_path / "tokens")
+    asked = Request(base=tmp_path, train=("a.txt",), tokenizer=290, validation=0.0)
+    index = prepare(asked, directory=tmp_path / "tokens")
+    bpe.save(index.directory)
     with pytest.raises(DataError, match="was altered after the text was tokenized"):
         load_saved(index.directory, index.tokenizer)

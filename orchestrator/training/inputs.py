@@ -1,0 +1,148 @@
+"""What a job's text is: the request for tokens, the files behind it, and what is different from when they were tokenized."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.training import corpus
+from orchestrator.training.data import INDEX, DataError, DataIndex, Source
+from orchestrator.training.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from orchestrator.spec.job import Job
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What to prepare: the job's data section, with absolute paths resolved from `base`."""
+
+    base: Path
+    train: tuple[str, ...]
+    validation: float | tuple[str, ...] = 0.005
+    """Files, or the fraction of train that is held out."""
+    tokenizer: str | int = "byte"
+    """byte, a path, or the size of a BPE to train."""
+    vocab_size: int | None = None
+    """Of the model; None where it does not matter."""
+
+    @property
+    def directory(self) -> Path:
+        """Where the tokens of this request are kept: in the user's cache, under a name that the request decides. Each state of
+        its files has a folder of its own, whose name goes on with a hyphen and the fingerprint of the tokens."""
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        validation = self.validation if isinstance(self.validation, float | int) else list(self.validation)
+        key = json.dumps([str(self.base.resolve()), list(self.train), validation, self.tokenizer])
+        return cache / "shardwise" / "data" / hashlib.sha256(key.encode()).hexdigest()[:16]
+
+    @property
+    def fraction(self) -> float:
+        """Of train, held out."""
+        return float(self.validation) if isinstance(self.validation, float | int) else 0.0
+
+
+def request_of(job: Job) -> Request:
+    """DataError where the job has no data."""
+    if job.data is None:
+        raise DataError(f"job {job.name} has no data: add `data: {{train: [corpus/*.txt]}}`")
+    validation, tokenizer = job.data.validation, job.data.tokenizer
+    return Request(
+        base=Path(job.directory),
+        train=tuple(job.data.train),
+        validation=float(validation) if isinstance(validation, float | int) else tuple(validation),
+        tokenizer=tokenizer if isinstance(tokenizer, str) else int(tokenizer.bpe),
+        vocab_size=job.architecture.vocab_size,
+    )
+
+
+def files_of(request: Request) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """(files to train on, files that are held out). DataError where one is missing or in both."""
+    train = corpus.expand(request.train, request.base, field="data.train")
+    held_out: tuple[Path, ...] = ()
+    if not isinstance(request.validation, float | int):
+        held_out = corpus.expand(request.validation, request.base, field="data.validation")
+    if both := sorted(set(train) & set(held_out)):
+        raise DataError(
+            f"{both[0]} is in data.train and in data.validation: its loss would say nothing; leave it in one"
+        )
+    return train, held_out
+
+
+def versions(stem: Path) -> list[Path]:
+    """The folders of a request's tokens, each of another state of its files. The first format had one, without a fingerprint."""
+    named = [
+        path
+        for path in stem.parent.glob(f"{stem.name}-*")
+        if re.fullmatch(r"-[0-9a-f]{16}", path.name[len(stem.name) :])
+    ]
+    return [path for path in (stem, *sorted(named)) if (path / INDEX).is_file()]
+
+
+def is_unchanged(source: Source) -> bool:
+    """Compares a file with what it was by size and time; where only the time differs (a copy, a checkout), by content."""
+    path = Path(source.path)
+    stat = path.stat()
+    if stat.st_size != source.bytes:
+        return False
+    if stat.st_mtime_ns == source.mtime_ns:
+        return True
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == source.sha256
+
+
+def changes(request: Request, index: DataIndex) -> list[str]:
+    """What is different now from when the tokens were made, file by file, as a person would say it."""
+    try:
+        train, held_out = files_of(request)
+    except DataError as error:
+        missing = [_name(source, request) + " is gone" for source in index.sources if not Path(source.path).exists()]
+        return missing or [str(error)]
+    now = {(str(path), "train") for path in train} | {(str(path), "validation") for path in held_out}
+    before = {(source.path, source.split) for source in index.sources}
+    told = [f"{_relative(path, request)} was added" for path, _ in sorted(now - before)]
+    for source in index.sources:
+        if (source.path, source.split) not in now:
+            told.append(_name(source, request) + " is gone")
+        elif change := _changed(source):
+            told.append(f"{_name(source, request)} {change}")
+    if isinstance(request.tokenizer, str):
+        try:
+            same = load_tokenizer(request.tokenizer, request.base).fingerprint == index.tokenizer["fingerprint"]
+        except DataError as error:
+            told.append(str(error))
+        else:
+            told += [] if same else [f"data.tokenizer: {request.tokenizer} is another tokenizer than it was"]
+    return told
+
+
+def _changed(source: Source) -> str:
+    try:
+        if is_unchanged(source):
+            return ""
+        size = Path(source.path).stat().st_size
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if size == source.bytes:
+        return f"has another content of the same {size:,} bytes"
+    return f"has {size:,} bytes instead of {source.bytes:,}"
+
+
+def _name(source: Source, request: Request) -> str:
+    return _relative(source.path, request)
+
+
+def _relative(path: str, request: Request) -> str:
+    base = request.base.resolve()
+    return str(Path(path).relative_to(base)) if Path(path).is_relative_to(base) else path
+
+
+def few(told: Sequence[object], most: int = 3) -> str:
+    """The first of many, and how many more there are."""
+    shown = ", ".join(str(one) for one in told[:most])
+    return shown + (f" and {len(told) - most} more" if len(told) > most else "")
