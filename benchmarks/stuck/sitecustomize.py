@@ -17,11 +17,15 @@ from importlib.machinery import PathFinder
 STUCK = json.loads(os.environ.get("STUCK", "{}"))
 
 
-def get_stuck():
+def for_the_first_time():
     try:
         os.close(os.open(f"{STUCK['flag']}-{STUCK['mine']}", os.O_CREAT | os.O_EXCL))
     except FileExistsError:
-        return
+        return False
+    return True
+
+
+def get_stuck():
     if STUCK["how"] == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
@@ -55,12 +59,13 @@ def arrange(loop):
 
     def if_due(*_, **__):
         mine = STUCK.get("mine")
-        if now["step"] >= STUCK["step"] and mine is not None and STUCK["rank"] in (None, mine):
+        due = now["step"] >= STUCK["step"] and mine is not None and STUCK["rank"] in (None, mine)
+        if due and for_the_first_time():
             get_stuck()
 
     def in_a_collective(self, *flags):
         """The others' part is on its way; this rank's own never comes to its end."""
-        if now["step"] == STUCK["step"] and STUCK["rank"] in (None, self.rank):
+        if now["step"] == STUCK["step"] and STUCK["rank"] in (None, self.rank) and for_the_first_time():
             import torch
 
             dist.all_reduce(torch.zeros(len(flags), dtype=torch.int64), group=self.decisions, async_op=True)

@@ -54,7 +54,7 @@ def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_
                 directory=directory,
                 fresh=fresh,
                 metrics_port=metrics_port,
-                began_unix_s=process_began(),
+                began_s=process_began(),
             )
     except RunRefused as error:
         raise CommandError(error.message, error.fix, where=error.where) from None
@@ -159,8 +159,8 @@ def interrupts(stop: Stop) -> Iterator[None]:
 
 
 def process_began() -> float:
-    """Unix time at which this process began: the start that a person waits for includes Python's own."""
+    """When this process began, on the monotonic clock: the start that a person waits for includes Python's own."""
     import psutil
 
-    began = psutil.Process().create_time()
-    return began if time.time() - began < 60 else time.time()  # called from a program that runs since long
+    age_s = time.time() - psutil.Process().create_time()
+    return time.monotonic() - (age_s if 0 <= age_s < 60 else 0.0)  # more: called from a program that runs since long

@@ -81,7 +81,7 @@ def run_job(
     directory: str | Path | None = None,
     fresh: bool = False,
     metrics_port: int | None = 0,
-    began_unix_s: float | None = None,
+    began_s: float | None = None,
     start_host: Callable[[Path], Host] = RayHost,
 ) -> RunResult:
     """Runs a job here and now, or goes on with it.
@@ -89,12 +89,13 @@ def run_job(
     Args:
         directory: parent of the run folder; by default the job's checkpoint.directory.
         fresh: start over; what is there is moved aside.
+        began_s: when the user's command began, on the monotonic clock; by default now.
         metrics_port: of the Prometheus endpoint on loopback; 0 picks a free one, None opens none.
 
     Raises SpecError, RunRefused, PlanError, DoesNotFit, DataError; what happens to the run itself is in the result. All that the
     job and this machine tell is refused before the folder is made or a process started."""
     acting.refuse_unbuilt(job)
-    clock = Clock(time.time() if began_unix_s is None else began_unix_s)
+    clock = Clock(time.monotonic() if began_s is None else began_s)
     if job.num_steps is None:
         raise RunRefused(
             "the job says no length", where=job.file, fix="set training.steps: 1000, or training.tokens: 300e9"
@@ -173,7 +174,7 @@ def _run(
         pace=Pace(
             predicted_step_s=planned.price.time.step_s, checkpoint_bytes=12.0 * document["model"]["num_parameters"]
         ),
-        began_unix_s=clock.began_unix_s,
+        began_s=clock.began_s,
         phases=clock.laps,
     )
     resume = manifest.latest(folder.checkpoints, report=lambda event: None, check=False)
@@ -382,14 +383,14 @@ class LiveReport:
 
 
 class Clock:
-    """Seconds of the phases of a command, from its process's start."""
+    """Seconds of the phases of a command, from its process's start, on the monotonic clock."""
 
-    def __init__(self, began_unix_s: float) -> None:
-        self.began_unix_s = self._mark = began_unix_s
+    def __init__(self, began_s: float) -> None:
+        self.began_s = self._mark = began_s
         self.laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        now = time.time()
+        now = time.monotonic()
         self.laps[name], self._mark = now - self._mark, now
 
 

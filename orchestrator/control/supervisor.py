@@ -79,8 +79,8 @@ class Supervisor:
     limits: Limits = field(default_factory=Limits)
     pace: Pace = field(default_factory=Pace)
     """At first what the plan predicts."""
-    began_unix_s: float = field(default_factory=time.time)
-    """When the user's command began; first_step_s counts from here."""
+    began_s: float = field(default_factory=time.monotonic)
+    """When the user's command began, on the monotonic clock; first_step_s counts from here."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of what the command did before; the event `started` tells them."""
     sleep: Callable[[float], None] = time.sleep
@@ -125,7 +125,7 @@ class Supervisor:
             self._write("restart", ended.cause, {**details, "after_s": decision.after_s})
             if not self._pause(decision.after_s):
                 return self._stopped_before_training()
-            self.began_unix_s, self.phases = time.time(), {}
+            self.began_s, self.phases = time.monotonic(), {}
             self.begin()
 
     def close(self) -> None:
@@ -260,7 +260,7 @@ class Supervisor:
                 )
 
     def _tell_of_start(self, first: StepReport) -> None:
-        seconds = first.time_unix_s - self.began_unix_s
+        seconds = (first.monotonic_s or time.monotonic()) - self.began_s
         details = {**self.phases, "step_s": first.step_s, "first_step_s": seconds, "first_step": first.step}
         self._write("started", f"step {first.step} was done {seconds:.1f} s after the start", details)
 

@@ -98,7 +98,7 @@ def _blame(ranks: Mapping[int, Rank], answer_s: float) -> str:
     """Those who hold up the others: who does not answer; else who waits for no other rank; else who was silent longest."""
     mute = [number for number, rank in ranks.items() if rank.unanswered_s > answer_s]
     if mute:
-        return "; ".join(_told(mute, ranks, " does not answer, last seen"))
+        return "; ".join(_told(mute, ranks, " does not answer, last seen", stands=False))
     busy = [number for number, rank in ranks.items() if rank.sign is not None and not rank.sign.waits]
     if len(busy) in (0, len(ranks)):
         longest = max((rank.silent_s for rank in ranks.values()), default=0.0)
@@ -106,13 +106,13 @@ def _blame(ranks: Mapping[int, Rank], answer_s: float) -> str:
     return "; ".join(_told(busy, ranks, " is"))
 
 
-def _told(numbers: Sequence[int], ranks: Mapping[int, Rank], says: str) -> list[str]:
-    """Ranks in the same place are told of together."""
+def _told(numbers: Sequence[int], ranks: Mapping[int, Rank], says: str, *, stands: bool = True) -> list[str]:
+    """Ranks in the same place are told of together; `stands`: it is still where its last sign says."""
     places: dict[str, list[int]] = {}
     for number in sorted(numbers):
         sign = ranks[number].sign
         where = " before its first answer" if sign is None else f" in step {sign.step}, phase {sign.phase}"
-        if sign is not None and sign.calls:
+        if sign is not None and sign.calls and stands:
             where += f", at {sign.calls[-1]}"
         places.setdefault(where, []).append(number)
     return [f"rank {', '.join(map(str, found))} of {len(ranks)}{says}{where}" for where, found in places.items()]

@@ -103,6 +103,15 @@ def test_a_run_without_a_failure(supervise):
     assert kinds(supervise.folder) == ["started", "finished"]
 
 
+def test_the_time_to_the_first_step_does_not_follow_a_wall_clock_that_is_set(supervise, monkeypatch):
+    first = replace(report(1), time_unix_s=1e12, monotonic_s=107.5)
+    supervisor, _ = supervise([READY, lambda: append(supervise.folder.metrics, first), outcome("finished", 1)])
+    supervisor.began_s = 100.0
+    supervisor.run()
+    started = next(read(supervise.folder.events, Event))
+    assert (started.kind, started.details["first_step_s"]) == ("started", 7.5)
+
+
 def test_a_dead_worker_is_answered_by_a_new_group_in_the_same_ray(supervise):
     supervisor, (host,) = supervise([READY, LOST, READY, outcome("finished", 3)])
     assert supervisor.run() == Ending(kind="finished", step=3, num_restarts=1)
