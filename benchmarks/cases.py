@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from orchestrator.models.architecture import Architecture, make_architecture
 from strategies.pipeline.stages import cut
@@ -18,6 +19,8 @@ class Task:
     sequence_length: int
     packed: bool = False
     """Each row holds two samples."""
+    loss: Literal["tokens", "reward", "dpo"] = "tokens"
+    """What is trained; reward and dpo take the two samples of a packed row for a pair of answers."""
 
     def __str__(self) -> str:
         """Only what differs from TASK."""
@@ -25,7 +28,7 @@ class Task:
         if self == TASK:
             return ""
         kin = " narrow" * (arch.word_embedding_size is not None) + " untied" * (not arch.tied_embeddings)
-        packed = " packed" * self.packed
+        packed = " packed" * self.packed + f" {self.loss}" * (self.loss != "tokens")
         family = f" {arch.family}" * (arch.family != TASK.arch.family)
         return f" of{family}{packed} {arch.num_layers}x{arch.hidden_size}{kin} on {self.global_batch_size}x{self.sequence_length}"
 
@@ -46,7 +49,8 @@ FAMILIES = {
 """The same small task for each other family that is built; LLaMA with grouped-query heads."""
 PACKED = tuple(replace(FAMILIES.get(family, TASK), packed=True) for family in ("opt", "llama", "bloom"))
 """One family for each kind of positions, with two samples in a row."""
-TASKS = (*FAMILIES.values(), *PACKED)
+PAIRS = (replace(PACKED[0], loss="reward"), replace(PACKED[1], loss="dpo"))
+TASKS = (*FAMILIES.values(), *PACKED, *PAIRS)
 NOWHERE = Offload()
 
 

@@ -33,8 +33,11 @@ from benchmarks.drawn import coverage, drawn
 from benchmarks.matrix import matrix
 from benchmarks.pool import Pool
 from orchestrator.models.decoder import Decoder, initial_weights
-from strategies.engines.engine import MicroBatch, OptimizerSettings
+from orchestrator.training.losses import DpoLoss, RewardLoss
+from strategies.engines.engine import Loss, MicroBatch, OptimizerSettings
+from strategies.engines.loss import TOKEN_LOSS
 from strategies.engines.native import build_session
+from strategies.tensor.region import WHOLE
 
 SEED = 5
 NUM_DRAWN = 40
@@ -69,27 +72,49 @@ def batch(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def segments(task: Task) -> dict[str, torch.Tensor]:
-    """Further inputs of the batch: where the second sample of each row begins, if rows hold two."""
+LOSSES: dict[str, Loss] = {"tokens": TOKEN_LOSS, "reward": RewardLoss(), "dpo": DpoLoss(beta=0.5)}
+
+
+def whole_batch(task: Task) -> MicroBatch:
+    """The global batch as one micro batch."""
+    inputs, targets = batch(task)
+    count, length = inputs.shape
     if not task.packed:
-        return {}
-    starts = 1 + torch.arange(task.global_batch_size) % (task.sequence_length - 1)
-    return {"segment_ids_BS": (torch.arange(task.sequence_length) >= starts[:, None]).long()}
+        return MicroBatch(input_ids_BS=inputs, target_ids_BS=targets, weight_B=torch.ones(count))
+    starts = 1 + torch.arange(count) % (length - 1)  # of the second sample of each row
+    segments = {"segment_ids_BS": (torch.arange(length) >= starts[:, None]).long()}
+    ends = torch.stack([starts - 1, torch.full_like(starts, length - 1)], -1)[:, None]
+    labels = {
+        "tokens": {},
+        "reward": {"pairs_BP2": ends},
+        "dpo": {
+            "pairs_BP2": torch.tensor([1, 0]).expand(count, 1, 2),
+            "reference_BP2": torch.linspace(-9, -4, 2 * count, dtype=torch.float64).view(count, 1, 2),
+        },
+    }[task.loss]
+    return MicroBatch(
+        input_ids_BS=inputs, target_ids_BS=targets, weight_B=torch.ones(count), inputs=segments, labels=labels
+    )
 
 
 def micro_batches(case: Case | Run, rank: int) -> list[MicroBatch]:
     """This replica's share; what is missing is filled up with sequences of weight 0."""
-    inputs, targets = batch(case.task)
-    strategy, count = case.strategy, len(inputs)
+    whole = whole_batch(case.task)
+    strategy, count = case.strategy, case.task.global_batch_size
     size, replica = strategy.micro_batch_size, strategy.degrees.coordinates(rank)["data"]
     result = []
     for i in range(strategy.gradient_accumulation_steps):
         rows = [(i * strategy.data_parallel_degree + replica) * size + j for j in range(size)]
         weight = torch.tensor([1.0 if row < count else 0.0 for row in rows])
         rows = [min(row, count - 1) for row in rows]
-        further = {name: value[rows] for name, value in segments(case.task).items()}
         result.append(
-            MicroBatch(input_ids_BS=inputs[rows], target_ids_BS=targets[rows], weight_B=weight, inputs=further)
+            MicroBatch(
+                input_ids_BS=whole.input_ids_BS[rows],
+                target_ids_BS=whole.target_ids_BS[rows],
+                weight_B=weight,
+                inputs={name: value[rows] for name, value in whole.inputs.items()},
+                labels={name: value[rows] for name, value in whole.labels.items()},
+            )
         )
     return result
 
@@ -97,7 +122,7 @@ def micro_batches(case: Case | Run, rank: int) -> list[MicroBatch]:
 def reference(task: Task, precision: str, num_steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses and final weights of one process, in plain torch; 16 bit is held against fp32."""
     dtype = torch.float64 if precision == "fp64" else torch.float32
-    module, value = Decoder(task.arch).to(dtype), initial_weights(task.arch, SEED)
+    module, value = module_of(task).to(dtype), initial_weights(task.arch, SEED)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(value(name, parameter.shape))
@@ -109,12 +134,16 @@ def reference(task: Task, precision: str, num_steps: int) -> tuple[list[float], 
         betas=OPTIMIZER.betas,
         eps=OPTIMIZER.epsilon,
     )
-    inputs, targets = batch(task)
-    context = [module.context(**segments(task))] if task.packed else []
+    whole, criterion = whole_batch(task), LOSSES[task.loss]
+    context = [module.context(**whole.inputs)] if whole.inputs else []
     losses = []
     for _ in range(num_steps):
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(module(inputs, *context).flatten(0, 1), targets.flatten())
+        output = module(whole.input_ids_BS, *context)
+        if task.loss == "tokens":
+            loss = torch.nn.functional.cross_entropy(output.flatten(0, 1), whole.target_ids_BS.flatten())
+        else:
+            loss = criterion(WHOLE, output, whole)[1] / criterion.num_targets(whole)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), OPTIMIZER.gradient_clip or 0.0)
         optimizer.step()
@@ -122,9 +151,13 @@ def reference(task: Task, precision: str, num_steps: int) -> tuple[list[float], 
     return losses, {name: p.detach() for name, p in module.named_parameters()}
 
 
+def module_of(task: Task) -> Decoder:
+    return Decoder(task.arch, values=task.loss == "reward")
+
+
 def session_of(case: Case | Run, bucket_bytes: int = BUCKET_BYTES) -> Any:
     with torch.device("meta"):
-        module = Decoder(case.task.arch)
+        module = module_of(case.task)
     return build_session(
         module,
         strategy=case.strategy,
@@ -132,13 +165,14 @@ def session_of(case: Case | Run, bucket_bytes: int = BUCKET_BYTES) -> Any:
         weights=initial_weights(case.task.arch, SEED),
         optimizer=OPTIMIZER,
         bucket_bytes=bucket_bytes,
+        loss=LOSSES[case.task.loss],
     )
 
 
-def steps(session: Any, case: Case | Run, rank: int, count: int) -> list[float]:
+def steps(session: Any, case: Case | Run, rank: int, num_steps: int) -> list[float]:
     mine, task = micro_batches(case, rank), case.task
-    tokens = task.global_batch_size * task.sequence_length
-    return [session.step(mine, num_targets=tokens, learning_rate=LEARNING_RATE).loss for _ in range(count)]
+    count = int(LOSSES[task.loss].num_targets(whole_batch(task)))
+    return [session.step(mine, num_targets=count, learning_rate=LEARNING_RATE).loss for _ in range(num_steps)]
 
 
 def whole(state: dict[str, Any]) -> dict[str, Any]:

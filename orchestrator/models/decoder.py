@@ -39,6 +39,7 @@ SPLIT: dict[str, str] = {
     "head.norm.*": "replicated",
     "head.project.weight": "replicated",
     "head.output.weight": "vocabulary",
+    "head.value.weight": "replicated",
 }
 """How tensor parallelism splits each parameter: the model's own knowledge, so that no strategy names a family."""
 
@@ -261,12 +262,33 @@ class Head(nn.Module):
         return self.region.logits(x_BSH, weight)
 
 
+class ValueHead(nn.Module):
+    """x_BSH -> values_BS, one number a token: the reward of the text up to it, or what a critic expects of it."""
+
+    def __init__(self, arch: Architecture) -> None:
+        super().__init__()
+        width = arch.embedding_size
+        self.norm = make_norm(arch) if arch.final_norm else None
+        self.project = nn.Linear(arch.hidden_size, width, bias=False) if width != arch.hidden_size else None
+        self.value = nn.Linear(width, 1, bias=False)
+        self.region = WHOLE
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        if self.norm is not None:
+            x_BSH = self.norm(x_BSH)
+        if self.project is not None:
+            x_BSH = self.project(x_BSH)
+        values_BS: Tensor = self.value(x_BSH)[..., 0]
+        return self.region.whole(values_BS)
+
+
 class Decoder(nn.Module):
-    """A whole model, input_ids_BS -> logits_BSV. Raises ValueError for an architecture that is not built."""
+    """A whole model, input_ids_BS -> logits_BSV, or with `values` -> values_BS. Raises ValueError for an architecture that is
+    not built."""
 
     split = SPLIT
 
-    def __init__(self, arch: Architecture, *, attention: str = "flash") -> None:
+    def __init__(self, arch: Architecture, *, attention: str = "flash", values: bool = False) -> None:
         super().__init__()
         if arch.family not in BUILT:
             built = ", ".join(BUILT)
@@ -277,11 +299,11 @@ class Decoder(nn.Module):
             raise ValueError(f"attention {attention!r} is not known: choose one of {', '.join(ATTENTION)}")
         self.embed = Embed(arch)
         self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(arch.num_layers))
-        self.head = Head(arch, self.embed)
+        self.head = ValueHead(arch) if values else Head(arch, self.embed)
         self.hidden_size, self.arch = arch.hidden_size, arch
         self.divides = {"num_heads": arch.num_heads, "num_kv_heads": arch.num_kv_heads}
         """What tensor_parallel_degree must divide: a head is never split."""
-        self.shared = ("embed.tokens.weight",) if arch.tied_embeddings else ()
+        self.shared = ("embed.tokens.weight",) if arch.tied_embeddings and not values else ()
         """Parameters of the embedding that the head uses too."""
 
     def hugging_face(self) -> tuple[dict[str, Any], Callable[[str], str]]:
@@ -300,8 +322,8 @@ class Decoder(nn.Module):
         x_BSH = self.embed(input_ids_BS, *context)
         for block in self.blocks:
             x_BSH = block(x_BSH, *context)
-        logits_BSV: Tensor = self.head(x_BSH)
-        return logits_BSV
+        output: Tensor = self.head(x_BSH)
+        return output
 
 
 def initial_weights(arch: Architecture, seed: int) -> Callable[[str, torch.Size], Tensor]:

@@ -65,6 +65,10 @@ class Region:
         """The output table; [B, S, V / t]."""
         return F.linear(x_BSH, weight_VH)
 
+    def whole(self, x_BS: Tensor) -> Tensor:
+        """Of a number for each token: those of all tokens, on every rank, which go on from there alike."""
+        return x_BS
+
     def token_losses(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
         """See engines/loss.py."""
         return token_losses(logits_NV, targets_N)
@@ -124,6 +128,13 @@ class SplitRegion(Region):
         pending, self.pending = self.pending, None
         (result,) = self._gathered(x_BSH, (weight_VH, None))
         self.pending = pending
+        return result
+
+    def whole(self, x_BS: Tensor) -> Tensor:
+        if not self.sequence_parallel:
+            return x_BS
+        apply: Any = _Whole.apply
+        result: Tensor = apply(x_BS, self.group, self.rank)
         return result
 
     def token_losses(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,6 +214,20 @@ class _ReduceScatter(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gathered(gradient, ctx.group), None
+
+
+class _Whole(torch.autograd.Function):
+    """[B, S / t] of each rank -> [B, S]. Every rank has the same gradient of the whole, and takes its part of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BS: Tensor, group: Any, rank: int) -> Tensor:
+        ctx.start, ctx.length = rank * x_BS.shape[1], x_BS.shape[1]
+        return gathered(x_BS[..., None], group)[..., 0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BS: Tensor) -> tuple[Tensor, None, None]:
+        return gradient_BS.narrow(1, ctx.start, ctx.length).contiguous(), None, None
 
 
 class _GatheredColumns(torch.autograd.Function):

@@ -64,6 +64,7 @@ ONE = Case(
             for case in (HYBRID, SHARDED, ONCE_A_STEP, Case(world_size=1, zero_stage=3, recompute="selective"))
         ),
         *sample("parity", 6),
+        *sample("family", 4),
         Trial(SHARDED, HYBRID),
         Trial(HYBRID, Case(world_size=1, zero_stage=0)),
         *sample("resume", 2),
