@@ -30,7 +30,7 @@ from benchmarks.pool import Pool
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.workloads import workload
 from strategies.price.messages import Ledger, Line, ledger
-from strategies.sizes import Place
+from strategies.sizes import GroupRanks
 from strategies.zero.states import DTYPES
 
 KINDS = {
@@ -103,7 +103,7 @@ def priced(rank: int, run: Run) -> Ledger:
         sequence_length=run.task.sequence_length,
         precision=run.precision,
         pipeline_rank=at["pipeline"],
-        place=Place(at["tensor"], at["data"] % shards),
+        ranks=GroupRanks(at["tensor"], at["data"] % shards),
         bucket_bytes=BUCKET_BYTES,
     )
 

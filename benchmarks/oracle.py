@@ -56,7 +56,7 @@ def predict(selected: Sequence[Case], constants: TimeConstants = TIME) -> list[f
     for case in selected:
         key = id(case.work), id(case.cluster), case.precision
         roof = roofs.get(key) or roofs.setdefault(key, Roofline(case.work, case.cluster, case.precision, constants))
-        speeds.append(case.speed(step_time(roof, case.strategy, case.sequence_length, constants).step_s))
+        speeds.append(case.speed(step_time(roof, case.strategy, case.sequence_length).step_s))
     return speeds
 
 

@@ -21,8 +21,9 @@ from clusters.catalog import load_cluster
 from orchestrator.models.architecture import CATALOG, Architecture, make_architecture
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.trace.play import trace
-from strategies.pipeline.cost import shares
-from strategies.strategy import Schedule, impossible
+from strategies.rooms import impossible
+from strategies.shares import shares
+from strategies.strategy import Schedule
 
 MEDIUM = make_architecture(
     family="opt", num_layers=8, hidden_size=1024, num_heads=16, ffn_size=4096, vocab_size=8192, max_position=1024

@@ -1,4 +1,4 @@
-"""The rooms in their order, and what each engine can do. Core: the apply doors are strings that only a worker resolves."""
+"""What each engine can do. Core: it names no module of an engine."""
 
 from __future__ import annotations
 
@@ -7,32 +7,6 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from strategies.strategy import MESH_ORDER, Offload, States, Strategy
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Room:
-    """One strategy's two doors."""
-
-    name: str
-    cost: str
-    """Module of the arithmetic."""
-    apply: str
-    """Module of what is done to a torch module; imported by workers alone."""
-
-
-# Each works on what the one before it left. `cut` and `schedule` are the two acts of pipeline/.
-ROOMS: tuple[Room, ...] = tuple(
-    Room(name=name, cost=f"strategies.{folder}.cost", apply=f"strategies.{folder}.apply")
-    for name, folder in (
-        ("cut", "pipeline"),
-        ("tensor", "tensor"),
-        ("recompute", "recompute"),
-        ("zero", "zero"),
-        ("offload", "offload"),
-        ("schedule", "pipeline"),
-    )
-)
-
 
 PRECISIONS = ("bf16", "fp16", "fp32", "fp64")
 

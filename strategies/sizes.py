@@ -14,14 +14,14 @@ from typing import NamedTuple
 from strategies.workload import Tensor, Workload
 
 
-class Place(NamedTuple):
+class GroupRanks(NamedTuple):
     """Where a rank stands in its groups; the first of each holds the most."""
 
     tensor: int = 0
     shard: int = 0
 
 
-FIRST = Place()
+FIRST = GroupRanks()
 
 
 class Sizes(NamedTuple):
@@ -65,10 +65,10 @@ def partial(work: Workload, tensor: int, shards: int, shard: int, sequence_paral
     return _sizes(work, tensor, 0, lambda t: _chunk(t.rows, shards, shard) * t.width if t.split in kinds else 0)
 
 
-def table(work: Workload, tensor: int, shards: int, place: Place) -> int:
+def table(work: Workload, tensor: int, shards: int, ranks: GroupRanks) -> int:
     """Of one shard of the table of tokens, unpadded."""
-    mine = part(work.embedding_tensors[0], tensor, place.tensor)
-    return _chunk(mine.rows, shards, place.shard) * mine.width
+    mine = part(work.embedding_tensors[0], tensor, ranks.tensor)
+    return _chunk(mine.rows, shards, ranks.shard) * mine.width
 
 
 @lru_cache(maxsize=65536)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -89,6 +89,20 @@ class Strategy:
         )
 
     @property
+    def num_shards(self) -> int:
+        """Return how many ranks one copy of the optimizer states is dealt to."""
+        return self.zero_group_size if self.zero_stage else 1
+
+    def group_size(self, group: str) -> int | None:
+        """Return how many ranks talk in a group of messages; None for groups that are no axis of the mesh."""
+        return {
+            "tensor": self.tensor_parallel_degree,
+            "shard": self.num_shards,
+            "replicate": self.data_parallel_degree // self.num_shards,
+            "pipeline": self.pipeline_parallel_degree,
+        }.get(group)
+
+    @property
     def degrees(self) -> Degrees:
         return Degrees(
             pipeline=self.pipeline_parallel_degree,
@@ -140,120 +154,7 @@ class Degrees:
         return tuple(tuple(first + i * stride for i in range(size)) for first in firsts)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rule:
-    """What two or more choices make of each other."""
-
-    fields: tuple[str, ...]
-    """The choices that meet, the one to change first."""
-    applies: Callable[[Strategy], bool]
-    reason: str
-    """May name any field of the strategy in braces."""
-    fix: str
-
-    def told(self, strategy: Strategy) -> str:
-        return self.reason.format_map(_Fields(strategy))
-
-
-class _Fields(dict[str, object]):
-    def __init__(self, strategy: Strategy) -> None:
-        self.strategy = strategy
-
-    def __missing__(self, name: str) -> object:
-        return getattr(self.strategy, name)
-
-
 INTERLEAVED: tuple[Schedule, ...] = ("interleaved_1f1b", "interleaved_zero_bubble")
 """Schedules in which a pipeline rank holds any number of stages; the others hold one, zbv two."""
 SPLIT_BACKWARD: tuple[Schedule, ...] = ("interleaved_zero_bubble", "zbv")
 """Schedules that run the gradients of the weights apart from those of the inputs."""
-
-# Of each pair of choices: impossible, built, or only priced. Said here and nowhere else: the spec, the planner and the engine
-# ask `impossible` and `without_effect`; what is built is the engine's table in catalog.py.
-IMPOSSIBLE: tuple[Rule, ...] = (
-    Rule(
-        fields=("zero_group_size", "data_parallel_degree"),
-        applies=lambda s: s.data_parallel_degree % s.zero_group_size != 0,
-        reason="zero_group_size {zero_group_size} does not divide data_parallel_degree {data_parallel_degree}",
-        fix="a group size that divides the data-parallel degree",
-    ),
-    Rule(
-        fields=("num_virtual_stages", "pipeline_schedule"),
-        applies=lambda s: s.num_virtual_stages != 2 and s.pipeline_schedule == "zbv" and s.pipeline_parallel_degree > 1,
-        reason="zbv holds exactly 2 stages on each pipeline rank, num_virtual_stages is {num_virtual_stages}",
-        fix="num_virtual_stages: 2",
-    ),
-    Rule(
-        fields=("num_virtual_stages", "pipeline_schedule"),
-        applies=lambda s: (
-            s.num_virtual_stages > 1 and s.pipeline_schedule in ("gpipe", "1f1b") and s.pipeline_parallel_degree > 1
-        ),
-        reason="{pipeline_schedule} holds one stage on each pipeline rank, num_virtual_stages is {num_virtual_stages}",
-        fix="pipeline_schedule: interleaved_1f1b, or num_virtual_stages: 1",
-    ),
-    Rule(
-        fields=("pipeline_schedule", "pipeline_parallel_degree", "gradient_accumulation_steps"),
-        applies=lambda s: (
-            s.num_virtual_stages > 1
-            and s.pipeline_schedule in INTERLEAVED
-            and s.gradient_accumulation_steps % s.pipeline_parallel_degree != 0
-        ),
-        reason="{pipeline_schedule} over {num_virtual_stages} virtual stages runs micro batches in whole rounds of the pipeline: "
-        "gradient_accumulation_steps {gradient_accumulation_steps} is no multiple of {pipeline_parallel_degree}",
-        fix="a micro batch or data-parallel degree that makes it one, or pipeline_schedule: 1f1b",
-    ),
-)
-
-WITHOUT_EFFECT: tuple[Rule, ...] = (
-    Rule(
-        fields=("offload",),
-        applies=lambda s: s.offload.optimizer_fraction < 1 and s.offload.optimizer == "none",
-        reason="offload.optimizer_fraction has no effect where the optimizer states stay on the GPU",
-        fix="leave it out",
-    ),
-    Rule(
-        fields=("sequence_parallel", "tensor_parallel_degree"),
-        applies=lambda s: s.sequence_parallel and s.tensor_parallel_degree == 1,
-        reason="sequence_parallel has no effect at tensor_parallel_degree 1",
-        fix="leave it out",
-    ),
-    Rule(
-        fields=("zero_stage", "data_parallel_degree"),
-        applies=lambda s: s.zero_stage > 0 and s.data_parallel_degree == 1,
-        reason="zero_stage {zero_stage} has nothing to shard over at data_parallel_degree 1",
-        fix="leave it out",
-    ),
-    Rule(
-        fields=("zero_group_size", "zero_stage"),
-        applies=lambda s: s.zero_group_size > 1 and s.zero_stage == 0,
-        reason="zero_group_size {zero_group_size} has no effect at zero_stage 0",
-        fix="leave it out",
-    ),
-    Rule(
-        fields=("pipeline_schedule", "pipeline_parallel_degree"),
-        applies=lambda s: s.pipeline_parallel_degree == 1 and s.num_virtual_stages > 1,
-        reason="num_virtual_stages {num_virtual_stages} has no effect at pipeline_parallel_degree 1",
-        fix="leave it out",
-    ),
-    Rule(
-        fields=("gather", "zero_stage"),
-        # At stage 2, FSDP2 shards fp32 parameters too, and gathers them for every micro batch unless told otherwise.
-        applies=lambda s: (
-            s.gather == "per_step"
-            and (s.zero_stage < 2 or (s.zero_stage == 2 and s.states not in ("sharded_fp32", "full")))
-            and s.offload.parameters == "none"
-        ),
-        reason="gather: per_step has no effect at zero_stage {zero_stage} with states {states}: parameters are not sharded",
-        fix="leave it out",
-    ),
-)
-
-
-def impossible(strategy: Strategy) -> Rule | None:
-    """The first rule that the choices break among themselves; None where they can be together."""
-    return next((rule for rule in IMPOSSIBLE if rule.applies(strategy)), None)
-
-
-def without_effect(strategy: Strategy) -> list[Rule]:
-    """The choices that change nothing. They are priced, and noted."""
-    return [rule for rule in WITHOUT_EFFECT if rule.applies(strategy)]

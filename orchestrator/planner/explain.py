@@ -14,7 +14,8 @@ from orchestrator.planner.result import Found, SearchResult, Wanted, told_excess
 from orchestrator.planner.search.candidates import Shape, simplicity
 from orchestrator.planner.search.solve import SLOWER, Refused, Solution, ask
 from strategies.price.step_time import Price
-from strategies.strategy import Offload, Strategy, without_effect
+from strategies.rooms import without_effect
+from strategies.strategy import Offload, Strategy
 
 TOO_LARGE_PART = 4
 """One alternative in so many may be a family that does not fit; the others are strategies that could run."""
@@ -80,7 +81,7 @@ def _notes(solution: Solution) -> Iterator[str]:
     if problem.pins.get("num_checkpointed_layers_per_stage", 0) > max(layers):
         yield f"a stage has {max(layers)} layers at most: all of them are computed again"
     for rule in without_effect(strategy):
-        yield rule.told(strategy)
+        yield rule.formatted(strategy)
     if solution.passed_over is not None:
         yield from _other_offload(solution, solution.passed_over)
 

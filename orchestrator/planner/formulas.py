@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from strategies.zero.cost import BYTES
+from strategies.zero.state_bytes import BYTES
 
 if TYPE_CHECKING:
     from orchestrator.planner.plan import Plan

@@ -11,10 +11,14 @@ from clusters.cluster import Cluster
 from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.workloads import workload
 from strategies.catalog import ENGINES, Capability
+from strategies.constants import MEMORY
 from strategies.pipeline.stages import cut
-from strategies.price.memory import MemoryPrice, fits, host_bytes_per_node, price_memory
+from strategies.price.memory import MemoryPrice, price_memory
+from strategies.price.rank_memory import RankMemory, rank_memory
+from strategies.price.roofline import Roofline, roofline
 from strategies.price.step_time import Price, TimePrice, price_time
-from strategies.strategy import MESH_ORDER, Offload, Schedule, States, Strategy, impossible
+from strategies.rooms import impossible
+from strategies.strategy import MESH_ORDER, Offload, Schedule, States, Strategy
 from strategies.workload import Workload
 
 ONE_GPU = 1e9
@@ -93,6 +97,16 @@ class Problem:
         }
         return {"mesh_order": MESH_ORDER, **given}
 
+    @cached_property
+    def roof(self) -> Roofline:
+        """Return what an accelerator and its links do for the model."""
+        return roofline(self.work, self.cluster, self.precision)
+
+    @cached_property
+    def rank_memory(self) -> RankMemory:
+        """Return what a rank holds of the model."""
+        return rank_memory(self.work, self.precision, self.sequence_length, MEMORY)
+
     def changed(self, **changes: Any) -> Problem:
         return replace(self, **changes)
 
@@ -156,18 +170,6 @@ class Problem:
     def price(self, strategy: Strategy) -> Price:
         return Price(memory=self.memory(strategy), time=self.time(strategy))
 
-    def fits(self, strategy: Strategy) -> bool:
-        """What `memory` says, cheaper."""
-        return fits(self.work, strategy, self.cluster, sequence_length=self.sequence_length, precision=self.precision)
-
-    def host_bytes(self, strategy: Strategy) -> int:
-        """Of a node, as `memory` has it."""
-        if self.cluster.accelerator.kind != "cuda":  # whose memory is the host's
-            return self.memory(strategy).host_bytes_per_node
-        return host_bytes_per_node(
-            self.work, strategy, self.cluster, sequence_length=self.sequence_length, precision=self.precision
-        )
-
     def memory(self, strategy: Strategy) -> MemoryPrice:
         return price_memory(
             self.work,
@@ -229,4 +231,4 @@ def check_rules(strategy: Strategy) -> None:
     """PlanError where the strategy breaks the compatibility table."""
     rule = impossible(strategy)
     if rule is not None:
-        raise PlanError(f"{rule.told(strategy)}\n  to fix: {rule.fix}")
+        raise PlanError(f"{rule.formatted(strategy)}\n  to fix: {rule.fix}")

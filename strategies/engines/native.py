@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, cast
 
 import torch
@@ -28,25 +29,12 @@ from strategies.engines.engine import (
     StepResult,
 )
 from strategies.engines.loss import TOKEN_LOSS
-from strategies.offload import apply as offload
-from strategies.pipeline import apply as pipeline
 from strategies.pipeline.runner import Runner
-from strategies.recompute import apply as recompute
+from strategies.rooms import APPLY
 from strategies.strategy import Strategy
-from strategies.tensor import apply as tensor
 from strategies.tensor.region import WHOLE
-from strategies.zero import apply as zero
 from strategies.zero.states import DTYPES, States, Weights, squared_norm
 
-ROOMS: tuple[Callable[[Build], Build], ...] = (
-    pipeline.cut,
-    tensor.apply,
-    recompute.apply,
-    zero.apply,
-    offload.apply,
-    pipeline.schedule,
-)
-"""In the order of the cost fold: cut -> tensor -> recompute -> zero -> offload -> schedule, as far as they are built."""
 FIRST_SCALE = 2.0**16
 GROWTH_INTERVAL = 2000
 """torch.amp.GradScaler's numbers."""
@@ -96,8 +84,8 @@ def build_session(
             deterministic=deterministic,
             bucket_bytes=bucket_bytes,
         )
-        for room in ROOMS:
-            build = room(build)
+        for door in APPLY:
+            build = _door(door)(build)
         for part in module.modules():
             if hasattr(part, "region"):
                 cast("Any", part).region = build.region
@@ -107,6 +95,13 @@ def build_session(
             dist.destroy_process_group()
         raise
     return NativeSession(build, states, loss=loss, owns_group=owns_group)
+
+
+def _door(name: str) -> Callable[[Build], Build]:
+    """Return a room's apply door by its `module:function`."""
+    module, function = name.split(":")
+    door: Callable[[Build], Build] = getattr(import_module(module), function)
+    return door
 
 
 def _parts(build: Build, weights: Weights) -> Weights:

@@ -5,17 +5,25 @@ was found: these terms have no anchor yet, and the plan's stated error says so."
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from clusters.cluster import Cluster
-from strategies.constants import MEMORY
-from strategies.pipeline.cost import Share
-from strategies.recompute.cost import boundary_bytes, saved_bytes
-from strategies.strategy import Strategy
-from strategies.workload import Workload
-from strategies.zero.cost import BYTES, StateBytes, gathers
+from strategies.price.roofline import Roofline
+from strategies.rank import (
+    MicroBatchBytes,
+    ModelStates,
+    Question,
+    SavedActivations,
+    Shape,
+    Share,
+    SlowestRank,
+    StateBytes,
+)
+from strategies.room import Room
+from strategies.rules import Rule
+from strategies.strategy import Offload, Strategy
+from strategies.zero.state_bytes import BYTES, SHARDING, gathers
 
-READS = ("offload",)
 HOST_LINK = 0.75
 """Reached of the host link's rate with pinned memory: 24 of 31.5 GB/s on PCIe 4.0 x16 (nvbandwidth)."""
 GPUS_PER_UPLINK = 2
@@ -28,54 +36,41 @@ PIECE_ELEMENTS = 2**21
 """Pieces of the optimizer's states with host buffers at once, and elements of one (adam.py)."""
 
 
-class Offloaded(NamedTuple):
-    """Of one rank: bytes that leave the GPU, and where to; bytes a step over the host link, each way."""
-
-    gpu: StateBytes
-    host_bytes: float
-    nvme_bytes: float
-    link_bytes: float
-    optimizer_bytes_on_host: float
-    """States that the host's own AdamW steps."""
-
-
-def offloaded(
-    states: StateBytes,
-    strategy: Strategy,
-    *,
-    num_owned_parameters: float,
-    element: int,
-    largest: float = PIECE_ELEMENTS,
-) -> Offloaded:
-    """Optimizer states and master weights, and parameters, by the strategy's offload; `largest` elements has one shard."""
-    choice = strategy.offload
+def offloaded(states: ModelStates, strategy: Strategy, *, element: int) -> ModelStates:
+    """Return what stays on the GPU, and what of the optimizer's states, master weights and parameters goes where, by the
+    strategy's offload."""
+    choice, gpu = strategy.offload, states.gpu
     if not choice.any:
-        return Offloaded(states, 0.0, 0.0, 0.0, 0.0)
+        return states
     away = choice.optimizer_fraction if choice.optimizer != "none" else 0.0
     parameter, gradient, master, _ = BYTES[strategy.states]
     wide = 2 if element == 8 else 1
     with_shards = gathers(strategy) and choice.parameters == "host" and choice.optimizer == "host"
     # What is stepped on the host is stepped there in a master copy, unless the parameters themselves are there, in full.
-    masters = states.master_weights
+    masters = gpu.master_weights
     if not master and not with_shards and strategy.states != "pure":
-        masters = 4.0 * wide * num_owned_parameters
-    optimizer = away * (masters + states.optimizer_states)
+        masters = 4.0 * wide * states.owned
+    optimizer = away * (masters + gpu.optimizer_states)
     buffers = 0.0
     if away and not with_shards:
-        buffers = buffer_bytes(largest, strategy, wide, in_file=choice.optimizer == "nvme")
-    parameters = states.parameters if choice.parameters != "none" else 0.0
+        buffers = buffer_bytes(states.largest, strategy, wide, in_file=choice.optimizer == "nvme")
+    parameters = gpu.parameters if choice.parameters != "none" else 0.0
     host = (optimizer if choice.optimizer == "host" else 0.0) + (parameters if choice.parameters == "host" else 0.0)
     nvme = (optimizer if choice.optimizer == "nvme" else 0.0) + (parameters if choice.parameters == "nvme" else 0.0)
-    link = away * num_owned_parameters * (parameter + min(4, gradient)) * wide
+    link = away * states.owned * (parameter + min(4, gradient)) * wide
     if choice.parameters != "none":
         link += 2 * parameters * strategy.gradient_accumulation_steps
-    gpu = StateBytes(
-        states.parameters - parameters,
-        states.gradients,
-        states.master_weights * (1 - away),
-        states.optimizer_states * (1 - away),
+    left = StateBytes(
+        gpu.parameters - parameters, gpu.gradients, gpu.master_weights * (1 - away), gpu.optimizer_states * (1 - away)
     )
-    return Offloaded(gpu, host + buffers, nvme, link, optimizer)
+    return states._replace(
+        gpu=left,
+        host_bytes=host + buffers,
+        nvme_bytes=nvme,
+        link_bytes=link,
+        optimizer_bytes_on_host=optimizer,
+        streamed=choice.parameters != "none" and not gathers(strategy),
+    )
 
 
 def buffer_bytes(largest: float, strategy: Strategy, wide: int, *, in_file: bool) -> float:
@@ -91,7 +86,7 @@ def host_bytes_per_s(cluster: Cluster) -> float:
     return cluster.accelerator.host_link_bytes_per_s * HOST_LINK / (GPUS_PER_UPLINK if shared else 1)
 
 
-def step_s(away: Offloaded, cluster: Cluster, *, num_ranks: int) -> float:
+def step_s(away: ModelStates, cluster: Cluster, *, num_ranks: int) -> float:
     """Seconds that a step's offload takes: gradients down and parameters up, the host's AdamW, NVMe both ways. Nothing of
     it is hidden: the next step needs the parameters."""
     host = cluster.host
@@ -104,28 +99,9 @@ def step_s(away: Offloaded, cluster: Cluster, *, num_ranks: int) -> float:
     return link + stepped + disk
 
 
-def activations_s(
-    work: Workload,
-    strategy: Strategy,
-    cluster: Cluster,
-    share: Share,
-    *,
-    tokens: int,
-    sequence_length: int,
-    element: int,
-) -> float:
-    """Seconds of the host link for one micro batch's activations, down in forward and up in backward: one way at a time."""
-    layer = saved_bytes(
-        work, strategy, MEMORY, selective=False, tokens=tokens, sequence_length=sequence_length, element=element
-    )
-    kind, kept = strategy.activation_checkpointing, layer
-    if kind == "full":
-        kept = boundary_bytes(work, strategy, tokens=tokens, element=element)
-    elif kind == "selective":
-        kept = saved_bytes(
-            work, strategy, MEMORY, selective=True, tokens=tokens, sequence_length=sequence_length, element=element
-        )
-    num_bytes = share.checkpointed * kept + (share.layers - share.checkpointed) * layer
+def activations_s(num_bytes: float, cluster: Cluster) -> float:
+    """Return the seconds of the host link for one micro batch's activations, down in forward and up in backward: one way at a
+    time."""
     return 2 * num_bytes / host_bytes_per_s(cluster)
 
 
@@ -133,3 +109,73 @@ def exposed_s(link_s: float, *, forward_s: float, backward_s: float) -> float:
     """Of activations_s, what compute does not hide. The GPU holds two layers' activations and no more, so what forward sends
     down waits for forward's compute, and what backward fetches for backward's."""
     return max(0.0, link_s / 2 - HIDDEN * forward_s) + max(0.0, link_s / 2 - HIDDEN * backward_s)
+
+
+class Offloading(Room):
+    """What leaves the accelerator between its uses."""
+
+    name = "offload"
+    reads: Mapping[str, tuple[str, ...]] = {
+        "model_states": ("offload", *SHARDING, "gradient_accumulation_steps"),
+        "saved": ("offload",),
+        "update_s": ("offload", "num_gpus"),
+        "step_s": ("offload", "micro_batch_size", "gradient_accumulation_steps", "attention", "fused_norm"),
+    }
+    without_effect = (
+        Rule(
+            fields=("offload",),
+            applies=lambda s: s.offload.optimizer_fraction < 1 and s.offload.optimizer == "none",
+            reason="offload.optimizer_fraction has no effect where the optimizer states stay on the GPU",
+            fix="leave it out",
+        ),
+    )
+    apply = ("strategies.offload.apply:apply",)
+
+    def model_states(
+        self, question: Question, strategy: Strategy, shape: Shape, share: Share, states: ModelStates
+    ) -> ModelStates:
+        return offloaded(states, strategy, element=question.element)
+
+    def saved(
+        self, strategy: Strategy, shape: Shape, share: Share, rank: int, micro: MicroBatchBytes, saved: SavedActivations
+    ) -> SavedActivations:
+        if strategy.offload.activations == "none":
+            return saved
+        # A block at work and the one that comes back from the host meanwhile; at the head none has come yet.
+        two = 2 * max(micro.layer * (share.checkpointed < share.layers), micro.checkpointed)
+        return saved._replace(one=min(saved.one, two), come_back=True, host_bytes=saved.one)
+
+    def update_s(self, roof: Roofline, strategy: Strategy, states: ModelStates) -> Mapping[str, float]:
+        if not strategy.offload.any:
+            return {}
+        num_ranks = min(roof.cluster.gpus_per_node, strategy.num_gpus)
+        return {"offload_s": step_s(states, roof.cluster, num_ranks=num_ranks)}
+
+    def step_s(
+        self, roof: Roofline, question: Question, strategy: Strategy, shape: Shape, rank: SlowestRank
+    ) -> Mapping[str, float]:
+        if strategy.offload.activations == "none":
+            return {}
+        tokens, share = shape.tokens(question, strategy), rank.share
+        layer = roof.layer(strategy, shape, tokens, question.sequence_length)
+        head = share.head * roof.head(tokens, shape.split)
+        exposed = exposed_s(
+            activations_s(rank.saved_bytes, roof.cluster),
+            forward_s=share.layers * layer.forward_s + head / 3,
+            backward_s=share.layers * layer.backward_s + head * 2 / 3,
+        )
+        return {"offload_s": strategy.gradient_accumulation_steps * exposed}
+
+    def choice_words(self, strategy: Strategy) -> str:
+        return offload_words(strategy.offload)
+
+
+def offload_words(offload: Offload) -> str:
+    """Return "offload optimizer to host, parameters to host"; empty where nothing leaves."""
+    if not offload.any:
+        return ""
+    kinds = [kind for kind in ("optimizer", "parameters", "activations") if getattr(offload, kind) != "none"]
+    return "offload " + ", ".join(f"{kind} to {getattr(offload, kind)}" for kind in kinds)
+
+
+ROOM = Offloading()

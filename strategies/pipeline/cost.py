@@ -4,96 +4,34 @@ Source: GPipe arXiv:1811.06965; 1F1B and interleaving arXiv:2104.04473, section 
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from itertools import pairwise
-from typing import NamedTuple
 
-from strategies.links import Message
+from strategies.constants import TRANSFER_S
+from strategies.links import Message, all_reduce_s
 from strategies.pipeline.schedules import Action, orders
-from strategies.sizes import FIRST, Place, table
-from strategies.strategy import INTERLEAVED, SPLIT_BACKWARD, Schedule, Stage, Strategy
+from strategies.price.roofline import Roofline
+from strategies.rank import (
+    InFlight,
+    InFlightMaxima,
+    MicroBatchBytes,
+    Question,
+    SavedActivations,
+    Shape,
+    Share,
+    SlowestRank,
+)
+from strategies.room import Room
+from strategies.rules import Rule
+from strategies.sizes import FIRST, GroupRanks, table
+from strategies.strategy import INTERLEAVED, SPLIT_BACKWARD, Schedule, Strategy
 from strategies.workload import Workload
+from strategies.zero.state_bytes import gradient_element
 
 SPLIT_S = 0.01
 """Of a rank's busy time, what it takes longer where backward is split in two passes over the graph. A third of the bubble
 alone would make zbv 17 % faster than 1F1B where 16 % was measured (6.2B on 8 x H800, pipeline 8: 55 and 64 samples/s,
 sail-sg/zero-bubble-pipeline-parallelism issue 21)."""
-
-READS = (
-    *("pipeline_parallel_degree", "pipeline_schedule", "num_virtual_stages", "gradient_accumulation_steps", "stages"),
-    *("tensor_parallel_degree", "sequence_parallel", "zero_stage", "zero_group_size"),
-)
-
-
-class Share(NamedTuple):
-    """What one pipeline rank holds."""
-
-    layers: int
-    checkpointed: int
-    embedding: bool
-    head: bool
-
-
-class Shares(NamedTuple):
-    """All pipeline ranks' shares."""
-
-    by_rank: tuple[Share, ...]
-    distinct: tuple[tuple[Share, int], ...]
-    """Each share that differs, and how many ranks hold it."""
-    fullest: tuple[int, ...]
-    """The ranks that can hold the most: an earlier rank with no smaller share keeps no fewer micro batches in flight."""
-    borders: tuple[int, ...]
-    """Of each rank: borders of its stages that a micro batch crosses to or from another rank, forward and backward."""
-    most_borders: int
-    latest: tuple[int, ...]
-    """The last rank of each share that differs: where backward passes are split, it waits longest for the weights'."""
-
-
-_SHARES: dict[int, tuple[tuple[Stage, ...], Shares]] = {}
-_MOST_SHARES = 65536
-
-
-def shares(strategy: Strategy) -> Shares:
-    """Cached by the identity of `stages`, which a search hands over again and again (stages.cut keeps them)."""
-    stages = strategy.stages
-    known = _SHARES.get(id(stages))
-    if known is not None and known[0] is stages:
-        return known[1]
-    if len(_SHARES) >= _MOST_SHARES:
-        _SHARES.clear()
-    by_rank = _by_rank(stages, strategy.pipeline_parallel_degree)
-    distinct = Counter(by_rank)
-    fullest: list[int] = []
-    for share in distinct:
-        if not any(_covers(by_rank[earlier], share) for earlier in fullest):
-            fullest.append(by_rank.index(share))
-    borders = _borders(stages, len(by_rank))
-    latest = {share: rank for rank, share in enumerate(by_rank)}
-    found = Shares(by_rank, tuple(distinct.items()), tuple(fullest), borders, max(borders), tuple(latest.values()))
-    _SHARES[id(stages)] = stages, found
-    return found
-
-
-def _covers(earlier: Share, later: Share) -> bool:
-    """Everything in the later share is in the earlier one too."""
-    return (
-        earlier.layers - earlier.checkpointed >= later.layers - later.checkpointed
-        and earlier.checkpointed >= later.checkpointed
-        and earlier.embedding >= later.embedding
-        and earlier.head >= later.head
-    )
-
-
-def _by_rank(stages: tuple[Stage, ...], degree: int) -> tuple[Share, ...]:
-    layers, checkpointed, embedding, head = [0] * degree, [0] * degree, -1, -1
-    for stage in stages:
-        rank = stage.pipeline_rank
-        layers[rank] += stage.num_layers
-        checkpointed[rank] += stage.num_checkpointed_layers
-        embedding, head = rank if stage.embedding else embedding, rank if stage.head else head
-    return tuple(Share(layers[rank], checkpointed[rank], rank == embedding, rank == head) for rank in range(degree))
 
 
 def splits(strategy: Strategy) -> bool:
@@ -137,35 +75,11 @@ def first_in_flight(strategy: Strategy) -> float:
     return min(strategy.gradient_accumulation_steps, rounds * ranks + min(rest, ranks) + 1)
 
 
-class State(NamedTuple):
-    """What a pipeline rank keeps, in whole shares of its layers."""
-
-    forward: float
-    """Micro batches between forward and backward."""
-    inputs: float
-    """And between the halves of a split backward pass."""
-    gradients: float
-    """Part of its stages that have had gradients of weights in this step."""
-
-
-class States(NamedTuple):
-    """Those that can be the fullest, whatever each part weighs."""
-
-    begin: tuple[State, ...]
-    """As a backward pass begins; of a split one, the half over the inputs."""
-    end: tuple[State, ...]
-    """As one ends; of a split one, the half over the weights."""
-    head: tuple[State, ...]
-    """As the head's begins."""
-    forward: tuple[State, ...]
-    """As a forward pass ends."""
-
-
 PLAYED = 4
 """Ranks up to which zbv, which has no closed form, is read off its schedule; of more, one stage weighs little."""
 
 
-def states(strategy: Strategy, pipeline_rank: int) -> States:
+def states(strategy: Strategy, pipeline_rank: int) -> InFlightMaxima:
     """Held against the schedules by a test. With equal states 1F1B, interleaved or not, and gpipe are exact, as is zero-bubble;
     zbv is on few ranks, a bound on more."""
     return _states(
@@ -178,7 +92,7 @@ def states(strategy: Strategy, pipeline_rank: int) -> States:
 
 
 @lru_cache(maxsize=65536)
-def _states(schedule: Schedule, ranks: int, virtual: int, micro_batches: int, rank: int) -> States:
+def _states(schedule: Schedule, ranks: int, virtual: int, micro_batches: int, rank: int) -> InFlightMaxima:
     flights = in_flight_of(schedule, ranks, virtual, micro_batches, rank)
     if schedule == "zbv" and ranks > 1:
         if ranks <= PLAYED:
@@ -191,14 +105,14 @@ def _states(schedule: Schedule, ranks: int, virtual: int, micro_batches: int, ra
         lag = rank if schedule in SPLIT_BACKWARD else 0
     waiting, through = min(lag, last) * stage, max(0, last - lag)
     had = min(virtual, -(-through // ranks))
-    full = State(flights, waiting, had * stage)
+    full = InFlight(flights, waiting, had * stage)
     # Each further stage brings its gradients with its first pass; no forward pass comes in between. On a straight line: its ends.
     later = [
-        State(flights - (max(0, number * ranks - through) + 1) * stage, waiting, (number + 1) * stage)
+        InFlight(flights - (max(0, number * ranks - through) + 1) * stage, waiting, (number + 1) * stage)
         for number in sorted({min(had, through // ranks, virtual - 1), min(had, virtual - 1), virtual - 1})
     ]
     first = [state for state in later if state.gradients == stage and state.forward > 0.0]
-    return States(
+    return InFlightMaxima(
         (full, *(state for state in later if state.forward > 0.0)),
         tuple(state._replace(forward=max(0.0, state.forward)) for state in later),
         (full, *first),
@@ -206,13 +120,13 @@ def _states(schedule: Schedule, ranks: int, virtual: int, micro_batches: int, ra
     )
 
 
-def _played(actions: tuple[Action, ...], virtual: int, num_stages: int) -> States:
-    begin, end, head, ahead = (dict[State, None]() for _ in range(4))
+def _played(actions: tuple[Action, ...], virtual: int, num_stages: int) -> InFlightMaxima:
+    begin, end, head, ahead = (dict[InFlight, None]() for _ in range(4))
     forward = inputs = 0
     had = set[int]()
 
-    def now() -> State:
-        return State(forward / virtual, inputs / virtual, len(had) / virtual)
+    def now() -> InFlight:
+        return InFlight(forward / virtual, inputs / virtual, len(had) / virtual)
 
     for kind, stage, _ in actions:
         if kind == "forward":
@@ -228,10 +142,10 @@ def _played(actions: tuple[Action, ...], virtual: int, num_stages: int) -> State
             had.add(stage)
             end[now()] = None
     fullest = _fullest(begin)
-    return States(fullest, _fullest(end), _fullest(head) or fullest, _fullest(ahead))
+    return InFlightMaxima(fullest, _fullest(end), _fullest(head) or fullest, _fullest(ahead))
 
 
-def _fullest(states: Iterable[State]) -> tuple[State, ...]:
+def _fullest(states: Iterable[InFlight]) -> tuple[InFlight, ...]:
     """Those that no other covers."""
     known = tuple(states)
     return tuple(
@@ -241,7 +155,7 @@ def _fullest(states: Iterable[State]) -> tuple[State, ...]:
     )
 
 
-def _folded(ranks: int, micro_batches: int, rank: int, flights: float) -> States:
+def _folded(ranks: int, micro_batches: int, rank: int, flights: float) -> InFlightMaxima:
     """zbv on many ranks: both halves together are never more than the ranks; the most that wait for weights is a bound."""
     if micro_batches < ranks:
         waits = max(micro_batches - 1 - rank, 2 * micro_batches - ranks + rank)
@@ -250,12 +164,12 @@ def _folded(ranks: int, micro_batches: int, rank: int, flights: float) -> States
     most = min(flights, (micro_batches + rank + 1) / 2)
     halves = (most, flights - most), (flights - waits / 2, waits / 2)
     # Of no more micro batches than ranks nothing has gone back to the weights while all are held.
-    begin = tuple(State(forward, inputs, float(micro_batches > ranks)) for forward, inputs in halves)
-    end = tuple(State(max(0.0, forward - 0.5), inputs, 1.0) for forward, inputs in halves)
-    end = (*end, State(0.0, max(0.0, flights - 1.0), 1.0))
+    begin = tuple(InFlight(forward, inputs, float(micro_batches > ranks)) for forward, inputs in halves)
+    end = tuple(InFlight(max(0.0, forward - 0.5), inputs, 1.0) for forward, inputs in halves)
+    end = (*end, InFlight(0.0, max(0.0, flights - 1.0), 1.0))
     if micro_batches <= ranks:
         begin = (*begin, *(state for state in end if state.forward))
-    return States(begin, end, begin, begin)
+    return InFlightMaxima(begin, end, begin, begin)
 
 
 def kept_sends(strategy: Strategy, pipeline_rank: int) -> tuple[int, int]:
@@ -279,18 +193,6 @@ def kept_sends(strategy: Strategy, pipeline_rank: int) -> tuple[int, int]:
         most = max(most, min(often, degree + 1), 0 if behind or schedule in SPLIT_BACKWARD else degree - 1)
     most = min(most, micro_batches - 1)
     return max(most, min(ahead, micro_batches - 1)), most
-
-
-def pending_elements(work: Workload, strategy: Strategy) -> float:
-    """Elements a token of one layer between the halves of a split backward pass: inputs of the products and gradients of their
-    outputs. Whole ones are whole beside sequence parallelism too, gathered for the pass over the inputs."""
-    split = strategy.tensor_parallel_degree
-    elements = 0.0
-    for matmul in work.matmuls:
-        columns = matmul.split == "column"
-        elements += matmul.inputs / (1 if columns else split)
-        elements += matmul.count * matmul.outputs / (split if columns else 1)
-    return elements
 
 
 def heads_in_flight(strategy: Strategy) -> int:
@@ -325,13 +227,12 @@ def bubble_s(strategy: Strategy, *, once_s: float, slowest_s: float) -> float:
     return waits / 3 + SPLIT_S * slowest_s * strategy.gradient_accumulation_steps
 
 
-def messages(work: Workload, strategy: Strategy, borders: int, *, tokens: int, element: int) -> tuple[Message, ...]:
-    """Activations and their gradients of one micro batch at so many borders of a rank: at each it sends one and receives the
-    other. Every tensor rank sends its own copy, split by sequence where the activations are."""
+def messages(work: Workload, borders: int, *, whole_split: int, tokens: int, element: int) -> tuple[Message, ...]:
+    """Return the activations and their gradients of one micro batch at so many borders of a rank: at each it sends one and
+    receives the other. Every tensor rank sends its own copy, split over `whole_split` ranks where the activations are."""
     if not borders:
         return ()
-    split = strategy.tensor_parallel_degree if strategy.sequence_parallel else 1
-    num_bytes = borders * tokens * work.hidden_size * element / split
+    num_bytes = borders * tokens * work.hidden_size * element / whole_split
     return (
         Message("send", "pipeline", element, num_bytes, borders),
         Message("receive", "pipeline", element, num_bytes, borders),
@@ -339,20 +240,200 @@ def messages(work: Workload, strategy: Strategy, borders: int, *, tokens: int, e
 
 
 def shared_message(
-    work: Workload, strategy: Strategy, share: Share, *, element: int, place: Place = FIRST
+    work: Workload, strategy: Strategy, share: Share, *, split: int, element: int, ranks: GroupRanks = FIRST
 ) -> tuple[Message, ...]:
-    """Once a step: the gradient of a tied table, added up between the ranks of the first and the last stage, in one message
-    of a rank's shard. `element`: bytes of a gradient."""
+    """Return the message that adds up, once a step, the gradient of a tied table between the ranks of the first and the last
+    stage: one of a rank's shard. `split`: ranks of the tensor group; `element`: bytes of a gradient."""
     tied = work.tied_embeddings and strategy.pipeline_parallel_degree > 1
     if not tied or share.embedding == share.head:
         return ()
-    shards = strategy.zero_group_size if strategy.zero_stage else 1
-    rows = table(work, strategy.tensor_parallel_degree, shards, place)
+    rows = table(work, split, strategy.num_shards, ranks)
     return (Message("all_reduce", "shared", element, rows * element),)
 
 
-def _borders(stages: tuple[Stage, ...], degree: int) -> tuple[int, ...]:
-    """By rank."""
-    ranks = [stage.pipeline_rank for stage in stages]
-    touched = Counter(rank for border in pairwise(ranks) if border[0] != border[1] for rank in border)
-    return tuple(touched[rank] for rank in range(degree))
+_CARRIED = InFlightMaxima(*((InFlight(at_once, 0.0, 1.0),) for at_once in (1.0, 0.0, 0.0, 1.0)))
+
+SCHEDULE = ("pipeline_parallel_degree", "pipeline_schedule", "num_virtual_stages", "gradient_accumulation_steps")
+
+
+class Cut(Room):
+    """The first act of a pipeline: which layers a rank holds. Shares of the model are cut before any price is asked for."""
+
+    name = "cut"
+    apply = ("strategies.pipeline.apply:cut",)
+
+    def degree_words(self, strategy: Strategy) -> str:
+        degree = strategy.pipeline_parallel_degree
+        return f"pipeline {degree}" if degree > 1 else ""
+
+
+class Pipeline(Room):
+    """The second act of a pipeline: which micro batches are in flight, and how long ranks wait for each other."""
+
+    name = "schedule"
+    reads: Mapping[str, tuple[str, ...]] = {
+        "saved": SCHEDULE,
+        "messages": (
+            *SCHEDULE,
+            *("micro_batch_size", "states", "num_shards"),
+        ),
+        "step_s": (*SCHEDULE, "num_gpus", "micro_batch_size", "states", "num_shards"),
+    }
+    impossible = (
+        Rule(
+            fields=("num_virtual_stages", "pipeline_schedule"),
+            applies=lambda s: (
+                s.num_virtual_stages != 2 and s.pipeline_schedule == "zbv" and s.pipeline_parallel_degree > 1
+            ),
+            reason="zbv holds exactly 2 stages on each pipeline rank, num_virtual_stages is {num_virtual_stages}",
+            fix="num_virtual_stages: 2",
+        ),
+        Rule(
+            fields=("num_virtual_stages", "pipeline_schedule"),
+            applies=lambda s: (
+                s.num_virtual_stages > 1 and s.pipeline_schedule in ("gpipe", "1f1b") and s.pipeline_parallel_degree > 1
+            ),
+            reason="{pipeline_schedule} holds one stage on each pipeline rank, num_virtual_stages is {num_virtual_stages}",
+            fix="pipeline_schedule: interleaved_1f1b, or num_virtual_stages: 1",
+        ),
+        Rule(
+            fields=("pipeline_schedule", "pipeline_parallel_degree", "gradient_accumulation_steps"),
+            applies=lambda s: (
+                s.num_virtual_stages > 1
+                and s.pipeline_schedule in INTERLEAVED
+                and s.gradient_accumulation_steps % s.pipeline_parallel_degree != 0
+            ),
+            reason="{pipeline_schedule} over {num_virtual_stages} virtual stages runs micro batches in whole rounds of the "
+            "pipeline: gradient_accumulation_steps {gradient_accumulation_steps} is no multiple of "
+            "{pipeline_parallel_degree}",
+            fix="a micro batch or data-parallel degree that makes it one, or pipeline_schedule: 1f1b",
+        ),
+    )
+    without_effect = (
+        Rule(
+            fields=("pipeline_schedule", "pipeline_parallel_degree"),
+            applies=lambda s: s.pipeline_parallel_degree == 1 and s.num_virtual_stages > 1,
+            reason="num_virtual_stages {num_virtual_stages} has no effect at pipeline_parallel_degree 1",
+            fix="leave it out",
+        ),
+    )
+    apply = ("strategies.pipeline.apply:schedule",)
+
+    def saved(
+        self, strategy: Strategy, shape: Shape, share: Share, rank: int, micro: MicroBatchBytes, saved: SavedActivations
+    ) -> SavedActivations:
+        one, final, piped = saved.one, micro.final * share.head, strategy.pipeline_parallel_degree > 1
+        sends, splitting, heads = kept_sends(strategy, rank), splits(strategy), heads_in_flight(strategy)
+        boundary = micro.residual if piped else 0.0
+        saved = saved._replace(
+            final=final,
+            numbers=micro.numbers * first_in_flight(strategy) if share.embedding else 0.0,
+            unreceived_forward=sends[0] * boundary,
+            unreceived_backward=sends[1] * boundary,
+            boundary=boundary,
+            piped=piped,
+            splits=splitting,
+            heads=heads,
+        )
+        if saved.come_back:
+            # What came in from another rank stays, beside its copy.
+            given = boundary * in_flight(strategy, rank) * (strategy.num_virtual_stages - share.embedding)
+            return saved._replace(
+                before_backward=one + given,
+                peak_in_backward=one + given,
+                freed_by_backward=-one,
+                at_head=given + final,
+                waiting_micro_batches=given,
+                moments=_CARRIED,
+                host_bytes=saved.host_bytes * in_flight(strategy, 0),
+            )
+        moments = states(strategy, rank)
+        freed = -one / strategy.num_virtual_stages
+        if not splitting:
+            waiting = final * (heads - 1)
+            most = moments.begin[0].forward * one + waiting
+            return saved._replace(
+                before_backward=most,
+                peak_in_backward=most,
+                freed_by_backward=freed,
+                at_head=most + final,
+                waiting_micro_batches=waiting,
+                moments=moments,
+            )
+        waits = share.layers * micro.pending
+        if strategy.pipeline_schedule == "zbv":
+            waits = max(waits, one)  # a search counts on no less (bounds.py)
+        # A pass over the inputs turns what a stage's forward left into what its weights wait for, block by block.
+        freed += waits / strategy.num_virtual_stages
+        last = micro.checkpointed if share.all_checkpointed else min(micro.layer, micro.checkpointed)
+        most = max([forward * one + inputs * waits for forward, inputs, _ in moments.begin])
+        return saved._replace(
+            before_backward=most,
+            peak_in_backward=most + max(0.0, freed + last - micro.pending),
+            freed_by_backward=freed,
+            at_head=most + final,
+            waits=waits,
+            moments=moments,
+        )
+
+    def messages(
+        self,
+        question: Question,
+        strategy: Strategy,
+        shape: Shape,
+        share: Share,
+        *,
+        borders: int,
+        ranks: GroupRanks = FIRST,
+        bucket_bytes: float,
+    ) -> tuple[Message, ...]:
+        work, element, tokens = question.work, question.element, shape.tokens(question, strategy)
+        crossing = messages(work, borders, whole_split=shape.whole_split, tokens=tokens, element=element)
+        reduced = gradient_element(strategy, element)
+        return (
+            *(message.times(strategy.gradient_accumulation_steps) for message in crossing),
+            *shared_message(work, strategy, share, split=shape.split, element=reduced, ranks=ranks),
+        )
+
+    def step_s(
+        self, roof: Roofline, question: Question, strategy: Strategy, shape: Shape, rank: SlowestRank
+    ) -> Mapping[str, float]:
+        if strategy.pipeline_parallel_degree == 1:
+            return {}
+        bubble = bubble_s(strategy, once_s=rank.all_ranks_s, slowest_s=rank.pass_s)
+        tokens = shape.tokens(question, strategy)
+        crossing = _crossing_s(roof, strategy, rank.most_borders, whole_split=shape.whole_split, tokens=tokens)
+        shared = tied_s(roof, strategy, rank.first_share, shape.split)
+        return {"pipeline_bubble_s": bubble, "pipeline_transfer_s": crossing + shared}
+
+    def choice_words(self, strategy: Strategy) -> str:
+        if strategy.pipeline_parallel_degree == 1:
+            return ""
+        virtual = f", {strategy.num_virtual_stages} stages a rank" if strategy.num_virtual_stages > 1 else ""
+        return f"schedule {strategy.pipeline_schedule}{virtual}"
+
+
+def _crossing_s(roof: Roofline, strategy: Strategy, borders: int, *, whole_split: int, tokens: int) -> float:
+    """Return the seconds of stage-to-stage messages that no compute hides, of the rank with the most borders: it sends and
+    receives at the same time."""
+    degree, num_gpus, per_node = strategy.pipeline_parallel_degree, strategy.num_gpus, roof.cluster.gpus_per_node
+    # Where some neighbours are on two nodes, the others wait for them.
+    stride = num_gpus // degree if num_gpus <= per_node else max(num_gpus // degree, per_node)
+    pairs = roof.links.ring(2, stride, num_gpus)
+    sent, _ = messages(roof.work, borders, whole_split=whole_split, tokens=tokens, element=roof.element)
+    one = sent.num_bytes / pairs.bytes_per_s + sent.count * TRANSFER_S
+    fill = (degree - 1) / strategy.num_virtual_stages
+    return roof.links.constants.transfer * (strategy.gradient_accumulation_steps + fill) * one
+
+
+def tied_s(roof: Roofline, strategy: Strategy, first: Share, split: int) -> float:
+    """Return the seconds of a tied table's gradient between the ranks of the first and the last stage, once a step."""
+    degree, num_gpus = strategy.pipeline_parallel_degree, strategy.num_gpus
+    reduced, seconds = gradient_element(strategy, roof.element), 0.0
+    for message in shared_message(roof.work, strategy, first, split=split, element=reduced):
+        ends = roof.links.ring(2, (degree - 1) * (num_gpus // degree), num_gpus)
+        seconds += all_reduce_s(ends, message.num_bytes) + roof.wait_s
+    return seconds
+
+
+CUT, SCHEDULED = Cut(), Pipeline()

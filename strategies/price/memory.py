@@ -14,10 +14,10 @@ from typing import NamedTuple, overload
 
 from clusters.cluster import Cluster
 from strategies.constants import MEMORY, MemoryConstants
-from strategies.offload import cost as offload
-from strategies.pipeline import cost as pipeline
-from strategies.price.peak import Moment, native_moments, published_moments, size_of, standing_bytes
-from strategies.price.rank_memory import Holdings, MicroBytes, holdings, kept_bytes, saved_of
+from strategies.price.rank_memory import RankMemory, rank_memory
+from strategies.rank import MicroBatchBytes, ModelStates, PeakCandidate, Share
+from strategies.rooms import having
+from strategies.shares import Shares, shares
 from strategies.strategy import Strategy
 from strategies.workload import Workload
 
@@ -122,83 +122,40 @@ def price_memory(
     precision: str,
     constants: MemoryConstants = MEMORY,
 ) -> MemoryPrice:
-    """Prices a strategy whose `stages` are set."""
-    holds = holdings(work, precision, sequence_length, constants)
-    kind = cluster.accelerator.kind
-    shares = pipeline.shares(strategy)
-    micro = holds.micro(strategy)
-    fills = {rank: _fill(holds, strategy, shares.by_rank[rank], rank, micro) for rank in _fullest(strategy, shares)}
+    """Return the bytes of a strategy whose `stages` are set."""
+    memory = rank_memory(work, precision, sequence_length, constants)
+    kind, held, micro = cluster.accelerator.kind, shares(strategy), memory.micro(strategy)
+    fills = _fills(memory, strategy, held, micro)
     fullest = max(fills, key=lambda rank: fills[rank].tensors)
     tensors = fills[fullest].tensors
-    away = [(each.left, sum(each.states)) for each in fills.values()]
-    host, nvme, staging = _away(away, strategy, shares, micro)
-    ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
     peak = tensors + reserve_bytes(tensors, kind, constants)
 
     def stage(rank: int) -> StageMemory:
         known = fills.get(rank)
-        return _stage(rank, known or _fill(holds, strategy, shares.by_rank[rank], rank, micro), constants, kind)
+        return _stage(rank, known or _fill(memory, strategy, held.by_rank[rank], rank, micro), constants, kind)
 
+    ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
     return MemoryPrice(
-        stages=Stages(stage, strategy.pipeline_parallel_degree, fullest),
+        stages=Stages(stage, len(held.by_rank), fullest),
         peak_bytes=peak,
         usable_bytes=_usable_bytes(cluster),
-        host_bytes_per_node=_host_bytes(strategy, kind, host, staging, peak) * ranks_per_node,
-        nvme_bytes_per_node=int(nvme * ranks_per_node),
+        host_bytes_per_node=_host_bytes(strategy, kind, list(fills.values()), peak) * ranks_per_node,
+        nvme_bytes_per_node=int(max(fill.states.nvme_bytes for fill in fills.values()) * ranks_per_node),
         host_usable_bytes=cluster.host.memory_bytes,
         nvme_usable_bytes=cluster.host.nvme_bytes,
     )
 
 
-def host_bytes_per_node(
-    work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_length: int, precision: str
-) -> int:
-    """What price_memory says of it beside GPUs, without the rest."""
-    holds = holdings(work, precision, sequence_length, MEMORY)
-    shares = pipeline.shares(strategy)
-    held = [holds.held(strategy, shares.by_rank[rank]) for rank in _fullest(strategy, shares)]
-    away = [(each.left, states) for each, _, states in held]
-    host, _, staging = _away(away, strategy, shares, holds.micro(strategy))
-    return _host_bytes(strategy, "cuda", host, staging, 0) * min(cluster.gpus_per_node, strategy.num_gpus)
-
-
-def _away(
-    ranks: list[tuple[offload.Offloaded, int]], strategy: Strategy, shares: pipeline.Shares, micro: MicroBytes
-) -> tuple[float, float, int]:
-    """Of a rank, at most: bytes (in host memory, on NVMe, of a checkpoint's one copy). `ranks`: (offloaded, states that stay)."""
-    host = max(left.host_bytes for left, _ in ranks)
-    if strategy.offload.activations == "host":
-        host += max(kept_bytes(share, micro) for share in shares.by_rank) * pipeline.in_flight(strategy, 0)
-    return host, max(left.nvme_bytes for left, _ in ranks), max(states for _, states in ranks)
-
-
-def _host_bytes(strategy: Strategy, kind: str, offloaded: float, staging: float, peak: int) -> int:
-    """Of one rank. A `cpu` has no memory but the host's, which holds what it offloads beside the rest."""
+def _host_bytes(strategy: Strategy, kind: str, fills: list[_Fill], peak: int) -> int:
+    """Return the host memory of one rank. A `cpu` has no memory but the host's, which holds what it offloads beside the rest;
+    beside a GPU it holds a checkpoint's copy too."""
+    offloaded = max(fill.states.host_bytes for fill in fills) + max(fill.host_activations for fill in fills)
     if kind == "cuda":
-        return int(offloaded + staging)
+        return int(offloaded + max(sum(fill.staying) for fill in fills))
     return int(offloaded) + peak if strategy.offload.any else 0
 
 
-def fits(work: Workload, strategy: Strategy, cluster: Cluster, *, sequence_length: int, precision: str) -> bool:
-    """What price_memory says of it, at the first pipeline rank that is too full."""
-    holds = holdings(work, precision, sequence_length, MEMORY)
-    shares, micro = pipeline.shares(strategy), holds.micro(strategy)
-    kind, usable, peak, away = cluster.accelerator.kind, _usable_bytes(cluster), 0, []
-    for rank in _fullest(strategy, shares):
-        fill = _fill(holds, strategy, shares.by_rank[rank], rank, micro)
-        peak = max(peak, fill.tensors + reserve_bytes(fill.tensors, kind))
-        if peak > usable:
-            return False
-        away.append((fill.left, sum(fill.states)))
-    host, nvme, staging = _away(away, strategy, shares, micro)
-    ranks_per_node = min(cluster.gpus_per_node, strategy.num_gpus)
-    return (
-        _host_bytes(strategy, kind, host, staging, peak) * ranks_per_node <= cluster.host.memory_bytes
-        and int(nvme * ranks_per_node) <= cluster.host.nvme_bytes
-    )
-
-
-class Standing(NamedTuple):
+class LeastBytes(NamedTuple):
     """What a pipeline rank holds at least while it goes back through a block, beside activations and `working`: bytes."""
 
     once: float
@@ -209,33 +166,31 @@ class Standing(NamedTuple):
     """In host memory, a checkpoint's copy among them."""
 
 
-def standing(
-    work: Workload, strategy: Strategy, share: pipeline.Share, cluster: Cluster, *, sequence_length: int, precision: str
-) -> Standing:
-    """Of what price_memory counts, a lower bound that no micro batch's size and no recomputing changes."""
-    holds = holdings(work, precision, sequence_length, MEMORY)
-    held, _, states = holds.held(strategy, share)
+def least_bytes(
+    work: Workload,
+    strategy: Strategy,
+    share: Share,
+    cluster: Cluster,
+    *,
+    piped: bool,
+    sequence_length: int,
+    precision: str,
+) -> LeastBytes:
+    """Return a lower bound of what price_memory counts, which no micro batch's size and no recomputing changes."""
+    memory = rank_memory(work, precision, sequence_length, MEMORY)
+    states = memory.states(strategy, share)
+    staying = sum(_staying(states))
     once, late = (
-        states + standing_bytes(work, strategy, share, held, holds.element, late=late) for late in (False, True)
+        staying + sum(room.least_bytes(memory.question, strategy, states, late=late, piped=piped) for room in _LEAST)
+        for late in (False, True)
     )
-    return Standing(once, late, held.left.host_bytes + states * (cluster.accelerator.kind == "cuda"))
-
-
-def micro_bytes(work: Workload, strategy: Strategy, *, sequence_length: int, precision: str) -> MicroBytes:
-    """One micro batch on any pipeline rank."""
-    return holdings(work, precision, sequence_length, MEMORY).micro(strategy)
+    return LeastBytes(once, late, states.host_bytes + staying * (cluster.accelerator.kind == "cuda"))
 
 
 def tensor_budget(cluster: Cluster) -> float:
     """Of an accelerator's usable bytes, what is left for tensors: the reserve grows with them."""
     added, kept = _reserve(MEMORY, cluster.accelerator.kind)
     return (_usable_bytes(cluster) + ROUNDING - kept) / (1 + added)
-
-
-def _fullest(strategy: Strategy, shares: pipeline.Shares) -> tuple[int, ...]:
-    if not pipeline.splits(strategy):
-        return shares.fullest
-    return tuple(dict.fromkeys((*shares.fullest, *shares.latest)))
 
 
 def _usable_bytes(cluster: Cluster) -> int:
@@ -247,22 +202,52 @@ def _usable_bytes(cluster: Cluster) -> int:
 class _Fill(NamedTuple):
     """A rank at its peak."""
 
-    left: offload.Offloaded
-    states: tuple[int, int, int]
-    """Parameters, master weights, moments."""
-    moment: Moment
+    states: ModelStates
+    staying: tuple[int, int, int]
+    """Parameters, master weights and optimizer states on the accelerator, in whole bytes."""
+    peak: PeakCandidate
     tensors: int
+    """Bytes of all tensors."""
+    splits: bool
+    """Backward passes run in two halves."""
+    host_activations: float
 
 
-def _fill(holds: Holdings, strategy: Strategy, share: pipeline.Share, rank: int, micro: MicroBytes) -> _Fill:
-    """A pipeline rank at the largest of its moments."""
-    held, states, num_bytes = holds.held(strategy, share)
-    saved = saved_of(strategy, share, rank, micro)
-    moments = native_moments if holds.work.native else published_moments
-    fullest = max(moments(holds.work, strategy, share, held, micro, saved, holds.element), key=size_of)
-    _, gathered, gradients, activations, logits, buffers, temporary = fullest
-    rest = int(gathered) + int(gradients) + int(activations) + int(logits) + int(buffers) + int(temporary)
-    return _Fill(held.left, states, fullest, num_bytes + rest)
+_PEAK, _LEAST = having("peak_candidates"), having("least_bytes")
+
+
+def _staying(states: ModelStates) -> tuple[int, int, int]:
+    gpu = states.gpu
+    return int(gpu.parameters), int(gpu.master_weights), int(gpu.optimizer_states)
+
+
+def _fill(memory: RankMemory, strategy: Strategy, share: Share, rank: int, micro: MicroBatchBytes) -> _Fill:
+    """Return a pipeline rank at the largest of its moments."""
+    states = memory.states(strategy, share)
+    saved = memory.saved(strategy, share, rank, micro)
+    found: list[PeakCandidate] = []
+    for room in _PEAK:
+        found += room.peak_candidates(memory.question, strategy, share, states, micro, saved)
+    peak = max(found, key=_size)
+    staying = _staying(states)
+    tensors = sum(staying) + sum(map(int, peak[1:]))
+    return _Fill(states, staying, peak, tensors, saved.splits, saved.host_bytes)
+
+
+def _size(candidate: PeakCandidate) -> float:
+    _, gathered, gradients, activations, logits, buffers, temporary = candidate
+    return gathered + gradients + activations + logits + buffers + temporary
+
+
+def _fills(memory: RankMemory, strategy: Strategy, held: Shares, micro: MicroBatchBytes) -> dict[int, _Fill]:
+    """Return, at their peaks, the pipeline ranks of which one is the fullest: where backward passes are split, the last rank of
+    a share waits longest for the weights' pass."""
+    fills = {rank: _fill(memory, strategy, held.by_rank[rank], rank, micro) for rank in held.fullest}
+    if any(fill.splits for fill in fills.values()):
+        for rank in held.latest:
+            if rank not in fills:
+                fills[rank] = _fill(memory, strategy, held.by_rank[rank], rank, micro)
+    return fills
 
 
 def _reserve(constants: MemoryConstants, kind: str) -> tuple[float, float]:
@@ -279,16 +264,16 @@ def reserve_bytes(tensors: int, kind: str, constants: MemoryConstants = MEMORY) 
 
 
 def _stage(rank: int, fill: _Fill, constants: MemoryConstants, kind: str) -> StageMemory:
-    phase, gathered, gradients, activations, logits, buffers, temporary = fill.moment
+    phase, gathered, gradients, activations, logits, buffers, temporary = fill.peak
     reserve = reserve_bytes(fill.tensors, kind, constants)
     return StageMemory(
         pipeline_rank=rank,
         peak_phase=phase,
-        parameters=fill.states[0],
+        parameters=fill.staying[0],
         gathered_parameters=int(gathered),
-        master_weights=fill.states[1],
+        master_weights=fill.staying[1],
         gradients=int(gradients),
-        optimizer_states=fill.states[2],
+        optimizer_states=fill.staying[2],
         activations=int(activations),
         logits=int(logits),
         communication_buffers=int(buffers),

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from clusters.cluster import Cluster
 from strategies.constants import BACKWARD_FLASH, MATH_PASSES, SUSTAINED, TIME, TimeConstants
 from strategies.links import Links
+from strategies.rank import Shape
 from strategies.strategy import Strategy
 from strategies.workload import Workload
 
@@ -46,17 +47,16 @@ class Roofline:
         "constants",
         "element",
         "flash",
-        "gradients",
         "links",
+        "memo",
         "peak",
-        "talk",
-        "tied",
+        "precision",
         "work",
     )
 
     def __init__(self, work: Workload, cluster: Cluster, precision: str, constants: TimeConstants = TIME) -> None:
         self.work, self.cluster, self.constants = work, cluster, constants
-        self.element = ELEMENT[precision]
+        self.precision, self.element = precision, ELEMENT[precision]
         name = cluster.accelerator.name
         generation = "a100" if name.startswith("a800") else "-".join(p for p in name.split("-") if not p.endswith("gb"))
         sustained, flash = SUSTAINED.get(generation, SUSTAINED["other"])
@@ -67,27 +67,23 @@ class Roofline:
         self.flash = dense * flash * constants.flash
         measured = calibration.memory_bytes_per_s if calibration else None
         self.bandwidth = measured or cluster.accelerator.memory_bytes_per_s * constants.memory
-        self._layers: dict[tuple[int, int, int, bool, str, bool], Layer] = {}
+        self._layers: dict[tuple[int, int, int, int, str, bool], Layer] = {}
         self._heads: dict[tuple[int, int], float] = {}
         self.links = Links(cluster, constants)
-        self.talk: dict[tuple[object, ...], Any] = {}
-        """Seconds of a tensor group's messages (step_time.py)."""
-        self.gradients: dict[tuple[object, ...], tuple[float, float]] = {}
-        """Seconds of gradients' and sharded parameters' messages (step_time.py)."""
-        self.tied: dict[tuple[object, ...], float] = {}
-        """Seconds of a tied table's gradient (step_time.py)."""
+        self.memo: dict[tuple[object, ...], Any] = {}
+        """What was worked out for a door, under the fields that it declares (step_time.py)."""
         half_size = constants.matmul_half_size * math.sqrt(dense / 312e12)
         self._products = (self.peak * constants.matmul, half_size, cluster.accelerator.num_multiprocessors)
 
-    def layer(self, strategy: Strategy, tokens: int, sequence_length: int) -> Layer:
-        key = (
-            tokens,
-            sequence_length,
-            strategy.tensor_parallel_degree,
-            strategy.sequence_parallel,
-            strategy.attention,
-            strategy.fused_norm,
-        )
+    @property
+    def wait_s(self) -> float:
+        """Return the seconds that a blocking collective takes beyond its bytes."""
+        cluster = self.cluster
+        return self.constants.collective_s if cluster.accelerator.kind == "cuda" else cluster.intra_node.latency_s
+
+    def layer(self, strategy: Strategy, shape: Shape, tokens: int, sequence_length: int) -> Layer:
+        """Return the seconds of one layer of one micro batch of `tokens`, each of which attends to `sequence_length` others."""
+        key = (tokens, sequence_length, shape.split, shape.whole_split, strategy.attention, strategy.fused_norm)
         known = self._layers.get(key)
         if known is None:
             known = self._layers[key] = (_cpu_layer if self.cluster.accelerator.kind == "cpu" else _gpu_layer)(
@@ -131,7 +127,7 @@ def _gpu_layer(
     tokens: int,
     sequence_length: int,
     tensor: int,
-    sequence_parallel: bool,
+    whole_split: int,
     attention: str,
     fused_norm: bool,
 ) -> Layer:
@@ -156,7 +152,7 @@ def _gpu_layer(
         attend = flops / (roof.peak * constants.score_products * aligned) + passes * scores / roof.bandwidth
         attend_back = 2 * attend
     unfused = work.unfused_norm_elements if not fused_norm and roof.element == 2 else 0
-    whole = (work.traffic_whole_elements + unfused) / (tensor if sequence_parallel else 1)
+    whole = (work.traffic_whole_elements + unfused) / whole_split
     traffic = tokens * (whole + work.traffic_split_elements / tensor) * roof.element / roof.bandwidth
     floor = constants.layer_launch_s * (1.5 if unfused else 1.0)
     forward = _rounded_max(products + attend + traffic, floor)
@@ -174,7 +170,7 @@ def _cpu_layer(
     tokens: int,
     sequence_length: int,
     tensor: int,
-    sequence_parallel: bool,
+    whole_split: int,
     attention: str,
     fused_norm: bool,
 ) -> Layer:
@@ -194,7 +190,7 @@ def _cpu_layer(
         attend = 6.0 * scores * work.head_dim / roof.rate(f"attention_{precision}", sequence_length, slow)
     else:
         attend = 12.0 * scores * work.head_dim / slow + 3 * 4 * 2 * scores * element / rate
-    whole = work.traffic_whole_elements / (tensor if sequence_parallel else 1)
+    whole = work.traffic_whole_elements / whole_split
     traffic = tokens * (whole + work.traffic_split_elements / tensor) * element / rate
     launches = work.num_kernels * ((calibration.op_overhead_s if calibration else None) or 0.0)
     gradients = CPU_GRADIENT_PASSES * work.block_parameters / tensor * element / roof.bandwidth

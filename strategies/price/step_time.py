@@ -9,21 +9,21 @@ data parallelism), offload and recomputing only add; more checkpointed layers ne
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import NamedTuple, TypedDict
 
 from clusters.cluster import Cluster
-from strategies.constants import TIME, TRANSFER_S, TimeConstants
-from strategies.engines.engine import BUCKET_BYTES
-from strategies.links import all_reduce_s, blocking_s
-from strategies.offload import cost as offload
-from strategies.pipeline import cost as pipeline
+from strategies.constants import MEMORY
+from strategies.model.cost import stepped_parameters
 from strategies.price.memory import MemoryPrice, price_memory
-from strategies.price.roofline import Layer, Roofline, roofline
+from strategies.price.rank_memory import RankMemory, rank_memory
+from strategies.price.roofline import Roofline, roofline
+from strategies.rank import OnceSeconds, PassSeconds, Shape, Share, SlowestRank
+from strategies.rooms import having, read_by
+from strategies.shares import shares
 from strategies.strategy import Strategy
-from strategies.tensor import cost as tensor
 from strategies.workload import Workload
-from strategies.zero import cost as zero
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,7 @@ class TimePrice:
     optimizer_s: float
 
 
-class Shape(TypedDict):
+class Job(TypedDict):
     """What a job says of its step."""
 
     global_batch_size: int
@@ -68,7 +68,7 @@ def price(
     precision: str,
 ) -> Price:
     """Memory and time of one strategy whose `stages` are set, fit or not. `global_batch_size` is the whole step's."""
-    job = Shape(global_batch_size=global_batch_size, sequence_length=sequence_length, precision=precision)
+    job = Job(global_batch_size=global_batch_size, sequence_length=sequence_length, precision=precision)
     return Price(memory=price_memory(work, strategy, cluster, **job), time=price_time(work, strategy, cluster, **job))
 
 
@@ -82,201 +82,107 @@ def price_time(
     precision: str,
 ) -> TimePrice:
     """Time of one step. Every replica runs gradient_accumulation_steps micro batches, full or not."""
-    return step_time(roofline(work, cluster, precision), strategy, sequence_length, TIME)
+    return step_time(roofline(work, cluster, precision), strategy, sequence_length)
 
 
-def step_time(roof: Roofline, strategy: Strategy, sequence_length: int, constants: TimeConstants) -> TimePrice:
-    """price_time on a roofline in hand; benchmarks.oracle fits the constants through it."""
-    work, cluster, element = roof.work, roof.cluster, roof.element
-    tokens = strategy.micro_batch_size * sequence_length
-    times = strategy.gradient_accumulation_steps
-    layer = roof.layer(strategy, tokens, sequence_length)
-    again = again_s(strategy, layer)
-    talk = tensor_s(roof, strategy, tokens)
-    head = roof.head(tokens, strategy.tensor_parallel_degree)
+_PASS, _ONCE, _UPDATE, _STEP = (having(door) for door in ("pass_s", "once_s", "update_s", "step_s"))
+_pass_key, _once_key = read_by("shape", "pass_s"), read_by("shape", "once_s")
+HIDDEN_TERM = "data_parallel_s"
+"""The term of a step that is no part of its sum: what is exposed of it is."""
 
-    shares = pipeline.shares(strategy)
-    plain, once, slowest_s, slowest = layer.forward_s + layer.backward_s, 0.0, -1.0, shares.by_rank[0]
-    for share, count in shares.distinct:
-        seconds = share.layers * plain + share.checkpointed * again + talk.of(share) + share.head * head
-        once += seconds * count
+
+class Passes(NamedTuple):
+    """Seconds of one micro batch, forward and backward, by room; and of all of them together."""
+
+    parts: tuple[PassSeconds, ...]
+    whole: PassSeconds
+
+
+def step_time(roof: Roofline, strategy: Strategy, sequence_length: int) -> TimePrice:
+    """Return the seconds of a step on a roofline in hand; benchmarks.oracle fits the constants through it."""
+    memory = rank_memory(roof.work, roof.precision, sequence_length, MEMORY)
+    shape, times, held = memory.shape(strategy), strategy.gradient_accumulation_steps, shares(strategy)
+    found = passes(roof, memory, strategy)
+    whole, all_ranks_s, slowest_s, slowest = found.whole, 0.0, -1.0, held.by_rank[0]
+    for share, count in held.distinct:
+        seconds = whole.of(share)
+        all_ranks_s += seconds * count
         if seconds > slowest_s:
             slowest_s, slowest = seconds, share
-    busy = slowest.layers * plain + slowest.head * head
-    recompute = slowest.checkpointed * again
-    bubble = pipeline.bubble_s(strategy, once_s=once, slowest_s=slowest_s)
-    transfer = _transfer_s(roof, strategy, shares, tokens)
-    data_s, exposed_s = _gradients_s(roof, strategy, slowest, compute_s=times * slowest_s)
-    stepped_s, offload_s = optimizer_s(roof, strategy, stepped(work, strategy, slowest), constants)
-    if strategy.offload.activations != "none":
-        link = offload.activations_s(
-            work, strategy, cluster, slowest, tokens=tokens, sequence_length=sequence_length, element=element
-        )
-        forward = slowest.layers * layer.forward_s + slowest.head * head / 3
-        offload_s += times * offload.exposed_s(link, forward_s=forward, backward_s=busy - forward)
-    compute_s, recompute_s, talk_s = times * busy, times * recompute, times * talk.of(slowest)
-    return TimePrice(
-        step_s=compute_s + recompute_s + talk_s + exposed_s + bubble + transfer + offload_s + stepped_s,
-        compute_s=compute_s,
-        recompute_s=recompute_s,
-        tensor_parallel_s=talk_s,
-        data_parallel_s=data_s,
-        data_parallel_exposed_s=exposed_s,
-        pipeline_bubble_s=bubble,
-        pipeline_transfer_s=transfer,
-        offload_s=offload_s,
-        optimizer_s=stepped_s,
-    )
+    saved = memory.micro(strategy).of(slowest) if strategy.offload.activations != "none" else 0.0
+    rank = SlowestRank(slowest, slowest_s, all_ranks_s, held.most_borders, held.by_rank[0], saved)
+    terms = dict.fromkeys(_TERMS, 0.0)
+    for part in found.parts:
+        terms[part.term] += times * part.of(slowest)
+    once = once_s(roof, memory, strategy, slowest, is_pipelined=len(held.by_rank) > 1)
+    terms[HIDDEN_TERM] = once.seconds
+    hidden_s = once.seconds - times * slowest_s if once.within_compute else 0.0
+    terms["data_parallel_exposed_s"] = max(once.exposed_s, hidden_s)
+    _add(terms, update_s(roof, memory, strategy, slowest, is_pipelined=len(held.by_rank) > 1))
+    for room in _STEP:
+        _add(terms, room.step_s(roof, memory.question, strategy, shape, rank))
+    return TimePrice(step_s=sum(terms.values()) - terms[HIDDEN_TERM], **terms)
 
 
-def again_s(strategy: Strategy, layer: Layer) -> float:
-    """Seconds that one checkpointed layer adds to its backward pass."""
-    kind = strategy.activation_checkpointing
-    return 0.0 if kind == "none" else layer.again_full_s if kind == "full" else layer.again_selective_s
+_TERMS = tuple(field.name for field in fields(TimePrice) if field.name != "step_s")
 
 
-class Talk(NamedTuple):
-    """Seconds of tensor.messages."""
-
-    layer: float = 0.0
-    again: float = 0.0
-    embedding: float = 0.0
-    head: float = 0.0
-
-    def of(self, share: pipeline.Share) -> float:
-        """One micro batch through what a pipeline rank holds."""
-        return (
-            share.layers * self.layer
-            + share.checkpointed * self.again
-            + share.embedding * self.embedding
-            + share.head * self.head
-        )
+def _add(terms: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, seconds in more.items():
+        terms[name] += seconds
 
 
-SILENT = Talk()
-
-
-def tensor_s(roof: Roofline, strategy: Strategy, tokens: int) -> Talk:
-    """The tensor group's messages, which block."""
-    size = strategy.tensor_parallel_degree
-    if size == 1:
-        return SILENT
-    stride = 1 if strategy.mesh_order[-1] == "tensor" else strategy.degrees.stride("tensor")
-    kind, num_gpus = strategy.activation_checkpointing, strategy.num_gpus
-    key = tokens, size, stride, num_gpus, strategy.sequence_parallel, kind, strategy.states
-    known = roof.talk.get(key)
+def passes(roof: Roofline, memory: RankMemory, strategy: Strategy) -> Passes:
+    """Return the seconds of one micro batch by room."""
+    key = "pass_s", memory.question.sequence_length, _pass_key(strategy)
+    known: Passes | None = roof.memo.get(key)
     if known is None:
-        sent = tensor.messages(roof.work, strategy, tokens=tokens, element=roof.element)
-        group, wait_s = roof.links.ring(size, stride, num_gpus), _wait_s(roof)
-        known = Talk(*(sum(blocking_s(group, message, wait_s) for message in part) for part in sent))
-        roof.talk[key] = known
+        shape = memory.shape(strategy)
+        parts = tuple(part for room in _PASS for part in room.pass_s(roof, memory.question, strategy, shape))
+        sums = (sum(numbers) for numbers in zip(*(part[1:] for part in parts), strict=True))
+        known = roof.memo[key] = Passes(parts, PassSeconds("", *sums))
     return known
 
 
-def _wait_s(roof: Roofline) -> float:
-    cluster = roof.cluster
-    return roof.links.constants.collective_s if cluster.accelerator.kind == "cuda" else cluster.intra_node.latency_s
-
-
-def _gradients_s(
-    roof: Roofline, strategy: Strategy, slowest: pipeline.Share, *, compute_s: float
-) -> tuple[float, float]:
-    """What is sent once a step, or for the sake of ZeRO: (all of it, what compute does not hide)."""
+def once_s(
+    roof: Roofline, memory: RankMemory, strategy: Strategy, slowest: Share, *, is_pipelined: bool
+) -> OnceSeconds:
+    """Return the seconds of what is sent once a step, or for the sake of ZeRO, by the rank that sends the most of it."""
     # The first stage's reduction is as late as anybody's.
-    embedding = slowest.embedding or not (slowest.head or strategy.pipeline_parallel_degree == 1)
-    key = (
-        *(slowest.layers, embedding, slowest.head, strategy.engine, strategy.states, strategy.mesh_order),
-        *(strategy.data_parallel_degree, strategy.tensor_parallel_degree, strategy.pipeline_parallel_degree),
-        *(strategy.context_parallel_degree, strategy.sequence_parallel, strategy.zero_stage, strategy.zero_group_size),
-        *(strategy.gather, strategy.reduce, strategy.num_virtual_stages > 1),
-        strategy.gradient_accumulation_steps if strategy.zero_stage >= 2 else 0,
-    )
-    known = roof.gradients.get(key)
+    embedding = slowest.embedding or (is_pipelined and not slowest.head)
+    key = "once_s", slowest.layers, embedding, slowest.head, slowest.stages > 1, _once_key(strategy)
+    known: OnceSeconds | None = roof.memo.get(key)
     if known is None:
-        known = roof.gradients[key] = sent_s(roof, strategy, slowest._replace(embedding=embedding))
-    seconds, exposed_s = known
-    return seconds, exposed_s if strategy.zero_stage < 2 else max(exposed_s, seconds - compute_s)
-
-
-def sent_s(roof: Roofline, strategy: Strategy, share: pipeline.Share) -> tuple[float, float]:
-    """(all of it, what no compute hides, however long it is)."""
-    work, element, links, num_gpus = roof.work, roof.element, roof.links, strategy.num_gpus
-    bucket_bytes = BUCKET_BYTES if work.native else links.constants.bucket_bytes
-    sent = zero.messages(work, strategy, share, element=element, bucket_bytes=bucket_bytes)
-    seconds, exposed_s = zero.data_parallel_s(strategy, links, sent)
-    reduced, wait_s, blocking = zero.gradient_element(strategy, element), _wait_s(roof), 0.0
-    for message in tensor.gradient_message(work, strategy, share, element=reduced):
-        stride = 1 if strategy.mesh_order[-1] == "tensor" else strategy.degrees.stride("tensor")
-        group = links.ring(strategy.tensor_parallel_degree, stride, num_gpus)
-        blocking += blocking_s(group, message, wait_s)
-    for message in zero.norm_message(strategy):
-        blocking += all_reduce_s(links.ring(num_gpus, 1, num_gpus), message.num_bytes)
-    return seconds + blocking, exposed_s + blocking
-
-
-def _transfer_s(roof: Roofline, strategy: Strategy, shares: pipeline.Shares, tokens: int) -> float:
-    """Seconds of stage-to-stage messages that no compute hides, of the rank with the most borders: it sends and receives at
-    the same time; and once a step of a tied table's gradient."""
-    degree = strategy.pipeline_parallel_degree
-    if degree == 1:
-        return 0.0
-    num_gpus, per_node = strategy.num_gpus, roof.cluster.gpus_per_node
-    # Where some neighbours are on two nodes, the others wait for them.
-    stride = num_gpus // degree if num_gpus <= per_node else max(num_gpus // degree, per_node)
-    pairs = roof.links.ring(2, stride, num_gpus)
-    sent, _ = pipeline.messages(roof.work, strategy, shares.most_borders, tokens=tokens, element=roof.element)
-    one = sent.num_bytes / pairs.bytes_per_s + sent.count * TRANSFER_S
-    fill = (degree - 1) / strategy.num_virtual_stages
-    crossing_s = roof.links.constants.transfer * (strategy.gradient_accumulation_steps + fill) * one
-    return crossing_s + tied_s(roof, strategy)
-
-
-def tied_s(roof: Roofline, strategy: Strategy) -> float:
-    """Seconds of a tied table's gradient between the ranks of the first and the last stage."""
-    degree, num_gpus, first = strategy.pipeline_parallel_degree, strategy.num_gpus, pipeline.shares(strategy).by_rank[0]
-    shards = strategy.zero_group_size if strategy.zero_stage else 1
-    key = degree, num_gpus, first.head, strategy.tensor_parallel_degree, shards, strategy.states
-    known = roof.tied.get(key)
-    if known is None:
-        reduced, known = zero.gradient_element(strategy, roof.element), 0.0
-        for message in pipeline.shared_message(roof.work, strategy, first, element=reduced):
-            ends = roof.links.ring(2, (degree - 1) * (num_gpus // degree), num_gpus)
-            known += all_reduce_s(ends, message.num_bytes) + _wait_s(roof)
-        roof.tied[key] = known
+        known = roof.memo[key] = sent_s(roof, memory, strategy, slowest._replace(embedding=embedding))
     return known
 
 
-def stepped(work: Workload, strategy: Strategy, share: pipeline.Share) -> float:
-    """Parameters of the slowest pipeline rank, with the embedding or its tied copy, as the optimizer steps them."""
-    outside = 0.0
-    if share.embedding:
-        outside += work.embedding_parameters
-    if share.head:
-        outside += work.head_parameters
-    elif strategy.pipeline_parallel_degree > 1 and not share.embedding:
-        outside += work.embedding_parameters  # the first stage's reduction is as late as anybody's
-    block = tensor.block_parameters(work, strategy)
-    return share.layers * block + outside / strategy.tensor_parallel_degree
+def sent_s(roof: Roofline, memory: RankMemory, strategy: Strategy, share: Share) -> OnceSeconds:
+    """Return the seconds of what one rank sends once a step, or for the sake of ZeRO."""
+    shape, seconds, exposed_s, within = memory.shape(strategy), 0.0, 0.0, False
+    for room in _ONCE:
+        more = room.once_s(roof, memory.question, strategy, shape, share)
+        seconds, exposed_s = seconds + more.seconds, exposed_s + more.exposed_s
+        within = within or more.within_compute
+    return OnceSeconds(seconds, exposed_s, within)
 
 
-def optimizer_s(roof: Roofline, strategy: Strategy, parameters: float, constants: TimeConstants) -> tuple[float, float]:
-    """(the step on the accelerator with its fixed overhead, what offload adds). By bytes: master weights and moments are
-    read and written, gradients read for the norm, read for the step and cleared, parameters written."""
-    cluster, element = roof.cluster, roof.element
-    owned = parameters / zero.group_size(strategy)
-    states = zero.state_bytes(parameters, strategy, "fp64" if element == 8 else "bf16")
-    away = offload.offloaded(states, strategy, num_owned_parameters=owned, element=element)
-    calibration = cluster.calibration
-    measured = calibration.optimizer_bytes_per_s if calibration else None
-    gradients = 3 * owned * min(4, zero.BYTES[strategy.states][1])
-    if measured:
-        step = owned * 16 * element / 4 / measured + (gradients + owned * element) / roof.bandwidth
-    else:
-        step = (
-            2 * (away.gpu.master_weights + away.gpu.optimizer_states) + gradients + owned * element
-        ) / roof.bandwidth
-    if cluster.accelerator.kind == "cuda":
-        step += constants.step_s
-    if not strategy.offload.any:
-        return step, 0.0
-    return step, offload.step_s(away, cluster, num_ranks=min(cluster.gpus_per_node, strategy.num_gpus))
+def update_s(
+    roof: Roofline, memory: RankMemory, strategy: Strategy, share: Share, *, is_pipelined: bool
+) -> dict[str, float]:
+    """Return the seconds of the optimizer's step on the slowest rank, and of what offload adds to it."""
+    shape = memory.shape(strategy)
+    parameters = stepped_parameters(roof.work, shape.split, share, is_pipelined=is_pipelined)
+    return stepping_s(roof, memory, strategy, shape, parameters)
+
+
+def stepping_s(
+    roof: Roofline, memory: RankMemory, strategy: Strategy, shape: Shape, parameters: float
+) -> dict[str, float]:
+    """Return the seconds in which so many parameters are stepped, dealt out evenly, by component."""
+    states = memory.evenly(strategy, shape, parameters)
+    terms: dict[str, float] = {}
+    for room in _UPDATE:
+        for name, seconds in room.update_s(roof, strategy, states).items():
+            terms[name] = terms.get(name, 0.0) + seconds
+    return terms

@@ -1,15 +1,18 @@
-"""Activation checkpointing, priced: bytes a layer leaves for backward.
+"""Activation checkpointing, priced: bytes a layer leaves for backward, and seconds of computing the rest again.
 
 Source: arXiv:2205.05198, sections 4 and 5. We depart in the elements, which are the model's own (see Workload), and in
 `selective`: it keeps the outputs of products and attention, as apply.py does, not everything but attention's scores."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from strategies.constants import MemoryConstants
+from strategies.price.roofline import Roofline
+from strategies.rank import MicroBatchBytes, PassSeconds, Question, Shape
+from strategies.room import Room
 from strategies.strategy import Strategy
 from strategies.workload import Workload
-
-READS = ("activation_checkpointing", "sequence_parallel", "tensor_parallel_degree", "attention", "fused_norm")
 
 NORM_BYTES = 16
 """A token's mean and reciprocal deviation of two norms."""
@@ -20,24 +23,26 @@ def saved_bytes(
     strategy: Strategy,
     constants: MemoryConstants,
     *,
+    shape: Shape,
     selective: bool,
     tokens: int,
     sequence_length: int,
     element: int,
 ) -> float:
-    """Bytes that one layer leaves for backward, of one micro batch of `tokens`; with everything kept, or `selective`."""
-    tensor = strategy.tensor_parallel_degree
+    """Return the bytes that one layer leaves for backward, of one micro batch of `tokens`; with everything kept, or
+    `selective`."""
+    tensor = shape.split
     if selective:
         whole, split = work.selective_whole_elements, work.selective_split_elements
     else:
         whole, split = work.saved_whole_elements, work.saved_split_elements
         if work.unfused_norm_elements and not strategy.fused_norm and element == 2:
             whole += int(constants.unfused_norm_elements * work.hidden_size)
-    if strategy.sequence_parallel and selective and work.native:
+    if shape.whole_split > 1 and selective and work.native:
         # Row-parallel products are kept as they are made: a part of the whole sum, before it is scattered.
         products = 2 * work.hidden_size
         elements = products + (whole - products + split) / tensor
-    elif strategy.sequence_parallel:
+    elif shape.whole_split > 1:
         elements = (whole + split) / tensor
     else:
         elements = whole + split / tensor
@@ -50,26 +55,100 @@ def saved_bytes(
         copies = 1.0 if work.native else 0.0
     else:
         copies = 2.0 if work.native else constants.score_copies
-    return saved + copies * score_bytes(work, strategy, tokens=tokens, sequence_length=sequence_length, element=element)
+    scores = score_bytes(work, strategy, split=tensor, tokens=tokens, sequence_length=sequence_length, element=element)
+    return saved + copies * scores
 
 
-def score_bytes(work: Workload, strategy: Strategy, *, tokens: int, sequence_length: int, element: int) -> float:
-    """One copy of a layer's attention scores; 0 where the kernel never writes them."""
+def score_bytes(
+    work: Workload, strategy: Strategy, *, split: int, tokens: int, sequence_length: int, element: int
+) -> float:
+    """Return the bytes of one copy of a layer's attention scores; 0 where the kernel never writes them."""
     if strategy.attention == "flash" and not work.attention_bias:
         return 0.0
-    return tokens * work.num_heads / strategy.tensor_parallel_degree * sequence_length * element
+    return tokens * work.num_heads / split * sequence_length * element
 
 
-def boundary_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:
-    """What a fully checkpointed layer leaves: its input, split by sequence where the norms are."""
-    split = strategy.tensor_parallel_degree if strategy.sequence_parallel else 1
-    return tokens * work.hidden_size * element / split
-
-
-def selective_again_bytes(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> float:
-    """What selective checkpointing holds more of a layer when it has made the rest again: the outputs of two norms, the sum
-    between them and the activation are there, the two row-parallel outputs and what the activation was made of are gone."""
-    tensor = strategy.tensor_parallel_degree
-    if strategy.sequence_parallel:
-        return tokens * (element * work.hidden_size * max(0.0, 3 / tensor - 2) + NORM_BYTES)
+def selective_recomputed_bytes(work: Workload, shape: Shape, *, tokens: int, element: int) -> float:
+    """Return the bytes that selective checkpointing holds more of a layer when it has made the rest again: the outputs of two
+    norms, the sum between them and the activation are there, the two row-parallel outputs and what the activation was made of
+    are gone."""
+    if shape.whole_split > 1:
+        return tokens * (element * work.hidden_size * max(0.0, 3 / shape.split - 2) + NORM_BYTES)
     return float(tokens * (element * work.hidden_size + NORM_BYTES))
+
+
+def repeats_sums(work: Workload, strategy: Strategy) -> bool:
+    """Whether recomputing a layer repeats what its forward pass adds up over a tensor group."""
+    kind = strategy.activation_checkpointing
+    return kind == "full" or (kind == "selective" and work.native)
+
+
+def recomputed_flops_per_token(work: Workload, strategy: Strategy, sequence_length: int) -> float:
+    """Return the FLOPs a token of computing checkpointed blocks again: what hfu counts and mfu does not. What `selective` makes
+    again are no products."""
+    if strategy.activation_checkpointing != "full":
+        return 0.0
+    layers = sum(stage.num_checkpointed_layers for stage in strategy.stages)
+    return work.recomputed_flops_per_token(layers, sequence_length)
+
+
+class Recompute(Room):
+    """Layers whose activations are computed again in the backward pass."""
+
+    name = "recompute"
+    reads: Mapping[str, tuple[str, ...]] = {
+        "micro_batch": ("micro_batch_size", "activation_checkpointing", "attention", "fused_norm"),
+        "pass_s": ("micro_batch_size", "activation_checkpointing", "attention", "fused_norm"),
+    }
+    apply = ("strategies.recompute.apply:apply",)
+
+    def micro_batch(
+        self, question: Question, strategy: Strategy, shape: Shape, micro: MicroBatchBytes
+    ) -> MicroBatchBytes:
+        work, constants, kind = question.work, question.constants, strategy.activation_checkpointing
+        tokens, element, length = shape.tokens(question, strategy), question.element, question.sequence_length
+
+        def saved(selective: bool) -> float:
+            sizes = {"tokens": tokens, "sequence_length": length, "element": element}
+            return saved_bytes(work, strategy, constants, shape=shape, selective=selective, **sizes)
+
+        layer = kept = saved(False)
+        recomputed = wide = 0.0
+        # What the first norm and the sum behind attention make.
+        between = micro.hidden * (1 if shape.whole_split > 1 else 2)
+        if kind == "full":
+            kept = micro.residual
+            recomputed = layer - kept
+            wide = micro.hidden * work.ffn_size / work.hidden_size / shape.split + between
+            if not work.native:
+                scores = score_bytes(
+                    work, strategy, split=shape.split, tokens=tokens, sequence_length=length, element=element
+                )
+                recomputed = constants.recompute_layers * (layer - constants.score_copies * scores)
+                recomputed += constants.recompute_scores * scores
+        elif kind == "selective":
+            kept = saved(True)
+            if not (work.native and shape.whole_split > 1):
+                kept = min(layer, kept)
+            recomputed = selective_recomputed_bytes(work, shape, tokens=tokens, element=element)
+            wide = between
+        return micro._replace(layer=layer, checkpointed=kept, recomputed=recomputed, wide_checkpointed=wide)
+
+    def pass_s(self, roof: Roofline, question: Question, strategy: Strategy, shape: Shape) -> tuple[PassSeconds, ...]:
+        kind = strategy.activation_checkpointing
+        if kind == "none":
+            return ()
+        layer = roof.layer(strategy, shape, shape.tokens(question, strategy), question.sequence_length)
+        seconds = layer.again_full_s if kind == "full" else layer.again_selective_s
+        return (PassSeconds("recompute_s", checkpointed=seconds),)
+
+    def choice_words(self, strategy: Strategy) -> str:
+        if strategy.activation_checkpointing == "none":
+            return ""
+        done = sum(stage.num_checkpointed_layers for stage in strategy.stages)
+        layers = sum(stage.num_layers for stage in strategy.stages)
+        how_many = "" if done == layers else f" of {done} of {layers} layers"
+        return f"{strategy.activation_checkpointing} recompute{how_many}"
+
+
+ROOM = Recompute()

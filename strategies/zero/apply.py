@@ -38,7 +38,7 @@ from dataclasses import replace
 from typing import Any
 
 from strategies.engines.engine import Build
-from strategies.strategy import impossible
+from strategies.rooms import impossible
 from strategies.zero.buckets import BucketStates
 from strategies.zero.fsdp import FsdpStates
 
@@ -55,7 +55,7 @@ def apply(build: Build) -> Build:
     """Chooses who shards over the mesh's data axes. Raises ValueError for what no state of ours can be."""
     strategy = build.strategy
     if rule := impossible(strategy):
-        raise ValueError(f"{rule.told(strategy)}; to fix: {rule.fix}")
+        raise ValueError(f"{rule.formatted(strategy)}; to fix: {rule.fix}")
     known = BUILT_STATES[build.precision in ("bf16", "fp16"), strategy.zero_stage >= 2]
     if strategy.states not in known:
         raise ValueError(

@@ -5,166 +5,62 @@ holds at each moment is written in apply.py; these functions are the same table 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 from clusters.cluster import Cluster
-from strategies.catalog import ENGINES
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.links import Links, Message, all_reduce_s, half_s
-from strategies.pipeline.cost import Share
-from strategies.sizes import FIRST, Place, Sizes, num_buckets, padded
-from strategies.strategy import Strategy
-from strategies.tensor import cost as tensor
-from strategies.workload import Workload
-
-READS = (
-    *("engine", "data_parallel_degree", "zero_stage", "zero_group_size", "states", "gather", "reduce"),
-    *("tensor_parallel_degree", "gradient_accumulation_steps"),
+from strategies.price.roofline import Roofline
+from strategies.rank import (
+    MicroBatchBytes,
+    ModelStates,
+    OnceSeconds,
+    Padding,
+    PeakCandidate,
+    Question,
+    SavedActivations,
+    Shape,
+    Share,
 )
-"""Fields of the Strategy that these functions read."""
-
-BYTES: dict[str, tuple[int, int, int, int]] = {
-    "mixed": (2, 2, 4, 8),
-    "mixed_fp32_gradients": (2, 4, 4, 8),
-    "mixed_fp32_accumulators": (2, 6, 4, 8),
-    "sharded_fp32": (4, 4, 0, 8),
-    "pure": (2, 2, 0, 4),
-    "full": (4, 4, 0, 8),
-}
-"""Bytes a parameter: parameters, gradients, master weights, moments."""
-
-IN_FLIGHT = 2
-"""Buckets of the native engine on their way at once (strategies/zero/buckets.py)."""
-
-
-class StateBytes(NamedTuple):
-    """Of one rank, in bytes."""
-
-    parameters: float
-    gradients: float
-    master_weights: float
-    optimizer_states: float
-
-
-def model_state_bytes(
-    num_parameters: int, *, zero_stage: int, data_parallel_degree: int, states: str = "mixed"
-) -> float:
-    """Bytes of parameters, gradients and Adam states on one GPU: ZeRO, figure 1, with `states: mixed`."""
-    strategy = Strategy(
-        data_parallel_degree=data_parallel_degree,
-        zero_stage=zero_stage,
-        zero_group_size=data_parallel_degree if zero_stage else 1,
-        states=states,  # type: ignore[arg-type]
-    )
-    return sum(state_bytes(num_parameters, strategy, "bf16"))
-
-
-def group_size(strategy: Strategy) -> int:
-    """Ranks that share one copy of the optimizer states."""
-    return strategy.zero_group_size if strategy.zero_stage else 1
-
-
-def padding(work: Workload, strategy: Strategy, *, embedding: bool, head: bool) -> tuple[float, float]:
-    """Elements that the fullest rank of a group owns beyond its even part, (outside the blocks, of one block): rows of a
-    parameter are dealt whole. Buckets and gathered copies hold as many for every rank of the group."""
-    group = strategy.zero_group_size
-    split = strategy.tensor_parallel_degree
-    if group == 1:
-        return 0.0, 0.0
-
-    def uneven(rows: int) -> float:
-        """Part of a row beyond an even part, of so many rows dealt over tensor parallelism."""
-        return -(-rows // group) - rows / group
-
-    hidden, ffn, kv = work.hidden_size, work.ffn_size, work.kv_size
-    tables = tensor.num_tables(work, embedding=embedding, head=head)
-    positions = uneven(-(-work.position_rows // split)) * hidden if embedding else 0.0
-    table = uneven(-(-work.vocab_size // split)) * work.embedding_size
-    outside = tables * table + positions + (2 * uneven(hidden) if head else 0.0)
-    columns = uneven(hidden // split) + 2 * uneven(kv // split)
-    matrices = columns * hidden + uneven(hidden) * (hidden + ffn) / split + uneven(-(-ffn // split)) * hidden
-    vectors = columns + 6 * uneven(hidden) + uneven(-(-ffn // split))
-    return outside, matrices + vectors
-
-
-def state_bytes(num_parameters: float, strategy: Strategy, precision: str, padding: float = 0.0) -> StateBytes:
-    """Long-lived bytes of one rank's states; `padding` elements more than an even part where they are sharded."""
-    parameter, gradient, master, moments = BYTES[strategy.states]
-    wide = 2 if precision == "fp64" else 1
-    stage = strategy.zero_stage
-    group = strategy.zero_group_size
-    owned = num_parameters / group + padding if stage else num_parameters
-    whole = num_parameters + group * padding if stage else num_parameters
-    return StateBytes(
-        parameter * wide * (owned if gathers(strategy) else num_parameters),
-        gradient * wide * (owned if stage >= 2 else whole),
-        master * owned,
-        moments * wide * owned,
-    )
-
-
-def gathers(strategy: Strategy) -> bool:
-    """Parameters are sharded, and unsharded copies come and go."""
-    stage = strategy.zero_stage
-    return stage == 3 or (stage > ENGINES[strategy.engine].whole_until and BYTES[strategy.states][0] == 4)
-
-
-def gathered_bytes(stage: float, block: float, outside: float, strategy: Strategy, element: int) -> float:
-    """Unsharded copies of sharded parameters, at their most: all of them at stage 2 (FSDP2 keeps them from forward to
-    backward) and with gather: per_step; at stage 3 two blocks (the one at work and the one fetched ahead) and what stands
-    outside the blocks."""
-    if not gathers(strategy):
-        return 0.0
-    if strategy.zero_stage == 2 or strategy.gather == "per_step":
-        return stage * element
-    return (min(2 * block, stage - outside) + outside) * element
-
-
-def all_gather_bytes(unit: float, strategy: Strategy, element: int) -> float:
-    """The gather's own buffers: a shard in, the unit out, until it is copied out."""
-    return unit * element * (1 + 1 / strategy.zero_group_size) if gathers(strategy) else 0.0
-
-
-def unsharded_gradient_bytes(stage: float, unit: float, strategy: Strategy, element: int) -> float:
-    """Gradients on their way to their shard: a unit's in its own and in the reduction dtype, and the scattered result; or
-    the whole stage's where they are reduced once a step after several micro batches."""
-    wide = max(4, element)
-    if strategy.zero_stage < 2:
-        return 0.0
-    working = unit * (element + wide + wide / strategy.zero_group_size)
-    if strategy.reduce == "per_step" and strategy.gradient_accumulation_steps > 1:
-        return stage * wide + working
-    return working
-
-
-def bucket_bytes(largest: float, strategy: Strategy, element: int) -> float:
-    """One bucket of the native engine's ZeRO 0 and 1, in the gradients' dtype: BUCKET_BYTES or one larger parameter."""
-    gradient = BYTES[strategy.states][1]
-    return max(BUCKET_BYTES, largest * min(4, gradient) * (element // 4 if element > 4 else 1))
+from strategies.room import Room
+from strategies.rules import Rule
+from strategies.sizes import FIRST, GroupRanks, Sizes, num_buckets, padded
+from strategies.strategy import Strategy
+from strategies.workload import Workload
+from strategies.zero.alive import Rank
+from strategies.zero.peak import least_bytes, native_candidates, published_candidates
+from strategies.zero.state_bytes import BYTES, SHARDING, gathers, gradient_element, padding, state_bytes
 
 
 def messages(
-    work: Workload, strategy: Strategy, share: Share, *, element: int, bucket_bytes: float, place: Place = FIRST
+    work: Workload,
+    strategy: Strategy,
+    share: Share,
+    *,
+    split: int,
+    element: int,
+    bucket_bytes: float,
+    ranks: GroupRanks = FIRST,
 ) -> tuple[Message, ...]:
     """A step's gathers and reductions of one rank's parameters, padding included: what apply.py says that buckets and FSDP2
     send, and over how many replicas of a shard.
 
     Args:
+        split: ranks of the tensor group.
         element: bytes of a parameter in use.
         bucket_bytes: of gradients in one message at ZeRO 0 and 1.
     """
     if strategy.data_parallel_degree == 1:
         return ()
-    stage, shards, tensor = strategy.zero_stage, group_size(strategy), strategy.tensor_parallel_degree
-    sizes = padded(work, tensor, place.tensor, shards)
+    stage, shards = strategy.zero_stage, strategy.num_shards
+    sizes = padded(work, split, ranks.tensor, shards)
     outside = sizes.outside(work, embedding=share.embedding, head=share.head)
     blocks, reduced = share.layers * sizes.block, gradient_element(strategy, element)
     if stage >= 2:  # a unit is a block, or what stands outside the blocks
         count: float = share.layers + bool(outside)
     elif work.native:
         held = share.layers, share.embedding, share.head
-        count = num_buckets(work, *held, tensor, place.tensor, bucket_bytes / reduced)
+        count = num_buckets(work, *held, split, ranks.tensor, bucket_bytes / reduced)
     else:
         count = (blocks + outside) * reduced / bucket_bytes + 1
     scatter, sent = Message("reduce_scatter", "shard", reduced, (blocks + outside) * reduced, count), []
@@ -208,17 +104,12 @@ def _rest(strategy: Strategy, share: Share, sizes: Sizes, outside: int, work: Wo
     A rank of a pipeline does so after the backward pass of each stage that has some of it, apart for embedding and head. Where
     replicas of a shard wait for the last micro batch, several stages of a rank would leave them different parts: once."""
     times = strategy.gradient_accumulation_steps
-    if strategy.pipeline_parallel_degree > 1 and strategy.num_virtual_stages > 1:
-        if group_size(strategy) < strategy.data_parallel_degree:
+    if share.stages > 1:
+        if strategy.num_shards < strategy.data_parallel_degree:
             return int(outside > 0), outside
         if share.embedding and share.head:
             return 2 * times, times * (sizes.embedding + sizes.head + sizes.table * work.tied_embeddings)
     return times * (outside > 0), times * outside
-
-
-def gradient_element(strategy: Strategy, element: int) -> int:
-    """Bytes of a gradient where it is reduced."""
-    return min(4, BYTES[strategy.states][1]) if element <= 4 else element
 
 
 def norm_message(strategy: Strategy) -> tuple[Message, ...]:
@@ -230,10 +121,8 @@ def data_parallel_s(strategy: Strategy, links: Links, sent: Sequence[Message]) -
     """Seconds of `messages`: (all of them, those that no compute hides, however long)."""
     if not sent:
         return 0.0, 0.0
-    size, shard, num_gpus = strategy.data_parallel_degree, group_size(strategy), strategy.num_gpus
-    stride = strategy.tensor_parallel_degree * strategy.context_parallel_degree
-    if strategy.mesh_order[-1] != "tensor" or strategy.mesh_order[1] != "data":
-        stride = strategy.degrees.stride("data")
+    size, shard, num_gpus = strategy.data_parallel_degree, strategy.num_shards, strategy.num_gpus
+    stride = strategy.degrees.stride("data")
     constants, cpu = links.constants, links.cluster.accelerator.kind == "cpu"
     seconds = bytes_s = copied = 0.0
     for message in sent:
@@ -260,3 +149,156 @@ def _copy_rate(cluster: Cluster) -> float:
     """Bytes read and written per second by copies into new memory."""
     measured = cluster.calibration.elementwise_bytes_per_s if cluster.calibration else None
     return measured or cluster.accelerator.memory_bytes_per_s
+
+
+def step_parameters_s(roof: Roofline, strategy: Strategy, states: ModelStates) -> float:
+    """Return the seconds of the optimizer's step on the accelerator, with its fixed overhead. By bytes: master weights and
+    moments are read and written, gradients read for the norm, read for the step and cleared, parameters written."""
+    element, calibration = roof.element, roof.cluster.calibration
+    measured = calibration.optimizer_bytes_per_s if calibration else None
+    gradients = 3 * states.owned * min(4, BYTES[strategy.states][1])
+    if measured:
+        step = states.owned * 16 * element / 4 / measured + (gradients + states.owned * element) / roof.bandwidth
+    else:
+        held = states.gpu.master_weights + states.gpu.optimizer_states
+        step = (2 * held + gradients + states.owned * element) / roof.bandwidth
+    return step + roof.constants.step_s if roof.cluster.accelerator.kind == "cuda" else step
+
+
+PEAK = (*SHARDING, "num_shards", "data_parallel_degree", "gather", "reduce", "gradient_accumulation_steps")
+
+
+class Zero(Room):
+    """Replicas of the model, and what they share out among each other."""
+
+    name = "zero"
+    reads: Mapping[str, tuple[str, ...]] = {
+        "model_states": (*SHARDING, "num_shards"),
+        "micro_batch": ("zero_stage",),
+        "peak_candidates": PEAK,
+        "least_bytes": (*SHARDING, "gather", "reduce"),
+        "messages": (
+            *(*SHARDING, "num_shards", "data_parallel_degree", "degrees", "num_gpus", "gather", "reduce"),
+            "gradient_accumulation_steps",
+        ),
+        "once_s": (
+            *(*SHARDING, "num_shards", "data_parallel_degree", "degrees", "num_gpus", "gather", "reduce"),
+            "gradient_accumulation_steps",
+        ),
+        "update_s": ("states",),
+    }
+    impossible = (
+        Rule(
+            fields=("zero_group_size", "data_parallel_degree"),
+            applies=lambda s: s.data_parallel_degree % s.zero_group_size != 0,
+            reason="zero_group_size {zero_group_size} does not divide data_parallel_degree {data_parallel_degree}",
+            fix="a group size that divides the data-parallel degree",
+        ),
+    )
+    without_effect = (
+        Rule(
+            fields=("zero_stage", "data_parallel_degree"),
+            applies=lambda s: s.zero_stage > 0 and s.data_parallel_degree == 1,
+            reason="zero_stage {zero_stage} has nothing to shard over at data_parallel_degree 1",
+            fix="leave it out",
+        ),
+        Rule(
+            fields=("zero_group_size", "zero_stage"),
+            applies=lambda s: s.zero_group_size > 1 and s.zero_stage == 0,
+            reason="zero_group_size {zero_group_size} has no effect at zero_stage 0",
+            fix="leave it out",
+        ),
+        Rule(
+            fields=("gather", "zero_stage"),
+            # At stage 2, FSDP2 shards fp32 parameters too, and gathers them for every micro batch unless told otherwise.
+            applies=lambda s: (
+                s.gather == "per_step"
+                and (s.zero_stage < 2 or (s.zero_stage == 2 and s.states not in ("sharded_fp32", "full")))
+                and s.offload.parameters == "none"
+            ),
+            reason="gather: per_step has no effect at zero_stage {zero_stage} with states {states}: parameters are not "
+            "sharded",
+            fix="leave it out",
+        ),
+    )
+    apply = ("strategies.zero.apply:apply",)
+
+    def model_states(
+        self, question: Question, strategy: Strategy, shape: Shape, share: Share, states: ModelStates
+    ) -> ModelStates:
+        rows = Padding()
+        if question.work.native and strategy.zero_stage:
+            ends = {"embedding": share.embedding, "head": share.head}
+            rows = padding(question.work, shape.split, strategy.zero_group_size, **ends)
+        return dealt(states, strategy, question.precision, rows, share.layers)
+
+    def peak_candidates(
+        self,
+        question: Question,
+        strategy: Strategy,
+        share: Share,
+        states: ModelStates,
+        micro: MicroBatchBytes,
+        saved: SavedActivations,
+    ) -> tuple[PeakCandidate, ...]:
+        make = native_candidates if question.work.native else published_candidates
+        return make(Rank(question, strategy, share, states, micro, saved))
+
+    def least_bytes(
+        self, question: Question, strategy: Strategy, states: ModelStates, *, late: bool, piped: bool
+    ) -> float:
+        return least_bytes(question, strategy, states, late=late, piped=piped)
+
+    def micro_batch(
+        self, question: Question, strategy: Strategy, shape: Shape, micro: MicroBatchBytes
+    ) -> MicroBatchBytes:
+        if question.work.native or strategy.zero_stage < 2:
+            return micro
+        # FSDP stacks, whose fused loss writes its gradient in place.
+        return micro._replace(logits_at_loss=question.constants.sharded_logit_bytes / 2 * micro.logits_copy)
+
+    def messages(
+        self,
+        question: Question,
+        strategy: Strategy,
+        shape: Shape,
+        share: Share,
+        *,
+        borders: int,
+        ranks: GroupRanks = FIRST,
+        bucket_bytes: float,
+    ) -> tuple[Message, ...]:
+        sizes = {"split": shape.split, "element": question.element, "bucket_bytes": bucket_bytes, "ranks": ranks}
+        return (*messages(question.work, strategy, share, **sizes), *norm_message(strategy))  # type: ignore[arg-type]
+
+    def once_s(self, roof: Roofline, question: Question, strategy: Strategy, shape: Shape, share: Share) -> OnceSeconds:
+        bucket_bytes = BUCKET_BYTES if question.work.native else roof.links.constants.bucket_bytes
+        sizes = {"split": shape.split, "element": question.element, "bucket_bytes": bucket_bytes}
+        sent = messages(question.work, strategy, share, **sizes)  # type: ignore[arg-type]
+        seconds, exposed_s = data_parallel_s(strategy, roof.links, sent)
+        world = roof.links.ring(strategy.num_gpus, 1, strategy.num_gpus)
+        norm = sum(all_reduce_s(world, message.num_bytes) for message in norm_message(strategy))
+        return OnceSeconds(seconds + norm, exposed_s + norm, within_compute=strategy.zero_stage >= 2)
+
+    def update_s(self, roof: Roofline, strategy: Strategy, states: ModelStates) -> Mapping[str, float]:
+        return {"optimizer_s": step_parameters_s(roof, strategy, states)}
+
+    def degree_words(self, strategy: Strategy) -> str:
+        return f"data {strategy.data_parallel_degree}" if strategy.data_parallel_degree > 1 else ""
+
+    def choice_words(self, strategy: Strategy) -> str:
+        return f"ZeRO {strategy.zero_stage}" if strategy.data_parallel_degree > 1 else ""
+
+
+def dealt(states: ModelStates, strategy: Strategy, precision: str, rows: Padding, layers: int) -> ModelStates:
+    """Return the states as a ZeRO group deals them out, with the padding of the rank that has the most."""
+    shards = strategy.num_shards
+    return states._replace(
+        gpu=state_bytes(states.parameters, strategy, precision, rows.outside + layers * rows.block),
+        owned=states.parameters / shards,
+        largest=states.largest / shards,
+        padding=rows,
+    )
+
+
+ROOM = Zero()

@@ -13,6 +13,7 @@ from orchestrator.models.architecture import CATALOG
 from orchestrator.models.workloads import workload
 from strategies.constants import MEMORY, TIME
 from strategies.links import Links, Message, all_reduce_s, blocking_s, half_s, ring
+from strategies.model.cost import logit_bytes
 from strategies.offload.cost import exposed_s, offloaded
 from strategies.pipeline.cost import (
     PLAYED,
@@ -21,7 +22,6 @@ from strategies.pipeline.cost import (
     in_flight,
     kept_sends,
     shared_message,
-    shares,
     states,
 )
 from strategies.pipeline.cost import messages as pipeline_messages
@@ -30,18 +30,14 @@ from strategies.pipeline.stages import cut
 from strategies.price.memory import price_memory
 from strategies.price.messages import ledger
 from strategies.price.step_time import price, price_time
+from strategies.rank import ModelStates
+from strategies.shares import shares
 from strategies.strategy import Offload, Strategy
-from strategies.tensor.cost import gradient_message, logit_bytes
+from strategies.tensor.cost import gradient_message
 from strategies.tensor.cost import messages as tensor_messages
-from strategies.zero.cost import (
-    BYTES,
-    data_parallel_s,
-    gathered_bytes,
-    norm_message,
-    state_bytes,
-    unsharded_gradient_bytes,
-)
+from strategies.zero.cost import data_parallel_s, norm_message
 from strategies.zero.cost import messages as zero_messages
+from strategies.zero.state_bytes import BYTES, gathered_bytes, state_bytes, unsharded_gradient_bytes
 from tests.unit.test_pipeline_schedules import SCHEDULES
 
 CLUSTER = load_cluster("a100-80gb-8x8")
@@ -263,14 +259,17 @@ def test_sequence_parallel_gathers_each_columns_input_again_in_backward():
 ])  # fmt: skip
 def test_recomputing_a_layer_sends_again_what_it_needs(kind, model, again):
     split = Strategy(tensor_parallel_degree=8, activation_checkpointing=kind)
-    assert sum(m.count for m in tensor_messages(workload(CATALOG[model]), split, tokens=1, element=2).again) == again
+    assert (
+        sum(m.count for m in tensor_messages(workload(CATALOG[model]), split, tokens=1, element=2).checkpointed)
+        == again
+    )
 
 
 def test_sequence_parallel_sends_a_share_from_stage_to_stage():
-    whole = pipeline_messages(WORK, strategy(pipeline=2, tensor_parallel_degree=8), 2, tokens=2048, element=2)
-    split = strategy(pipeline=2, tensor_parallel_degree=8, sequence_parallel=True)
+    whole = pipeline_messages(WORK, 2, whole_split=1, tokens=2048, element=2)
     assert [m.num_bytes for m in whole] == [2 * 2048 * 5120 * 2] * 2, "sent and received"
-    assert pipeline_messages(WORK, split, 2, tokens=2048, element=2)[0].num_bytes == whole[0].num_bytes / 8
+    split = pipeline_messages(WORK, 2, whole_split=8, tokens=2048, element=2)
+    assert split[0].num_bytes == whole[0].num_bytes / 8
 
 
 def test_a_rank_at_the_end_of_a_pipeline_has_one_border():
@@ -302,7 +301,7 @@ def test_the_time_of_a_step_is_that_of_the_messages_in_its_ledger(sequence_paral
 def test_shards_are_padded_to_whole_rows_of_the_first_rank():
     split = Strategy(data_parallel_degree=64, zero_stage=3, zero_group_size=64, states="sharded_fp32")
     share = shares(strategy()).by_rank[0]
-    gathered, scattered = zero_messages(WORK, split, share, element=2, bucket_bytes=1)
+    gathered, scattered = zero_messages(WORK, split, share, split=1, element=2, bucket_bytes=1)
     table = -(-50272 // 64) * 64 * 5120  # tokens; rows of positions and of everything else
     outside = table + -(-2050 // 64) * 64 * 5120 + 2 * 5120
     blocks = 40 * WORK.block_parameters  # 5120 and 20480 rows divide by 64
@@ -314,14 +313,14 @@ def test_no_tied_gradient_where_one_rank_has_both_ends():
     folded = cut(40, pipeline=4, virtual=2, v_shaped=True, head_layers=1.0, checkpointed=0)
     zbv = Strategy(pipeline_parallel_degree=4, num_virtual_stages=2, pipeline_schedule="zbv", stages=folded)
     one_way = strategy(pipeline=4)
-    sent = [[shared_message(WORK, s, share, element=2) for share in shares(s).by_rank] for s in (zbv, one_way)]
+    sent = [[shared_message(WORK, s, share, split=1, element=2) for share in shares(s).by_rank] for s in (zbv, one_way)]
     assert sent[0] == [()] * 4
     assert [bool(message) for message in sent[1]] == [True, False, False, True]
     assert sent[1][0][0].num_bytes == 50272 * 5120 * 2
 
 
 def test_the_projects_own_loss_keeps_logits_and_their_gradient():
-    at_loss, copy = logit_bytes(WORK, Strategy(), MEMORY, tokens=2048, element=2)
+    at_loss, copy = logit_bytes(WORK, Strategy(), MEMORY, split=1, tokens=2048, element=2)
     numbers = 64 * 2048
     assert (at_loss, copy) == (2 * 2 * 2048 * 50272 + numbers, 2 * 2048 * 50272 + numbers)
 
@@ -329,7 +328,7 @@ def test_the_projects_own_loss_keeps_logits_and_their_gradient():
 def test_an_untied_head_beside_tensor_parallelism_gathers_its_logits():
     llama, gpt = workload(CATALOG["llama-13b"]), workload(CATALOG["gpt3-13b"])
     split = Strategy(tensor_parallel_degree=8)
-    shape = {"tokens": 2048, "element": 2}
+    shape = {"split": 8, "tokens": 2048, "element": 2}
     gathered = logit_bytes(llama, split, MEMORY, **shape)[0] / llama.vocab_size
     parallel = logit_bytes(gpt, split, MEMORY, **shape)[0] / gpt.vocab_size
     assert gathered > 8 * parallel
@@ -339,7 +338,8 @@ def test_an_untied_head_beside_tensor_parallelism_gathers_its_logits():
 
 def test_an_offloaded_optimizer_leaves_the_gpu_for_the_host():
     split = Strategy(offload=Offload(optimizer="host"))
-    left = offloaded(state_bytes(1000.0, split, "bf16"), split, num_owned_parameters=1000.0, element=2)
+    states = ModelStates(gpu=state_bytes(1000.0, split, "bf16"), owned=1000.0, largest=1000.0)
+    left = offloaded(states, split, element=2)
     assert left.gpu == (2000, 2000, 0, 0)
     assert left.host_bytes >= 12_000
     assert left.link_bytes == 1000 * 2 * 2, "gradients down, parameters up"
@@ -348,7 +348,7 @@ def test_an_offloaded_optimizer_leaves_the_gpu_for_the_host():
 @pytest.mark.parametrize("states", sorted(BYTES))
 def test_no_message_without_a_neighbour(states):
     split = Strategy(states=states)
-    sent = zero_messages(WORK, split, shares(strategy()).by_rank[0], element=2, bucket_bytes=1)
+    sent = zero_messages(WORK, split, shares(strategy()).by_rank[0], split=1, element=2, bucket_bytes=1)
     assert sent == norm_message(split) == ()
     assert data_parallel_s(split, Links(CLUSTER, TIME), sent) == (0, 0)
 
@@ -429,6 +429,6 @@ def test_a_price_takes_a_tenth_of_a_millisecond():
 
 def test_the_loss_widens_as_many_logits_as_the_memory_model_says():
     from strategies.engines import loss
-    from strategies.tensor import cost as tensor
+    from strategies.model import cost as model
 
-    assert tensor.CHUNK_ELEMENTS == loss.CHUNK_ELEMENTS
+    assert model.CHUNK_ELEMENTS == loss.CHUNK_ELEMENTS

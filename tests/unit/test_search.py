@@ -217,8 +217,6 @@ def test_no_bound_rejects_what_fits_or_is_above_what_it_bounds(seed: int) -> Non
         for choice in space:
             strategy = asked.strategy(choice)
             price = asked.memory(strategy)
-            assert asked.fits(strategy) == price.fits, choice
-            assert asked.host_bytes(strategy) == price.host_bytes_per_node, choice
             if not price.fits:
                 continue
             held += 1

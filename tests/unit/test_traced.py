@@ -15,7 +15,8 @@ from orchestrator.planner.problem import PlanError
 from orchestrator.planner.render import trace_told
 from orchestrator.planner.trace import child as traced
 from orchestrator.spec import parse_job
-from strategies.strategy import Strategy, without_effect
+from strategies.rooms import without_effect
+from strategies.strategy import Strategy
 
 TINY = {
     "family": "opt",

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from orchestrator.planner.problem import Problem
 from strategies.offload.cost import HIDDEN, activations_s, exposed_s
-from strategies.pipeline.cost import Share
-from strategies.price.roofline import roofline
+from strategies.rank import Share
 from strategies.strategy import Strategy
 
 
@@ -18,11 +17,11 @@ def least_carried_s(problem: Problem, strategies: Mapping[str, Strategy]) -> tup
     `strategies`: one micro batch on one tensor group, by what is recomputed, "none" always among them. Of checkpointed and
     plain layers any mix may be best: seconds are piecewise linear in it, so its ends and kinks are tried."""
     tokens, length = strategies["none"].micro_batch_size * problem.sequence_length, problem.sequence_length
-    roof = roofline(problem.work, problem.cluster, problem.precision)
-    layer = roof.layer(strategies["none"], tokens, length)
-    shape = {"tokens": tokens, "sequence_length": length, "element": roof.element}
+    roof, bytes_of = problem.roof, problem.rank_memory
+    shape = bytes_of.shape(strategies["none"])
+    layer = roof.layer(strategies["none"], shape, tokens, length)
     link = {
-        kind: activations_s(problem.work, each, problem.cluster, Share(1, kind != "none", False, False), **shape)
+        kind: activations_s(bytes_of.micro(each).of(Share(1, int(kind != "none"), False, False)), problem.cluster)
         for kind, each in strategies.items()
     }
     forward_s, backward_s = layer.forward_s, layer.backward_s
@@ -40,4 +39,4 @@ def least_carried_s(problem: Problem, strategies: Mapping[str, Strategy]) -> tup
                     sent = exposed_s(link["none"] - mix * less, forward_s=forward_s, backward_s=backward_s)
                     yield sent + mix * layer.again_full_s
 
-    return min(options()), HIDDEN * roof.head(tokens, strategies["none"].tensor_parallel_degree)
+    return min(options()), HIDDEN * roof.head(tokens, shape.split)

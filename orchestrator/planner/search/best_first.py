@@ -229,7 +229,9 @@ class _Search:
         key = shape, zero, offload.activations
         if key not in self.host_holds:
             hungriest = self.problem.strategy(self.bounds.hungriest(shape, zero, offload.activations))
-            self.host_holds[key] = self.problem.host_bytes(hungriest) <= self.problem.cluster.host.memory_bytes
+            self.host_holds[key] = (
+                self.problem.memory(hungriest).host_bytes_per_node <= self.problem.cluster.host.memory_bytes
+            )
         return self.host_holds[key]
 
     def _over(self, shape: Shape, zero: int, sharding: Sharding | None, offload: Offload) -> tuple[float, float]:

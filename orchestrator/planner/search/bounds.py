@@ -40,11 +40,12 @@ from orchestrator.planner.search.candidates import (
 )
 from orchestrator.planner.search.extremes import Extremes
 from strategies.constants import TIME
-from strategies.pipeline.cost import Share
-from strategies.price.memory import ROUNDING, micro_bytes, standing, tensor_budget
-from strategies.price.rank_memory import MicroBytes
-from strategies.price.roofline import roofline
-from strategies.price.step_time import SILENT, TimePrice, again_s, optimizer_s, sent_s, stepped, tensor_s, tied_s
+from strategies.model.cost import stepped_parameters
+from strategies.pipeline.cost import tied_s
+from strategies.price.memory import ROUNDING, least_bytes, tensor_budget
+from strategies.price.step_time import TimePrice, passes, sent_s, stepping_s
+from strategies.rank import MicroBatchBytes, PassSeconds, Share
+from strategies.shares import shares
 from strategies.strategy import Offload, Strategy
 
 INFINITE = float("inf")
@@ -91,13 +92,16 @@ class Bounds(Extremes):
         return self._passes[key]
 
     def _make_pass(self, tensor: int, sequence_parallel: bool, micro: int) -> Pass:
-        problem, tokens = self.problem, micro * self.problem.sequence_length
-        strategy = self._one(tensor, sequence_parallel, micro, "none")
-        roof = roofline(problem.work, problem.cluster, problem.precision)
-        layer = roof.layer(strategy, tokens, problem.sequence_length)
-        talk = tensor_s(roof, strategy, tokens) if self.messages_count else SILENT
-        layer_s = layer.forward_s + layer.backward_s + talk.layer
-        return Pass(layer_s, talk.embedding, roof.head(tokens, tensor) + talk.head)
+        found = self._passes_of(tensor, sequence_parallel, micro, "none")
+        return Pass(
+            sum(part.layer for part in found), sum(part.embedding for part in found), sum(part.head for part in found)
+        )
+
+    def _passes_of(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> list[PassSeconds]:
+        """Return the seconds of one micro batch on one tensor group, whose messages count where they cost the same everywhere."""
+        problem = self.problem
+        found = passes(problem.roof, problem.rank_memory, self._one(tensor, sequence_parallel, micro, kind))
+        return [part for part in found.parts if self.messages_count or part.term in ("compute_s", "recompute_s")]
 
     def kept(self, tensor: int, sequence_parallel: bool, micro: int) -> Kept:
         key = tensor, sequence_parallel, micro
@@ -107,22 +111,15 @@ class Bounds(Extremes):
             self._keeps[key] = Kept(*(num_bytes * SLACK for num_bytes in kept))
         return self._keeps[key]
 
-    def _micro_bytes(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> MicroBytes:
-        problem, strategy = self.problem, self._one(tensor, sequence_parallel, micro, kind)
-        return micro_bytes(problem.work, strategy, sequence_length=problem.sequence_length, precision=problem.precision)
+    def _micro_bytes(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> MicroBatchBytes:
+        return self.problem.rank_memory.micro(self._one(tensor, sequence_parallel, micro, kind))
 
     def added_s(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> float:
         """Seconds that recomputing a layer adds to one micro batch."""
         added = self._added.get((tensor, sequence_parallel, micro, kind))
         if added is None:
-            problem, tokens = self.problem, micro * self.problem.sequence_length
-            strategy = self._one(tensor, sequence_parallel, micro, kind)
-            roof = roofline(problem.work, problem.cluster, problem.precision)
-            added = again_s(strategy, roof.layer(strategy, tokens, problem.sequence_length))
-            if self.messages_count:
-                plain = self._one(tensor, sequence_parallel, micro, "none")
-                talk = tensor_s(roof, strategy, tokens)
-                added += talk.layer + talk.again - tensor_s(roof, plain, tokens).layer
+            plain, added_to = (self._passes_of(tensor, sequence_parallel, micro, each) for each in ("none", kind))
+            added = sum(part.layer + part.checkpointed for part in added_to) - sum(part.layer for part in plain)
             self._added[tensor, sequence_parallel, micro, kind] = added
         return added
 
@@ -168,8 +165,8 @@ class Bounds(Extremes):
         if shape.data == 1 or problem.cluster.calibration:  # measured rates need not make fewer bytes faster
             return 0.0
         strategy = problem.strategy(Choice(*shape, micro=micro, **sharding._asdict()))
-        roof = roofline(problem.work, problem.cluster, problem.precision)
-        return sent_s(roof, strategy, Share(self.rank_layers(shape.pipeline)[1], 0, False, False))[1]
+        share = Share(self.rank_layers(shape.pipeline)[1], 0, False, False)
+        return sent_s(problem.roof, problem.rank_memory, strategy, share).exposed_s
 
     def family_s(self, shape: Shape, zero: int, away: Offload, offloads: tuple[Offload, ...]) -> float:
         """Seconds of a step of any member of these families; INFINITE where none fits."""
@@ -345,12 +342,13 @@ class Bounds(Extremes):
         model, where layers are not dealt evenly the slowest rank may hold neither, and with several stages a rank replicas of a
         shard wait for a step's last micro batch."""
         problem, degree, seconds = self.problem, strategy.pipeline_parallel_degree, 0.0
-        roof = roofline(problem.work, problem.cluster, problem.precision)
-        if any(schedule == "zbv" for schedule, _ in batch.schedules):
-            seconds += tied_s(roof, strategy)
+        roof, memory = problem.roof, problem.rank_memory
+        if degree > 1 and any(schedule == "zbv" for schedule, _ in batch.schedules):
+            seconds += tied_s(roof, strategy, shares(strategy).by_rank[0], memory.shape(strategy).split)
         if degree > 1 and any(problem.arch.num_layers % (degree * virtual) for _, virtual in batch.schedules):
-            talk = tensor_s(roof, strategy, strategy.micro_batch_size * problem.sequence_length)
-            seconds += strategy.gradient_accumulation_steps * (talk.embedding + talk.head)
+            for part in passes(roof, memory, strategy).parts:
+                if part.term == "tensor_parallel_s":
+                    seconds += strategy.gradient_accumulation_steps * (part.embedding + part.head)
         waits = strategy.zero_stage >= 2 and strategy.zero_group_size < strategy.data_parallel_degree
         if degree > 1 and waits and any(virtual > 1 for _, virtual in batch.schedules):
             once = replace(strategy, num_virtual_stages=2)
@@ -395,12 +393,23 @@ class Bounds(Extremes):
         strategy = problem.strategy(Choice(*shape, micro=last.micro, offload=away, **sharding._asdict()))
         share = Share(first, 0, True, pipeline == 1)
         budget, length = tensor_budget(cluster), problem.sequence_length
-        stands = standing(problem.work, strategy, share, cluster, sequence_length=length, precision=problem.precision)
+        stands = least_bytes(
+            problem.work,
+            strategy,
+            share,
+            cluster,
+            piped=pipeline > 1,
+            sequence_length=length,
+            precision=problem.precision,
+        )
         on_host = cluster.host.memory_bytes / min(cluster.gpus_per_node, shape.num_gpus) + ROUNDING
-        roof = roofline(problem.work, problem.cluster, problem.precision)
         ends = [share] if pipeline == 1 else [share, Share(0, 0, False, True)]
-        parameters = min(stepped(problem.work, strategy, end._replace(layers=fewest)) for end in ends)
-        step_s = sum(optimizer_s(roof, strategy, parameters, TIME))
+        memory = problem.rank_memory
+        parameters = min(
+            stepped_parameters(problem.work, shape.tensor, end._replace(layers=fewest), is_pipelined=pipeline > 1)
+            for end in ends
+        )
+        step_s = sum(stepping_s(problem.roof, memory, strategy, memory.shape(strategy), parameters).values())
         return Fixed(budget - stands.once, budget - stands.late, on_host - stands.host, step_s)
 
 

@@ -19,7 +19,9 @@ from orchestrator.planner.search.candidates import (
     Sharding,
     point,
 )
-from strategies.pipeline.cost import Share, bubble_fraction, in_flight_of, shares
+from strategies.pipeline.cost import bubble_fraction, in_flight_of
+from strategies.rank import Share
+from strategies.shares import shares
 from strategies.strategy import Offload, Place, Schedule
 
 FEW_LAYERS = 3

@@ -19,5 +19,5 @@ class Fits:
     def __call__(self, choice: Choice) -> bool:
         key = (*choice[:4], holds_like(choice.schedule, choice.virtual), *choice[5:])
         if key not in self._known:
-            self._known[key] = self.problem.fits(self.problem.strategy(choice))
+            self._known[key] = self.problem.memory(self.problem.strategy(choice)).fits
         return self._known[key]

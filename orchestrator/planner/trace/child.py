@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.planner.problem import PlanError
 from strategies.catalog import unbuilt
-from strategies.pipeline import cost as pipeline
 from strategies.price.memory import MemoryPrice, Stages, reserve_bytes
+from strategies.shares import shares
 
 if TYPE_CHECKING:
     from orchestrator.planner.plan import Plan
@@ -44,7 +44,7 @@ def with_trace(plan: Plan) -> Plan:
     }
     if told["reason"] is not None:
         return replace(plan, trace=told)
-    by_rank = pipeline.shares(plan.strategy).by_rank
+    by_rank = shares(plan.strategy).by_rank
     firsts = {share: rank for rank, share in reversed(list(enumerate(by_rank)))}
     stages = _child(plan, sorted(firsts.values()))
     for stage in stages:

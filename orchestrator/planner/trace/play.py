@@ -29,7 +29,7 @@ from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.engine import BUCKET_BYTES, MicroBatch
 from strategies.engines.native import NativeSession, build_session
 from strategies.strategy import SPLIT_BACKWARD, Offload, Stage, Strategy
-from strategies.zero.cost import IN_FLIGHT
+from strategies.zero.state_bytes import IN_FLIGHT
 from strategies.zero.states import DTYPES
 
 SHORT, STEP = 3, 2

@@ -1,0 +1,57 @@
+"""The list of rooms, in their order, and what folds over it beside the prices. Core: apply doors are names that workers resolve.
+
+Each room works on what the one before it left. A new strategy is a new folder and a place in this list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from operator import attrgetter
+from typing import Any
+
+from strategies.model import cost as model
+from strategies.offload import cost as offload
+from strategies.pipeline import cost as pipeline
+from strategies.recompute import cost as recompute
+from strategies.room import Room
+from strategies.rules import Rule
+from strategies.strategy import Strategy
+from strategies.tensor import cost as tensor
+from strategies.zero import cost as zero
+
+ROOMS: tuple[Room, ...] = (
+    model.ROOM,
+    pipeline.CUT,
+    tensor.ROOM,
+    recompute.ROOM,
+    zero.ROOM,
+    offload.ROOM,
+    pipeline.SCHEDULED,
+)
+"""`cut` and `schedule` are the two acts of a pipeline."""
+
+APPLY: tuple[str, ...] = tuple(door for room in ROOMS for door in room.apply)
+"""`module:function` of the apply doors, in the order of the rooms."""
+
+
+def impossible(strategy: Strategy) -> Rule | None:
+    """Return the first rule that the choices break among themselves; None where they can be together."""
+    return next((rule for room in ROOMS for rule in room.impossible if rule.applies(strategy)), None)
+
+
+def without_effect(strategy: Strategy) -> list[Rule]:
+    """Return the rules of settings that change nothing. They are priced, and noted."""
+    return [rule for room in ROOMS for rule in room.without_effect if rule.applies(strategy)]
+
+
+@lru_cache(maxsize=64)
+def read_by(*doors: str) -> Callable[[Strategy], Any]:
+    """Return a function from a strategy to the values of all fields that the rooms read in these doors: the key under which
+    what the doors answer may be kept."""
+    fields = sorted({field for room in ROOMS for door in doors for field in room.reads.get(door, ())})
+    return attrgetter(*fields)
+
+
+def having(door: str) -> tuple[Room, ...]:
+    """Return the rooms that change something in a door, in their order."""
+    return tuple(room for room in ROOMS if getattr(type(room), door) is not getattr(Room, door))
