@@ -13,12 +13,14 @@ from orchestrator.planner.render import (
     COMPONENTS,
     TIMES,
     bytes_told,
+    met_by,
     offload_told,
     rate_told,
     recompute_told,
     seconds_told,
     sensitivity_told,
     strategy_told,
+    target_told,
 )
 from strategies.pipeline.timeline import timeline
 
@@ -323,17 +325,19 @@ def _nearest(plan: Plan) -> str:
 def _targets(plan: Plan) -> str:
     rows = []
     for row in plan.targets:
-        got = "unknown" if row["got"] is None else f"{row['got']:,.0f}"
+        name = row["name"]
+        got = target_told(name, row["got"])
         verdict = (
-            '<td class="good">met</td>'
+            '<td class="good line">met</td>'
             if row["met"]
-            else f'<td class="bad">missed; {escape(row["would_meet"] or "nothing near meets it")}</td>'
+            else f'<td class="bad line">missed; {escape(met_by(row))}</td>'
         )
         rows.append(
-            f'<tr><td>{escape(row["name"])}</td><td class="num">{row["wanted"]:,.0f}</td><td class="num">{got}</td>{verdict}</tr>'
+            f'<tr><td>{escape(name)}</td><td class="num" data-unit="wanted,">{target_told(name, row["wanted"])}</td>'
+            f'<td class="num" data-unit="is what it gets">{got}</td>{verdict}</tr>'
         )
     head = '<tr><th>target</th><th class="num">wanted</th><th class="num">gets</th><th></th></tr>'
-    return _section("Targets", f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>') if rows else ""
+    return _section("Targets", f'<table class="stack">{head}{"".join(rows)}</table>') if rows else ""
 
 
 def _sensitivity(plan: Plan) -> str:

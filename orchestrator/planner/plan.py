@@ -104,14 +104,17 @@ class Plan:
 
     @cached_property
     def targets(self) -> list[dict[str, Any]]:
-        """[{name, wanted, got, met, would_meet}]."""
-        rows = judged(self.job, self.solution, self.cost)
+        """[{name, wanted, got, met, would_meet, would_meet_alone}]: the nearest cluster size that meets all targets; where none
+        does, of each that is missed the nearest that meets it."""
+        rows, price = judged(self.job, self.solution, self.cost), self.cluster.usd_per_gpu_hour
         missed = [row for row in rows if not row["met"]]
         known = all(row["got"] is not None for row in missed)
-        hint = (
-            would_meet(self.solution, wanted_of(self.job, self.cluster.usd_per_gpu_hour)) if missed and known else None
-        )
-        return [row | {"would_meet": None if row["met"] else hint} for row in rows]
+        every = would_meet(self.solution, wanted_of(self.job, price)) if missed and known else None
+        told = {row["name"]: {"would_meet": every, "would_meet_alone": every} for row in missed}
+        if known and every is None and len(rows) > 1:
+            for name, hints in told.items():
+                hints["would_meet_alone"] = would_meet(self.solution, wanted_of(self.job, price, only=name))
+        return [row | told.get(row["name"], {"would_meet": None, "would_meet_alone": None}) for row in rows]
 
     @cached_property
     def targets_met(self) -> bool:

@@ -100,6 +100,18 @@ def seconds_told(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
+LONG_S = 365 * 86400.0
+"""A training that takes longer fits in memory and nowhere else."""
+
+
+def length_told(seconds: float) -> str:
+    """95.8 days; from a year on 4.9 years."""
+    years = seconds / LONG_S
+    if years < 1:
+        return f"{seconds / 86400:,.1f} days"
+    return f"{years:,.1f} years" if years < 100 else f"{years:,.0f} years"
+
+
 def rate_told(per_second: float) -> str:
     """1,234; below ten with two digits: 0.31."""
     return f"{per_second:,.0f}" if per_second >= 10 or per_second == 0 else f"{per_second:.2g}"
@@ -306,10 +318,16 @@ def _targets(plan: Plan) -> Iterator[str]:
         text = f"{row['name']}: wanted {target_told(row['name'], row['wanted'])}, gets {target_told(row['name'], row['got'])}"
         yield painted(f"met     {text}", GREEN) if row["met"] else painted(f"missed  {text}", RED)
         if not row["met"]:
-            met_by = (
-                f"would meet: {row['would_meet']}" if row["would_meet"] else "no size within a factor of 8 meets it"
-            )
-            yield f"        {met_by}"
+            yield from (f"        {line}" for line in wrapped(met_by(row), 66))
+
+
+def met_by(row: dict[str, Any]) -> str:
+    """Which cluster size would meet a target that is missed."""
+    if row["would_meet"]:
+        return f"would meet: {row['would_meet']}"
+    if row["would_meet_alone"]:
+        return f"no size within a factor of 8 meets all targets; this one alone: {row['would_meet_alone']}"
+    return "no size within a factor of 8 meets it"
 
 
 def target_told(name: str, value: float | None) -> str:

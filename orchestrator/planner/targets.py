@@ -12,18 +12,44 @@ if TYPE_CHECKING:
     from orchestrator.spec import Job
 
 
-def wanted_of(job: Job, usd_per_gpu_hour: float | None) -> Wanted:
-    """The targets as limits on the seconds of a step and on its GPU-seconds."""
-    targets = job.targets
+def limits(
+    *,
+    tokens_per_step: int,
+    num_steps: float | None,
+    usd_per_gpu_hour: float | None,
+    tokens_per_second_per_gpu: float | None = None,
+    finish_within_s: float | None = None,
+    budget_usd: float | None = None,
+) -> Wanted:
+    """Return targets as limits on the seconds of a step and on its GPU-seconds; those of an unknown length or price are none."""
     step_s = gpu_s = float("inf")
-    if targets.tokens_per_second_per_gpu is not None:
-        gpu_s = job.tokens_per_step / (targets.tokens_per_second_per_gpu * (1 - targets.tolerance))
-    if job.num_steps:
-        if targets.finish_within is not None:
-            step_s = targets.finish_within / job.num_steps
-        if targets.budget_usd is not None and usd_per_gpu_hour:
-            gpu_s = min(gpu_s, targets.budget_usd / usd_per_gpu_hour * 3600 / job.num_steps)
+    if tokens_per_second_per_gpu is not None:
+        gpu_s = tokens_per_step / tokens_per_second_per_gpu
+    if num_steps:
+        if finish_within_s is not None:
+            step_s = finish_within_s / num_steps
+        if budget_usd is not None and usd_per_gpu_hour:
+            gpu_s = min(gpu_s, budget_usd / usd_per_gpu_hour * 3600 / num_steps)
     return Wanted(step_s=step_s, gpu_s=gpu_s)
+
+
+def wanted_of(job: Job, usd_per_gpu_hour: float | None, *, only: str | None = None) -> Wanted:
+    """Return the job's targets as limits on a step, or one of them by its name."""
+    targets, speed = job.targets, job.targets.tokens_per_second_per_gpu
+    wanted = {
+        "tokens_per_second_per_gpu": None if speed is None else speed * (1 - targets.tolerance),
+        "finish_within": targets.finish_within,
+        "budget_usd": targets.budget_usd,
+    }
+    kept = {name: value if only in (None, name) else None for name, value in wanted.items()}
+    return limits(
+        tokens_per_step=job.tokens_per_step,
+        num_steps=job.num_steps,
+        usd_per_gpu_hour=usd_per_gpu_hour,
+        tokens_per_second_per_gpu=kept["tokens_per_second_per_gpu"],
+        finish_within_s=kept["finish_within"],
+        budget_usd=kept["budget_usd"],
+    )
 
 
 def judged(job: Job, solution: Solution, cost: dict[str, float | None]) -> list[dict[str, Any]]:
@@ -46,7 +72,7 @@ def judged(job: Job, solution: Solution, cost: dict[str, float | None]) -> list[
 def would_meet(
     solution: Solution, wanted: Wanted, *, sizes: tuple[float, ...] = (2, 4, 8, 0.5, 0.25, 0.125)
 ) -> str | None:
-    """The nearest cluster size on which all targets are met, each tried by planning; None: not within a factor of 8."""
+    """The nearest cluster size on which these limits are kept, each tried by planning; None: not within a factor of 8."""
     from dataclasses import replace
 
     problem = solution.problem

@@ -310,6 +310,22 @@ def test_a_target_that_another_size_meets_names_it() -> None:
     assert row["would_meet"].startswith("16 GPUs")
 
 
+def test_targets_that_no_size_meets_together_each_name_the_size_that_meets_it_alone() -> None:
+    free = planned(training={"steps": 10_000})
+    wall_s, usd = free.cost["wall_s"], free.cost["usd"]
+    assert wall_s is not None
+    assert usd is not None
+    targets = {"finish_within": f"{int(wall_s * 0.6)}s", "budget_usd": usd / 10}
+    got = planned(training={"steps": 10_000}, targets=targets)
+    rows = {row["name"]: row for row in got.targets}
+    assert [row["would_meet"] for row in rows.values()] == [None, None]
+    assert rows["finish_within"]["would_meet_alone"].startswith("16 GPUs")
+    assert rows["budget_usd"]["would_meet_alone"] is None
+    text = " ".join(render(got).split())
+    assert "no size within a factor of 8 meets all targets; this one alone: 16 GPUs" in text
+    assert text.count("no size within a factor of 8 meets it") == 1
+
+
 def test_the_cheapest_costs_no_more_than_the_fastest_and_the_fewest_uses_no_more() -> None:
     fastest, cheapest, fewest = (planned(objective=name) for name in ("fastest", "cheapest", "fewest_gpus"))
     assert cheapest.cost["usd"] is not None
