@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +11,7 @@ import click
 from orchestrator.cli.errors import CommandError, ExitCode
 
 if TYPE_CHECKING:
+    from clusters.cluster import Cluster
     from orchestrator.models.architecture import Architecture
 
 _RANGE = re.compile(r"([1-9][0-9]*)\.\.([1-9][0-9]*)")
@@ -20,9 +22,17 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option(
     "--model", "models", multiple=True, required=True, metavar="NAME", help="A catalog model; may be repeated."
 )
-@click.option("--gpu", required=True, metavar="NAME", help="A catalog GPU, such as a100-80gb.")
-@click.option("--gpus", default="1..64", show_default=True, metavar="RANGE", help="1..64 (doublings) or 8,16,24.")
-@click.option("--gpus-per-node", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--gpu", metavar="NAME", help="A catalog GPU, such as a100-80gb.")
+@click.option(
+    "--cluster", metavar="FILE", help="In place of --gpu: a cluster file, of which GPU, node, network and price count."
+)
+@click.option(
+    "--gpus", metavar="RANGE", help="1..64 (doublings) or 8,16,24. [1..64; with --cluster up to what the file has]"
+)
+@click.option("--gpus-per-node", type=click.IntRange(min=1), help="[8; with --cluster what the file has]")
+@click.option(
+    "--usd-per-gpu-hour", type=click.FloatRange(min=0, min_open=True), metavar="USD", help="A price of your own."
+)
 @click.option("--tokens", type=float, metavar="N", help="Length of the training, for days and dollars (300e9).")
 @click.option(
     "--global-batch-size", type=click.IntRange(min=1), default=1024, show_default=True, help="Sequences a step."
@@ -36,9 +46,11 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option("--html", metavar="FILE", help="Write a heat map as one self-contained page.")
 def command(
     models: tuple[str, ...],
-    gpu: str,
-    gpus: str,
-    gpus_per_node: int,
+    gpu: str | None,
+    cluster: str | None,
+    gpus: str | None,
+    gpus_per_node: int | None,
+    usd_per_gpu_hour: float | None,
     tokens: float | None,
     global_batch_size: int,
     sequence_length: int,
@@ -50,8 +62,6 @@ def command(
     html: str | None,
 ) -> int:
     """What fits on how many GPUs, how fast, in how many days, at what price."""
-    from clusters.catalog import load_cluster
-    from clusters.cluster import Cluster
     from orchestrator.planner.capacity import Question, capacity, told
 
     question = Question(
@@ -65,20 +75,19 @@ def command(
     )
     if (finish_within or budget_usd) and not tokens:
         raise CommandError("a deadline or a budget needs the length of the training", "add --tokens 300e9")
-
-    def cluster_of(size: int) -> Cluster:
-        nodes, per_node = (1, size) if size <= gpus_per_node else (size // gpus_per_node, gpus_per_node)
-        return load_cluster(f"{gpu}-{nodes}x{per_node}")
-
+    base = _base(gpu, cluster, gpus_per_node, usd_per_gpu_hour)
+    if budget_usd and base.usd_per_gpu_hour is None:
+        raise CommandError(
+            f"no price of {base.accelerator.name} is known, so no budget can be kept", "add --usd-per-gpu-hour 2.5"
+        )
+    sizes, between = _sizes(gpus or f"1..{base.num_gpus if cluster else 64}", base.gpus_per_node)
     archs = [_architecture(name) for name in models]
-    try:
-        cluster_of(1)
-    except ValueError as error:
-        message, _, fix = str(error).partition("\n  to fix: ")
-        raise CommandError(message, fix or "see `ls clusters/catalog`") from None
-    table = capacity(archs, _sizes(gpus, gpus_per_node), cluster_of=cluster_of, question=question)
+    table = capacity(archs, sizes, cluster_of=partial(_sized, base), question=question, between=between)
+    refused = [cell.refused for cell in table.cells]
+    if refused[0] is not None and all(refused):
+        raise CommandError(refused[0].reason, refused[0].fix)
     if html:
-        from orchestrator.planner.html import write_capacity
+        from orchestrator.planner.capacity_page import write_capacity
 
         write_capacity(table, html)
     if as_json:
@@ -89,6 +98,39 @@ def command(
         click.echo("\n".join(told(table)))
     good = [cell.meets if question.has_target else cell.fits for cell in table.cells]
     return ExitCode.DONE if any(good) else ExitCode.DOES_NOT_FIT
+
+
+def _base(gpu: str | None, cluster: str | None, gpus_per_node: int | None, usd_per_gpu_hour: float | None) -> Cluster:
+    """Return the cluster that is resized: one node of the catalog's, or the file's."""
+    from dataclasses import replace
+
+    from clusters.catalog import load_cluster
+
+    if (gpu is None) == (cluster is None):
+        raise CommandError(
+            "capacity needs the GPUs that it counts", "add --gpu a100-80gb, or --cluster FILE, and not both"
+        )
+    try:
+        base = load_cluster(cluster) if cluster is not None else load_cluster(f"{gpu}-1x{gpus_per_node or 8}")
+    except ValueError as error:
+        message, _, fix = str(error).partition("\n  to fix: ")
+        raise CommandError(message, fix or "`shardwise doctor` shows what is known") from None
+    if base.accelerator.kind != "cuda":
+        raise CommandError(
+            f"{base.name}: capacity counts GPUs, this is a {base.accelerator.kind}", "`shardwise plan` plans it"
+        )
+    price = base.usd_per_gpu_hour if usd_per_gpu_hour is None else usd_per_gpu_hour
+    return replace(base, gpus_per_node=gpus_per_node or base.gpus_per_node, usd_per_gpu_hour=price)
+
+
+def _sized(base: Cluster, size: int) -> Cluster:
+    """Return the cluster with so many GPUs: some of one node, or whole nodes."""
+    from dataclasses import replace
+
+    most = base.gpus_per_node
+    nodes, per_node = (1, size) if size <= most else (size // most, most)
+    name = f"{base.accelerator.name}-{nodes}x{per_node}"
+    return replace(base, name=name, num_nodes=nodes, gpus_per_node=per_node)
 
 
 def _architecture(name: str) -> Architecture:
@@ -105,8 +147,10 @@ def _architecture(name: str) -> Architecture:
     return CATALOG[name]
 
 
-def _sizes(text: str, gpus_per_node: int) -> list[int]:
-    """1..64: doublings from 1 to 64, both ends among them. 8,16,24: those."""
+def _sizes(text: str, gpus_per_node: int) -> tuple[list[int], list[int]]:
+    """Return the numbers of GPUs to show, and those among which the smallest are looked for besides.
+
+    1..64: doublings from 1 to 64, both ends among them, and all between that fill nodes. 8,16,24: those, and none besides."""
     match = _RANGE.fullmatch(text.strip())
     if match:
         first, last = int(match[1]), int(match[2])
@@ -125,7 +169,8 @@ def _sizes(text: str, gpus_per_node: int) -> list[int]:
             f"--gpus {text!r} does not fill nodes of {gpus_per_node}",
             f"multiples of {gpus_per_node} beyond one node, ascending",
         )
-    return sizes
+    every = range(sizes[0], sizes[-1] + 1) if match else ()
+    return sizes, [size for size in every if size <= gpus_per_node or size % gpus_per_node == 0]
 
 
 def _seconds(text: str | None) -> float | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from math import ceil, floor, log2, log10
 from typing import TYPE_CHECKING
 
+from orchestrator.planner.render import length_told
 from strategies.pipeline.timeline import Bar
 
 if TYPE_CHECKING:
@@ -31,6 +33,13 @@ def rect(x: float, y: float, width: float, height: float, css: str, title: str =
     return (
         f'<rect x="{x:.2f}" y="{y:.2f}" width="{max(0.0, width):.2f}" height="{height:.2f}" class="{css}">{tip}</rect>'
     )
+
+
+def ticks(low: float, high: float, *, about: int = 4) -> list[float]:
+    """Return round numbers (1, 2 or 5 times a power of ten apart) between two, some `about` of them."""
+    step = 10.0 ** floor(log10((high - low) / about)) if high > low else 1.0
+    step *= min((1, 2, 5, 10), key=lambda factor: abs((high - low) / (step * factor) - about))
+    return [step * i for i in range(ceil(low / step), floor(high / step) + 1)]
 
 
 def stacked_bars(
@@ -77,25 +86,25 @@ def one_bar(parts: Sequence[tuple[str, float, str, str]], *, label: str, width: 
     return svg(44, "".join(body), label, width)
 
 
-def schedule(bars: Sequence[Bar], ranks: int, label: str) -> str:
+def schedule(bars: Sequence[Bar], ranks: int, label: str, *, width: float = WIDE) -> str:
     """Ranks down, time across: forward, backward and weight gradients, the micro batch in each that has room."""
     left, each = 46.0, max(9.0, min(26.0, 320.0 / ranks))
     end = max(bar.end for bar in bars)
-    scale = (WIDE - left) / end
+    scale = (width - left) / end
     body = []
     for rank in range(ranks):
         y = rank * each
-        body.append(rect(left, y + 1, WIDE - left, each - 3, "idle"))
+        body.append(rect(left, y + 1, width - left, each - 3, "idle"))
         if each >= 12 or rank % 4 == 0:
             body.append(text(left - 6, y + each / 2 + 4, f"rank {rank}", "axis", "end"))
     for bar in bars:
-        x, width, y = left + bar.start * scale, (bar.end - bar.start) * scale, bar.rank * each
+        x, wide, y = left + bar.start * scale, (bar.end - bar.start) * scale, bar.rank * each
         shade = " later" if bar.stage >= ranks else ""
         title = f"{bar.kind} of micro batch {bar.micro}, stage {bar.stage}, rank {bar.rank}"
-        body.append(rect(x, y + 1, max(0.4, width - 0.6), each - 3, f"{bar.kind}{shade}", title))
-        if width > 13 and each >= 14:
-            body.append(text(x + width / 2, y + each / 2 + 3.5, str(bar.micro), "tiny", "middle"))
-    return svg(ranks * each + 4, "".join(body), label)
+        body.append(rect(x, y + 1, max(0.4, wide - min(0.6, wide / 4)), each - 3, f"{bar.kind}{shade}", title))
+        if wide > 13 and each >= 14:
+            body.append(text(x + wide / 2, y + each / 2 + 3.5, str(bar.micro), "tiny", "middle"))
+    return svg(ranks * each + 4, "".join(body), label, width)
 
 
 def frontier(
@@ -113,12 +122,13 @@ def frontier(
         x = left + (min(memory, high_x) - low_x) / (high_x - low_x) * (width - left - 14)
         return x, top + (high_y - speed) / (high_y - low_y) * (height - top - bottom)
 
-    for i in range(5):
-        speed, memory = low_y + (high_y - low_y) * i / 4, low_x + (high_x - low_x) * i / 4
-        x, y = place(memory, speed)
+    for speed in ticks(low_y, high_y):
+        _, y = place(low_x, speed)
         body.append(f'<line x1="{left}" x2="{width - 14}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        body.append(text(left - 6, y + 4, f"{speed:,.0f}", "axis", "end"))
-        body.append(text(x, height - 19, f"{memory:,.0f}", "axis", "middle"))
+        body.append(text(left - 6, y + 4, f"{speed:,.4g}" if speed < 1000 else f"{speed:,.0f}", "axis", "end"))
+    for memory in ticks(low_x, high_x, about=6 if width > NARROW else 4):
+        x, _ = place(memory, low_y)
+        body.append(text(x, height - 19, f"{memory:,.4g}", "axis", "middle"))
     body.append(text(width - 14, height - 4, "GiB on the fullest GPU", "axis", "end"))
     body.append(text(4, 10, unit, "axis"))
     at, _ = place(limit, low_y)
@@ -130,6 +140,56 @@ def frontier(
         body.append(
             f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" class="{css}"><title>{escape(title)}</title></circle>'
         )
+    return svg(height, "".join(body), label, width)
+
+
+def durations(
+    lines: Sequence[tuple[str, Sequence[tuple[int, float, str]]]],
+    *,
+    limit_s: float | None,
+    label: str,
+    width: float = WIDE,
+) -> str:
+    """A line a model of (GPUs, seconds, tooltip): GPUs across, days up, both in powers; a line at the deadline."""
+    points = [point for _, line in lines for point in line]
+    sizes = sorted({num_gpus for num_gpus, _, _ in points})
+    days = [seconds / 86400 for _, seconds, _ in points] + ([limit_s / 86400] if limit_s else [])
+    low, high = log10(min(days)) - 0.08, log10(max(days)) + 0.12
+    left, right, top, height, bottom = 62.0, 84.0, 14.0, 260.0, 40.0
+
+    def at_x(num_gpus: float) -> float:
+        place = (log2(num_gpus) - log2(sizes[0])) / (log2(sizes[-1]) - log2(sizes[0])) if len(sizes) > 1 else 0.5
+        return left + 10 + place * (width - left - right - 10)
+
+    def at_y(num_days: float) -> float:
+        return top + (high - log10(num_days)) / (high - low) * (height - top - bottom)
+
+    body = []
+    marks = [factor * 10.0**power for power in range(floor(low), ceil(high) + 1) for factor in (1, 2, 5)]
+    for mark in (mark for mark in marks if low <= log10(mark) <= high):
+        y = at_y(mark)
+        body.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
+        body.append(text(left - 6, y + 4, f"{mark:,.4g}", "axis", "end"))
+    taken = float("-inf")
+    for size in sizes:
+        if at_x(size) - taken > 26:
+            taken = at_x(size)
+            body.append(text(taken, height - 22, f"{size:,}", "axis", "middle"))
+    body.append(text(width - right, height - 6, "GPUs", "axis", "end"))
+    body.append(text(4, 10, "days", "axis"))
+    if limit_s:
+        y = at_y(limit_s / 86400)
+        body.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" class="limit"/>')
+        body.append(text(left + 4, y - 5, "deadline", "axis"))
+    for i, (name, line) in enumerate(lines):
+        css = f"line{i % 6}"
+        path = " ".join(f"{at_x(size):.1f},{at_y(seconds / 86400):.1f}" for size, seconds, _ in line)
+        body.append(f'<polyline points="{path}" class="{css}"/>')
+        for size, seconds, tip in line:
+            x, y = at_x(size), at_y(seconds / 86400)
+            body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" class="{css}"><title>{escape(tip)}</title></circle>')
+        size, seconds, _ = line[-1]
+        body.append(text(at_x(size) + 8, at_y(seconds / 86400) + 4, name, "axis strong"))
     return svg(height, "".join(body), label, width)
 
 
@@ -145,31 +205,38 @@ def heat_map(cells: Sequence[Cell], *, width: float = WIDE) -> str:
     ]
     for cell in cells:
         x, y = left + sizes.index(cell.num_gpus) * wide, top + models.index(cell.model) * each
-        if cell.mfu is None:
-            body.append(
-                rect(x + 1, y + 1, wide - 2, each - 2, "cold", f"{cell.model} on {cell.num_gpus}: does not fit")
-            )
-            body.append(text(x + wide / 2, y + each / 2 + 4, "–", "axis", "middle"))
-            continue
-        tip = f"{cell.model} on {cell.num_gpus}: {cell.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, MFU {cell.mfu:.1%}"
-        level = max(1, round(cell.mfu / most * 5))
-        css = (
-            f"heat{level}"
-            + ("" if cell.plain else " offloaded")
-            + (" met" if cell.question.has_target and cell.meets else "")
-        )
-        body.append(rect(x + 1, y + 1, wide - 2, each - 2, css, tip))
-        body.append(text(x + wide / 2, y + 20, f"{cell.tokens_per_second_per_gpu:,.0f}", f"on{level}", "middle"))
-        body.append(text(x + wide / 2, y + 36, _long(cell.wall_s) or f"{cell.mfu:.0%}", f"tiny on{level}", "middle"))
+        body += _heat_cell(cell, x, y, wide, each, max(1, round((cell.mfu or 0.0) / most * 5)))
     for i, model in enumerate(models):
         body.append(text(left - 8, top + (i + 0.5) * each + 4, model, "axis strong", "end"))
     height = top + len(models) * each + 4
     return svg(height, "".join(body), "tokens per second and GPU, by model and number of GPUs", width)
 
 
-def _long(seconds: float | None) -> str:
-    """Days, or years of two and more."""
-    if not seconds:
-        return ""
-    days = seconds / 86400
-    return f"{days:,.0f} d" if days < 730 else f"{days / 365:.1f} y" if days < 36500 else f"{days / 365:,.0f} y"
+def _heat_cell(cell: Cell, x: float, y: float, wide: float, each: float, level: int) -> list[str]:
+    """A cell's colour, its speed, and how long the training takes, or else its part of the peak."""
+    where = f"{cell.model} on {cell.num_gpus}"
+    if cell.mfu is None:
+        why = cell.refused.reason if cell.refused else "does not fit"
+        cross = text(x + wide / 2, y + each / 2 + 4, "does not fit" if wide > 76 else "–", "axis", "middle")
+        return [rect(x + 1, y + 1, wide - 2, each - 2, "cold", f"{where}: {why}"), cross]
+    tip = (
+        f"{where}: {cell.tokens_per_second_per_gpu:,.0f} tokens/s/GPU ± {cell.throughput_error:.0%}, MFU {cell.mfu:.1%}"
+        + ("" if cell.plain else ", only with offload")
+    )
+    css = f"heat{level}" + ("" if cell.plain else " offloaded")
+    css += " met" if cell.question.has_target and cell.meets else ""
+    told = length_told(cell.wall_s) if cell.wall_s is not None else f"{cell.mfu:.0%}"
+    if wide < 6 * len(told) and cell.wall_s is not None:
+        told = f"{cell.wall_s / 86400:,.0f} d" if not cell.is_long else told.replace(" years", " y")
+    body = [
+        rect(x + 1.5, y + 1.5, wide - 3, each - 3, css, tip),
+        text(x + wide / 2, y + 20, f"{cell.tokens_per_second_per_gpu:,.0f}", f"on{level}", "middle"),
+    ]
+    if not cell.is_long:
+        return [*body, text(x + wide / 2, y + 36, told, f"tiny on{level}", "middle")]
+    plate = min(wide - 8, 6.0 * len(told) + 8)
+    return [
+        *body,
+        rect(x + (wide - plate) / 2, y + 26, plate, 14, "plate", tip),
+        text(x + wide / 2, y + 36.5, told, "tiny long", "middle"),
+    ]

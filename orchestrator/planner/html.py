@@ -1,4 +1,4 @@
-"""A plan, or a table of capacity, as one page that opens offline: hand-written SVG, no request to anywhere."""
+"""A plan as one page that opens offline: hand-written SVG, no request to anywhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from orchestrator.planner.render import (
 from strategies.pipeline.timeline import timeline
 
 if TYPE_CHECKING:
-    from orchestrator.planner.capacity import Capacity
     from orchestrator.planner.plan import Plan
 
 GIB = 2**30
@@ -75,11 +74,6 @@ def write_page(plan: Plan, path: str | Path) -> None:
     Path(path).write_text(page(plan), encoding="utf-8")
 
 
-def write_capacity(table: Capacity, path: str | Path) -> None:
-    """Writes the heat map of a capacity table."""
-    Path(path).write_text(capacity_page(table), encoding="utf-8")
-
-
 def page(plan: Plan) -> str:
     """The plan's page."""
     problem = plan.solution.problem
@@ -102,32 +96,32 @@ def page(plan: Plan) -> str:
         _notes(plan),
     ]
     heading = f"{escape(plan.job.name)}: {escape(name)} on {escape(where)} {verdict}"
-    return _document(f"{plan.job.name}: plan", heading, "".join(section for section in sections if section))
+    return html_document(f"{plan.job.name}: plan", heading, "".join(part for part in sections if part))
 
 
-def _document(title: str, heading: str, body: str) -> str:
+def html_document(title: str, heading: str, body: str) -> str:
     css = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{css}</style></head><body><main>"
-        f'<header><h1>{heading}</h1><span><button id="all">all formulas</button> '
+        f'<header><h1>{heading}</h1><span class="buttons"><button id="all">all formulas</button> '
         '<button id="theme">theme</button></span></header>'
         f"{body}</main><script>{SCRIPT}</script></body></html>\n"
     )
 
 
-def _section(title: str, body: str, soft: str = "") -> str:
+def section(title: str, body: str, soft: str = "") -> str:
     note = f'<p class="soft">{escape(soft)}</p>' if soft else ""
     return f"<section><h2>{escape(title)}</h2>{note}{body}</section>"
 
 
-def _both(draw: Callable[[float], str]) -> str:
+def both(draw: Callable[[float], str]) -> str:
     """A drawing for a wide screen, and one for a phone."""
     return f'<div class="wide">{draw(charts.WIDE)}</div><div class="narrow">{draw(charts.NARROW)}</div>'
 
 
-def _number(value: str, name: str, formula: str) -> str:
+def number(value: str, name: str, formula: str) -> str:
     return (
         f'<details><summary><span class="value">{escape(value)}</span><span class="soft name">{escape(name)}</span></summary>'
         f'<div class="formula">{escape(formula)}</div></details>'
@@ -148,17 +142,17 @@ def _summary(plan: Plan) -> str:
     rates, cost, formulas, s = plan.throughput, plan.cost, headline_formulas(plan), plan.strategy
     peak = plan.price.memory.peak_bytes
     numbers = [
-        _number(rate_told(rates["tokens_per_second_per_gpu"]), "tokens/s/GPU", formulas["speed"]),
-        _number(f"± {plan.confidence['throughput_error']:.0%}", "stated error", formulas["error"]),
-        _number(f"{rates['mfu']:.1%}", "MFU", formulas["mfu"]),
-        _number(bytes_told(peak), f"of {bytes_told(plan.price.memory.usable_bytes)} a GPU", formulas["peak"]),
+        number(rate_told(rates["tokens_per_second_per_gpu"]), "tokens/s/GPU", formulas["speed"]),
+        number(f"± {plan.confidence['throughput_error']:.0%}", "stated error", formulas["error"]),
+        number(f"{rates['mfu']:.1%}", "MFU", formulas["mfu"]),
+        number(bytes_told(peak), f"of {bytes_told(plan.price.memory.usable_bytes)} a GPU", formulas["peak"]),
     ]
     if rates["hfu"] > rates["mfu"]:
-        numbers.insert(3, _number(f"{rates['hfu']:.1%}", "HFU", formulas["hfu"]))
+        numbers.insert(3, number(f"{rates['hfu']:.1%}", "HFU", formulas["hfu"]))
     if cost["wall_s"] is not None:
-        numbers.append(_number(seconds_told(cost["wall_s"]), f"{plan.job.num_steps:,} steps", formulas["wall"]))
+        numbers.append(number(seconds_told(cost["wall_s"]), f"{plan.job.num_steps:,} steps", formulas["wall"]))
     if cost["usd"] is not None:
-        numbers.append(_number(f"${cost['usd']:,.0f}", f"{cost['gpu_hours']:,.0f} GPU-hours", formulas["usd"]))
+        numbers.append(number(f"${cost['usd']:,.0f}", f"{cost['gpu_hours']:,.0f} GPU-hours", formulas["usd"]))
     virtual = f", {s.num_virtual_stages} stages a rank" if s.num_virtual_stages > 1 else ""
     degrees = (
         f"tensor {s.tensor_parallel_degree} x pipeline {s.pipeline_parallel_degree} x data {s.data_parallel_degree}"
@@ -193,7 +187,7 @@ def _memory(plan: Plan) -> str:
             for name, _ in COMPONENTS
         ]
         rows.append((f"rank {stage.pipeline_rank}" if len(memory.stages) > 1 else "every GPU", parts))
-    chart = _both(
+    chart = both(
         lambda width: charts.stacked_bars(
             rows,
             limit=memory.usable_bytes / GIB,
@@ -214,7 +208,7 @@ def _memory(plan: Plan) -> str:
         host = f"<p>Each node's host memory holds {bytes_told(memory.host_bytes_per_node)} of {of}"
         host += f", its NVMe {bytes_told(memory.nvme_bytes_per_node)}.</p>" if memory.nvme_bytes_per_node else ".</p>"
     where = f"on pipeline rank {fullest.pipeline_rank} " if len(memory.stages) > 1 else ""
-    return _section(
+    return section(
         "Memory", chart + listed + host, f"At its fullest {where}in {fullest.peak_phase}; the list is that GPU's."
     )
 
@@ -223,12 +217,12 @@ def _time(plan: Plan) -> str:
     time, formulas = plan.price.time, time_formulas(plan)
     rows = [(name, label, getattr(time, name)) for name, label, _ in TIMES if getattr(time, name) > 0]
     parts = [(label, value, f"f-{COLOURS[name]}", f"{label}: {seconds_told(value)}") for name, label, value in rows]
-    bar = _both(lambda width: charts.one_bar(parts, label="the parts of a step", width=width))
+    bar = both(lambda width: charts.one_bar(parts, label="the parts of a step", width=width))
     listed = _parts(
         (COLOURS[name], label, f"{seconds_told(value)} · {value / time.step_s:.1%}", formulas[name])
         for name, label, value in rows
     )
-    return _section(f"A step: {seconds_told(time.step_s)}", bar + listed, formulas["step_s"])
+    return section(f"A step: {seconds_told(time.step_s)}", bar + listed, formulas["step_s"])
 
 
 def _schedule(plan: Plan) -> str:
@@ -244,9 +238,9 @@ def _schedule(plan: Plan) -> str:
     key = '<p class="soft"><span class="forward-key">forward blue, backward green'
     key += ", weight gradients amber" if any(bar.kind == "weights" for bar in bars) else ""
     key += "; paler: a rank's later stages; grey: the bubble. Numbers are micro batches.</span></p>"
-    return _section(
+    return section(
         "Pipeline schedule",
-        key + f'<div class="scroll">{charts.schedule(bars, s.pipeline_parallel_degree, label)}</div>',
+        key + both(lambda width: charts.schedule(bars, s.pipeline_parallel_degree, label, width=width)),
         label,
     )
 
@@ -270,12 +264,12 @@ def _frontier(plan: Plan) -> str:
     chosen = f"chosen: {strategy_told(plan.strategy)}: {bytes_told(mine)}, {speed} tokens/s/GPU"
     points.append((mine / GIB, plan.tokens_per_second_per_gpu, "dot chosen", chosen))
     limit = plan.price.memory.usable_bytes / GIB
-    chart = _both(
+    chart = both(
         lambda width: charts.frontier(
             points, limit=limit, unit="tokens/s/GPU", label="memory against speed", width=width
         )
     )
-    return _section(
+    return section(
         "Memory against speed",
         chart,
         "The best of each family; blue is chosen, hollow does not fit. Hover or tap for the strategy.",
@@ -302,7 +296,7 @@ def _losers(plan: Plan) -> str:
             f"{search.num_candidates:,} candidates: {search.num_priced:,} priced, {search.num_candidates - search.num_priced:,} "
             f"rejected by bounds in groups, each with one reason; {seconds_told(search.seconds)}."
         )
-    return _section("Why the others lost", f'<table class="stack">{head}{"".join(rows)}</table>', note)
+    return section("Why the others lost", f'<table class="stack">{head}{"".join(rows)}</table>', note)
 
 
 def _nearest(plan: Plan) -> str:
@@ -319,7 +313,7 @@ def _nearest(plan: Plan) -> str:
         f'<div class="scroll"><table>{head}{"".join(rows)}</table></div>' if rows else "<p>Nothing that was tried.</p>"
     )
     refused = "".join(f"<p>No answer for {escape(reason)}</p>" for reason in plan.nearest_refused)
-    return _section("What would fit", table + refused)
+    return section("What would fit", table + refused)
 
 
 def _targets(plan: Plan) -> str:
@@ -337,61 +331,13 @@ def _targets(plan: Plan) -> str:
             f'<td class="num" data-unit="is what it gets">{got}</td>{verdict}</tr>'
         )
     head = '<tr><th>target</th><th class="num">wanted</th><th class="num">gets</th><th></th></tr>'
-    return _section("Targets", f'<table class="stack">{head}{"".join(rows)}</table>') if rows else ""
+    return section("Targets", f'<table class="stack">{head}{"".join(rows)}</table>') if rows else ""
 
 
 def _sensitivity(plan: Plan) -> str:
     lines = sensitivity_told(plan)
-    return _section("How firm is the choice", "".join(f"<p>{escape(line)}</p>" for line in lines)) if lines else ""
+    return section("How firm is the choice", "".join(f"<p>{escape(line)}</p>" for line in lines)) if lines else ""
 
 
 def _notes(plan: Plan) -> str:
-    return _section("Notes", "".join(f"<p>{escape(note)}</p>" for note in plan.notes)) if plan.notes else ""
-
-
-def capacity_page(table: Capacity) -> str:
-    """The heat map, the smallest clusters, and every cell as a row."""
-    heat = _both(lambda width: charts.heat_map(table.cells, width=width))
-    smallest = []
-    for model, found in table.smallest.items():
-        told = [
-            f"{name.replace('_', ' ')}: {cell.num_gpus if cell else 'none of these'}" for name, cell in found.items()
-        ]
-        smallest.append(f"<p><b>{escape(model)}</b>, smallest number of GPUs that {escape('; '.join(told))}</p>")
-    rows = []
-    for cell in table.cells:
-        if cell.best is None:
-            rows.append(
-                f'<tr><td>{escape(cell.model)}</td><td class="num" data-unit="GPUs">{cell.num_gpus}</td>'
-                '<td colspan="5" class="bad">does not fit</td></tr>'
-            )
-            continue
-        days = f"{cell.wall_s / 86400:,.1f}" if cell.wall_s is not None else "–"
-        usd = f"{cell.usd:,.0f}" if cell.usd is not None else "–"
-        rows.append(
-            f'<tr><td>{escape(cell.model)}</td><td class="num" data-unit="GPUs">{cell.num_gpus}</td>'
-            f'<td class="num" data-unit="tokens/s/GPU">{rate_told(cell.tokens_per_second_per_gpu or 0.0)}</td>'
-            f'<td class="num" data-unit="MFU">{cell.mfu:.1%}</td><td class="num" data-unit="days">{days}</td>'
-            f'<td class="num" data-unit="dollars">{usd}</td>'
-            f'<td class="line">{escape(strategy_told(cell.best.strategy))}</td></tr>'
-        )
-    head = "".join(
-        f'<th class="{css}">{name}</th>'
-        for name, css in (
-            ("model", ""),
-            ("GPUs", "num"),
-            ("tokens/s/GPU", "num"),
-            ("MFU", "num"),
-            ("days", "num"),
-            ("dollars", "num"),
-            ("strategy", ""),
-        )
-    )
-    body = _section(
-        "Tokens per second and GPU",
-        heat,
-        "Darker: a larger part of the GPU's peak. Dashed: only with offload. Green frame: meets the target.",
-    )
-    body += _section("Smallest clusters", "".join(smallest))
-    body += _section("Every cell", f'<table class="stack"><tr>{head}</tr>{"".join(rows)}</table>')
-    return _document("capacity", "What fits on how many GPUs", body)
+    return section("Notes", "".join(f"<p>{escape(note)}</p>" for note in plan.notes)) if plan.notes else ""

@@ -105,8 +105,10 @@ LONG_S = 365 * 86400.0
 
 
 def length_told(seconds: float) -> str:
-    """95.8 days; from a year on 4.9 years."""
+    """95.8 days; 7.2 h below two days, 4.9 years from a year on."""
     years = seconds / LONG_S
+    if seconds < 2 * 86400:
+        return seconds_told(seconds)
     if years < 1:
         return f"{seconds / 86400:,.1f} days"
     return f"{years:,.1f} years" if years < 100 else f"{years:,.0f} years"

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from clusters.catalog import load_cluster
+from clusters.inventory.file import write_cluster
+from orchestrator.cli import main
 from orchestrator.planner import explain
 from orchestrator.planner.capacity import Question, capacity, told
-from orchestrator.planner.html import capacity_page, page
+from orchestrator.planner.charts import ticks
+from orchestrator.planner.html import page
 from orchestrator.planner.plan import Plan, plan
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.render import bar, bytes_told, render, seconds_told
@@ -136,7 +143,6 @@ def test_splitting_the_backward_shrinks_the_bubble(made: Plan, schedule: Any) ->
 
 
 def test_capacity_answers_what_fits_and_the_smallest_that_does() -> None:
-    from clusters.catalog import load_cluster
     from orchestrator.models.architecture import CATALOG
 
     question = Question(
@@ -151,8 +157,152 @@ def test_capacity_answers_what_fits_and_the_smallest_that_does() -> None:
     assert 1 < smallest["fits_without_offload"].num_gpus <= 4
     assert smallest["meets_target"] is None
     assert any("smallest that fits" in line for line in told(table))
-    assert "<svg" in capacity_page(table)
     assert table.to_dict()["smallest"]["opt-6.7b"]["meets_target"] is None
+
+
+def capacity_of(capsys: pytest.CaptureFixture[str], *arguments: str) -> Any:
+    """What the command prints as JSON."""
+    assert main(["capacity", "--json", *arguments]) in (0, 3)
+    return json.loads(capsys.readouterr().out)
+
+
+def test_capacity_speaks_of_the_counts_that_were_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = capacity_of(capsys, "--model", "llama-13b", "--gpu", "a100-80gb", "--gpus", "16,32")
+    assert asked["smallest"]["llama-13b"] == {"fits": 16, "fits_without_offload": 16}
+
+
+@pytest.mark.parametrize("model", ["llama-13b", "opt-30b"])
+def test_of_a_range_the_smallest_is_looked_for_and_what_fits_without_offload_fits(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ("--model", model, "--gpu", "a100-80gb")
+    found = capacity_of(capsys, *args, "--gpus", "4..32")["smallest"][model]
+    assert 4 <= found["fits"] <= found["fits_without_offload"] < 8
+    for size in range(4, found["fits_without_offload"]):
+        (cell,) = capacity_of(capsys, *args, "--gpus", str(size))["cells"]
+        assert not cell["without_offload"]["fits"]
+
+
+def test_capacity_takes_a_cluster_and_a_price_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "own.yaml"
+    file.write_text("gpu: a100-80gb\nnodes: 4\ngpus_per_node: 4\ninter_node_gbps: 100\nusd_per_gpu_hour: 3\n")
+    args = ("--model", "opt-30b", "--tokens", "1e9")
+    own = capacity_of(capsys, *args, "--cluster", str(file))
+    assert [cell["num_gpus"] for cell in own["cells"]] == [1, 2, 4, 8, 16]
+    assert (own["asked"]["gpus_per_node"], own["asked"]["usd_per_gpu_hour"]) == (4, 3)
+    dear = capacity_of(capsys, *args, "--cluster", str(file), "--usd-per-gpu-hour", "6", "--gpus", "16")
+    catalog = capacity_of(capsys, *args, "--gpu", "a100-80gb", "--gpus", "16")
+    (slow, costly, fast) = own["cells"][-1], dear["cells"][0], catalog["cells"][0]
+    assert costly["usd"] == pytest.approx(2 * slow["usd"])
+    assert slow["tokens_per_second_per_gpu"] < fast["tokens_per_second_per_gpu"]
+    one_plan = plan(
+        parse_job(
+            {
+                "version": 1,
+                "name": "same",
+                "model": "opt-30b",
+                "batch": {"global_batch_size": 1024, "sequence_length": 2048},
+                "training": {"precision": "bf16"},
+                "cluster": str(file),
+            }
+        )
+    )
+    assert slow["tokens_per_second_per_gpu"] == one_plan.tokens_per_second_per_gpu
+    assert slow["throughput_error"] == one_plan.confidence["throughput_error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--gpus", "8"], "--gpu a100-80gb, or --cluster FILE"),
+        (["--gpu", "a100-80gb", "--cluster", "x.yaml"], "and not both"),
+        (["--cluster", "missing.yaml"], "cannot read the cluster file"),
+        (["--gpu", "a100-80bg"], "a100-80gb"),
+        (["--gpu", "v100-32gb"], "training.precision bf16 cannot run on v100-32gb"),
+        (["--gpu", "a100-80gb", "--budget-usd", "100"], "--tokens 300e9"),
+    ],
+)
+def test_what_capacity_cannot_answer_is_said_and_how_to_fix_it(
+    arguments: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["capacity", "--model", "opt-1.3b", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert told in error
+    assert "to fix:" in error
+
+
+def test_a_budget_needs_a_price_and_processors_are_not_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free, processors = tmp_path / "free.yaml", tmp_path / "cpu.yaml"
+    write_cluster(free, replace(load_cluster("a100-80gb-1x2"), usd_per_gpu_hour=None))
+    processors.write_text("gpu: cpu\nnodes: 1\ngpus_per_node: 2\n")
+    asked = ["capacity", "--model", "opt-1.3b", "--tokens", "1e9", "--budget-usd", "100"]
+    assert main([*asked, "--cluster", str(free)]) == 2
+    assert "add --usd-per-gpu-hour" in capsys.readouterr().err
+    assert main([*asked, "--cluster", str(free), "--usd-per-gpu-hour", "2"]) == 0
+    assert "$2.00 a GPU-hour" in capsys.readouterr().out
+    assert main([*asked, "--cluster", str(processors)]) == 2
+    assert "capacity counts GPUs" in capsys.readouterr().err
+
+
+def test_what_fits_but_takes_years_is_said_loudly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page_file = tmp_path / "page.html"
+    asked = [
+        "--model",
+        "llama-13b",
+        "--gpu",
+        "a100-80gb",
+        "--gpus",
+        "1,64",
+        "--tokens",
+        "300e9",
+        "--finish-within",
+        "60d",
+    ]
+    assert main(["capacity", *asked, "--html", str(page_file)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"smallest that fits: 1 GPU, but it takes \d\.\d years", text)
+    assert re.search(r"smallest that meets every target: 64 GPUs, in \d+\.\d days", text)
+    assert "± 40%" in text
+    html = page_file.read_text()
+    for word in ("a100-80gb", "300B tokens", "done within 60.0 days", "$1.79", "± 30% to 40%", "How long it takes"):
+        assert word in html
+    assert html.count('class="plate"') == html.count("tiny long") == 2  # the drawing of a wide screen and of a phone
+    assert not re.search(r"(src|href)=|url\(|https?://(?!\S*[a-z])", html)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 100, [0, 20, 40, 60, 80, 100]),
+        (967, 1042, [980, 1000, 1020, 1040]),
+        (62, 140, [80, 100, 120, 140]),
+        (3, 3, [3]),
+        (0.012, 0.031, [0.015, 0.02, 0.025, 0.03]),
+    ],
+)
+def test_an_axis_has_round_ticks(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_the_pipeline_is_drawn_for_a_phone_as_well() -> None:
+    made = plan(
+        parse_job(
+            {
+                "version": 1,
+                "name": "piped",
+                "model": "opt-13b",
+                "batch": {"global_batch_size": 64, "sequence_length": 2048},
+                "cluster": "a100-80gb-1x8",
+                "strategy": {"pipeline_parallel_degree": 4},
+            }
+        )
+    )
+    section = re.search(r"<h2>Pipeline schedule</h2>.*?</section>", page(made))
+    assert section is not None
+    assert re.findall(r'viewBox="0 0 (\d+)', section[0]) == ["720", "360"]
+    assert "scroll" not in section[0]
 
 
 @pytest.mark.parametrize(("value", "text"), [(0, ""), (0.5, "█████"), (1.0, "█" * 10), (2.0, "█" * 10), (0.0125, "▏")])
