@@ -126,7 +126,7 @@ def test_the_search_finds_what_brute_force_finds(name: str) -> None:
     best, number, feasible = brute_force(asked, every_size=every_size)
     found = search(asked)
     assert found.num_candidates == number
-    assert all(asked.fits(asked.strategy(family.choice)) for family in found.families)
+    assert all(asked.memory(asked.strategy(family.choice)).fits for family in found.families)
     if best is None:
         assert found.best is None
         assert found.closest is not None
