@@ -34,6 +34,8 @@ STRIKE_AT = 12
 """Step at which a fault strikes; two checkpoints are there by then."""
 HANG_SCALE = 0.06
 """Of the limits where a hang must be seen: 18 s without a sign of life, 108 s for the first step."""
+SLOW_S, LONGER_S = 12.0, 30.0
+"""A pause within the scaled limit, and one beyond it."""
 LIMIT_S = 240.0
 """Longest run of the command."""
 CLOCK = """
@@ -144,6 +146,8 @@ class Fault:
     """What benchmarks/stuck is told, instead of a strike."""
     hangs: bool = False
     """Limits are scaled, and one restart is the answer."""
+    lives: bool = False
+    """Limits are scaled, and no restart is the answer: what is only slow is left alone."""
     stops: bool = False
     """The answer is a checkpoint and exit code 5; the same command then goes on to the end."""
     kind: str
@@ -181,8 +185,16 @@ def jump(scene: Scene) -> None:
         scene.until_step(chaos.last_step(scene.folder) + 5)
 
 
-def stuck(at: str, rank: int | None = 1, how: str = "stop") -> dict[str, object]:
-    return {"at": at, "rank": rank, "step": STRIKE_AT, "how": how}
+def blind(scene: Scene) -> None:
+    """The command itself sees nothing for longer than a hang takes, while its workers go on, and then ends as ever."""
+    command = scene.command()
+    command.suspend()
+    time.sleep(LONGER_S)
+    command.resume()
+
+
+def stuck(at: str, rank: int | None = 1, how: str = "stop", seconds: float = 3600.0) -> dict[str, object]:
+    return {"at": at, "rank": rank, "step": STRIKE_AT, "how": how, "seconds": seconds}
 
 
 FAULTS = (
@@ -258,6 +270,13 @@ FAULTS = (
         words=("no sign of life", "checkpoint"),
     ),
     Fault(
+        name="a step of rank 1 that is only slow",
+        stuck=stuck("forward", how="stall", seconds=SLOW_S),
+        lives=True,
+        kind="finished",
+    ),
+    Fault(name="SIGSTOP of the command, SIGCONT after 30 s", strike=blind, lives=True, kind="finished"),
+    Fault(
         name="SIGSTOP of the process that holds Ray",
         strike=lambda scene: scene.one("orchestrator.control.ray_runtime").suspend(),
         hangs=True,
@@ -281,7 +300,7 @@ def played(fault: Fault, directory: Path, wanted: dict[int, float], *, workers: 
         folder=directory / "runs" / name,
         log=directory / f"{name}.log",
     )
-    if fault.hangs:
+    if fault.hangs or fault.lives:
         scene.environment[SCALE] = str(HANG_SCALE)
     if fault.stuck is not None:
         flag = str(directory / f"{name}.struck")

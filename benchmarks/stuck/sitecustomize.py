@@ -1,7 +1,7 @@
 """Makes one worker of a run stop or stall at a given place; Python imports this file by itself where PYTHONPATH leads here.
 
 The environment variable STUCK says how, as JSON: {"at": forward | collective | checkpoint | data, "rank": 1 or null for all,
-"step": 12, "how": stop (SIGSTOP) | stall (a call that does not return), "flag": "FILE", which marks that it was done}.
+"step": 12, "how": stop (SIGSTOP) | stall (a call that takes "seconds"), "flag": "FILE", which marks that it was done}.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def get_stuck():
     if STUCK["how"] == "stop":
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
-        time.sleep(3600)
+        time.sleep(STUCK.get("seconds", 3600.0))
 
 
 def before(owner, name, act):
