@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orchestrator.models.architecture import Architecture
-    from orchestrator.spec import Job
     from orchestrator.training.manifest import CheckpointRef
+    from orchestrator.training.tokenizer import Tokenizer
 
 MAX_GROUP_BYTES = 4 * 2**30
 """Of a checkpoint's tensors in memory at once; every group costs one more check of the checkpoint's sums."""
@@ -46,8 +46,8 @@ def command(source: Path, target: Path, dtype: str, directory: str, as_json: boo
 
     ref = find_checkpoint(source, directory)
     try:
-        arch = _architecture(ref)
-        _write(ref, arch, target, dtype)
+        arch, tokenizer = _architecture(ref), _kept_tokenizer(ref)
+        _write(ref, arch, target, dtype, tokenizer)
     except (CheckpointRefused, ValueError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:
@@ -57,7 +57,7 @@ def command(source: Path, target: Path, dtype: str, directory: str, as_json: boo
         "checkpoint": str(ref.path),
         "step": ref.step,
         "num_parameters": num_parameters(arch),
-        "tokenizer": _add_tokenizer(ref, target),
+        "tokenizer": "tokenizer.json" if tokenizer else None,
     }
     if as_json:
         click.echo(json.dumps(told, indent=1))
@@ -65,7 +65,7 @@ def command(source: Path, target: Path, dtype: str, directory: str, as_json: boo
     click.echo(
         f"{target}: {told['num_parameters']:,} parameters of step {ref.step} in {dtype}\n"
         f"  read it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
-        f"  tokenizer  {told['tokenizer'] or 'none: the run kept none, or its tokens are bytes'}"
+        f"  tokenizer  {told['tokenizer'] or 'none: the run kept none'}"
     )
     return ExitCode.DONE
 
@@ -98,23 +98,21 @@ def find_checkpoint(source: Path, directory: str) -> CheckpointRef:
     return ref
 
 
-def _job(ref: CheckpointRef) -> Job:
-    """The job that wrote it; a Hugging Face folder that it names is looked for from the current folder."""
-    from orchestrator.spec import parse_job
-
-    return parse_job(dict(ref.manifest["job"]), directory=Path.cwd())
-
-
 def _architecture(ref: CheckpointRef) -> Architecture:
-    return _job(ref).architecture
+    from orchestrator.models.architecture import Architecture
+
+    return Architecture(**ref.manifest["architecture"])
 
 
-def _write(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str) -> None:
+def _write(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+    """Writes the folder; with a tokenizer its files, and what it and the weights that training started from say of special
+    tokens: without them transformers takes a family's own, and ends a model of bytes at byte 2."""
     import torch
 
     from orchestrator.models.decoder import Decoder
-    from orchestrator.models.weights import write_folder
+    from orchestrator.models.weights import GENERATION, config_of_tokens, write_folder
     from orchestrator.training.checkpoint import read_into
+    from orchestrator.training.tokenizer import kept_of_weights
 
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Decoder(arch).named_parameters()}
@@ -132,25 +130,29 @@ def _write(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str) -> 
             for name, tensor in group.items():
                 yield name.removeprefix("model."), tensor.to(getattr(torch, dtype))
 
-    write_folder(target, arch, weights())
+    if tokenizer is None:
+        write_folder(target, arch, weights())
+        return
+    config, generation = config_of_tokens(tokenizer.special_ids, kept_of_weights(_run_of(ref)))
+
+    def beside(folder: Path) -> None:
+        tokenizer.export(folder, arch.max_position)
+        (folder / GENERATION).write_text(json.dumps(generation, indent=1), encoding="utf-8")
+
+    write_folder(target, arch, weights(), config=config, beside=beside)
 
 
-def _add_tokenizer(ref: CheckpointRef, target: Path) -> str | None:
-    """The tokenizer that the run kept beside its checkpoints; bytes have no file."""
+def _kept_tokenizer(ref: CheckpointRef) -> Tokenizer | None:
+    """The tokenizer that the run keeps beside its checkpoints."""
     from orchestrator.training.data import DataError
-    from orchestrator.training.tokenizer import FILE, HuggingFaceTokenizer, kept_tokenizer
+    from orchestrator.training.tokenizer import kept_tokenizer
 
     try:
-        tokenizer = kept_tokenizer(ref.path.parent.parent)
-    except DataError:
+        return kept_tokenizer(_run_of(ref))
+    except DataError as error:
+        click.echo(f"without a tokenizer: {error}", err=True)
         return None
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return None
-    tokenizer.save(target)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": tokenizer.inner.id_to_token(tokenizer.end_of_text),
-        "model_max_length": _job(ref).architecture.max_position,
-    }
-    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    return FILE
+
+
+def _run_of(ref: CheckpointRef) -> Path:
+    return ref.path.absolute().parent.parent

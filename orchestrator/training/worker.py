@@ -29,7 +29,7 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.models.decoder import Decoder, initial_weights
-from orchestrator.models.weights import read_folder
+from orchestrator.models.weights import read_folder, spoken_of
 from orchestrator.models.workloads import workload
 from orchestrator.spec import parse_job
 from orchestrator.spec.job import Job
@@ -131,8 +131,9 @@ def set_up(
     )
     ref = None if assignment.resume_from is None else resumable(Path(assignment.resume_from), job, info)
     settings = settings_of(assignment, job, info)
+    of_weights = spoken_of(job.directory / str(job.model.path)) if job.initializes_from_weights else None
     if world.rank == 0:
-        keep_tokenizer(train_set.index, Path(assignment.run_directory))
+        keep_tokenizer(train_set.index, Path(assignment.run_directory), of_weights)
         checkpoint.sweep(settings.checkpoint_directory)
     clock.lap("data_s")
     session = build(assignment, job, device)
