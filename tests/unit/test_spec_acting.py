@@ -130,6 +130,10 @@ ASKED = {
         LENGTH + "strategy: {engine: colossalai, tensor_parallel_degree: 2, attention: math}\n",
         "8:20", "splits Hugging Face's modules, and only that of family opt", "engine: native",
     ),
+    "layers of no recompute": (
+        LENGTH + "strategy: {activation_checkpointing: none, num_checkpointed_layers_per_stage: 1}\n",
+        "8:79", "no layer would be computed again", "activation_checkpointing: full",
+    ),
     "a reduction that is not run": (
         LENGTH + "strategy: {zero_stage: 1, reduce: per_micro_batch}\n", "8:35", "gradients once a step", "reduce: per_step",
     ),
@@ -189,7 +193,7 @@ def test_run_refuses_what_nothing_acts_on_before_anything_starts(
     assert f"job.yaml:{place}\n" in told
     assert message in told
     assert fix in told
-    assert "checkpoint" not in told
+    assert "newest checkpoint" not in told
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"], "nothing is left behind"
 
 

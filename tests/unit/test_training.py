@@ -279,7 +279,7 @@ def test_a_checkpoint_of_other_data_is_refused(assignment, tmp_path, what, told)
     ("changes", "told"),
     [
         ({"job": job(training={"steps": None})}, "training.steps"),
-        ({"job": job(model={"vocab_size": 64})}, "the tokenizer has 257 tokens"),
+        ({"job": job(model={"vocab_size": 64}, data={"tokenizer": "a-folder"})}, "the tokenizer has 257 tokens"),
         ({"job": job(batch={"sequence_length": 5000}, model={"max_position": 5000})}, "add text"),
         ({"strategy": Strategy(pipeline_parallel_degree=2, states="full")}, "pipeline_parallel_degree"),
     ],
