@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from orchestrator.telemetry.goodput import BUCKETS, Ledger, ledger_of
 from orchestrator.telemetry.journal import Journal
 from orchestrator.telemetry.metrics import CHECKPOINT_SECONDS, STEP_SECONDS, Metrics
 from orchestrator.telemetry.records import Event, StepReport, Tail, append, encode, read, recent, steps
+from orchestrator.training.rank_log import Logged
 
 REPORT = StepReport(
     step=1,
@@ -236,6 +238,21 @@ journal.write(replace(REPORT, step=3))
 """
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, timeout=60)
     assert [report.step for report in read(tmp_path / "metrics.jsonl", StepReport)] == [1, 2, 3]
+
+
+def test_a_rank_writes_its_events_and_a_few_of_its_steps_into_its_log(caplog):
+    clock = iter(float(second) for second in range(100))
+    passed: list[object] = []
+    with caplog.at_level(logging.INFO, logger="shardwise.rank"):
+        logged = Logged(passed.append, now=lambda: next(clock))
+        for step in range(1, 31):
+            logged(replace(REPORT, step=step))
+        logged(event("evaluation", 3.0))
+    said = [record.message for record in caplog.records]
+    assert [int(line.split()[1]) for line in said[:5]] == [1, 2, 3, 4, 5]
+    assert 6 <= len(said) <= 9  # then every ten seconds
+    assert said[-1].endswith("evaluation: ")
+    assert len(passed) == 31
 
 
 # The ledger ----------------------------------------------------------------------------------------------------------
