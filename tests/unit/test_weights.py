@@ -324,3 +324,9 @@ def test_prepare_tells_what_it_made_and_where(run, tmp_path, capsys):
     (tmp_path / "corpus.txt").write_bytes(b"\xff")
     assert main(["prepare", str(tmp_path / "job.yaml")]) == 2
     assert "is not UTF-8: byte 0 is 0xff" in capsys.readouterr().err
+
+
+def test_convert_writes_a_gguf_file_where_llama_cpp_has_the_family(run, tmp_path, capsys):
+    assert main(["convert", str(run), str(tmp_path / "tiny.gguf")]) == 2
+    assert "llama.cpp has no architecture for family opt" in capsys.readouterr().err
+    assert not list(tmp_path.glob("tiny.gguf*"))
