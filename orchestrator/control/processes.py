@@ -72,6 +72,14 @@ def gone(pids: list[int], *, within_s: float) -> bool:
     return not psutil.wait_procs(processes, timeout=within_s)[1]
 
 
+def is_stopped(pid: int) -> bool:
+    """By a signal, or by a debugger."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
+        return False
+
+
 def session_folder(run_directory: Path) -> Path:
     """Where Ray keeps the sockets and logs of a run: one short path per run folder (a socket's path has 107 characters),
     inside a folder that only this user may enter."""

@@ -30,7 +30,7 @@ from typing import Any
 from clusters.calibration.measure import WORKER_ENVIRONMENT
 from orchestrator.control import ray_private
 from orchestrator.control.actor import TrainingWorker
-from orchestrator.control.processes import MARK, end, end_marked, gone
+from orchestrator.control.processes import MARK, end, end_marked, gone, is_stopped
 from orchestrator.training.limits import Limits
 
 LOOK_S = 1.0
@@ -85,6 +85,11 @@ class Runtime:
             mark = time.perf_counter()
             self._place(num_workers, num_gpus)
             phases["placement_s"] = time.perf_counter() - mark
+        elif stopped := [kind for kind, process in ray_private.processes() if is_stopped(process.pid)]:
+            # Training goes on without them; a new group would wait for them until its limit.
+            raise Failed(
+                "ray_lost", f"Ray's {' and '.join(stopped)} is stopped (SIGSTOP), so that no worker can be started"
+            )
         mark = time.perf_counter()
         port = self._start_workers(num_workers, num_gpus)
         phases["workers_s"] = time.perf_counter() - mark

@@ -376,7 +376,8 @@ def main(arguments: list[str]) -> int:
     run_directory.mkdir(parents=True, exist_ok=True)
     asked: list[str] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: asked.append(signal.Signals(received).name))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell ignores Ctrl-C for what it runs behind
+            signal.signal(number, lambda received, _: asked.append(signal.Signals(received).name))
 
     journal = Journal(run_directory)
     outcome = train(

@@ -418,3 +418,13 @@ def test_as_a_program_it_writes_what_the_supervisor_would(assignment, tmp_path, 
     assert [report.step for report in steps(folder / "metrics.jsonl")] == list(range(1, NUM_STEPS + 1))
     assert "checkpoint" in kinds(read(folder / "events.jsonl", Event))
     assert main([]) == 2
+
+
+@pytest.mark.usefixtures("signals")
+def test_as_a_program_it_leaves_a_signal_ignored_that_was_ignored(assignment, tmp_path):
+    file = tmp_path / "assignment.json"
+    file.write_text(json.dumps(assignment.to_mapping()))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert main([str(file)]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
