@@ -33,7 +33,7 @@ TOLD = {
     "stopping": "yellow",
     "lost": "red",
     "not_ended": "red",
-    "disk_full": "red",
+    "disk": "red",
     "records_delayed": "yellow",
     "records_missing": "yellow",
     "report_failed": "yellow",
