@@ -13,6 +13,7 @@ import pytest
 
 from clusters.catalog import load_cluster
 from orchestrator.cli import main
+from orchestrator.control.disk import DiskWatch
 from orchestrator.control.folder import RunFolder, RunRefused, held, holder, refused_lock
 from orchestrator.control.processes import end_marked, is_stopped, marked, marked_environment
 from orchestrator.control.run import refuse_elsewhere
@@ -226,3 +227,19 @@ def test_run_refuses_what_it_cannot_do_before_it_writes(tmp_path, monkeypatch, c
     assert "Traceback" not in error
     assert not (tmp_path / "runs").exists()
     assert not marked(str((tmp_path / "runs" / "refused").resolve()))
+
+
+def test_a_disk_in_trouble_is_told_once_each_time_with_what_is_free(tmp_path):
+    clock = [0.0]
+    watch = DiskWatch(tmp_path, now=lambda: clock[0])
+    assert watch.look() is None
+    watch.refused("events.jsonl: Input/output error")
+    watch.refused("events.jsonl: Input/output error")
+    told = watch.look()
+    assert told.startswith("events.jsonl: Input/output error: ")
+    assert f"MiB are free under {tmp_path}; training goes on" in told
+    assert watch.look() is None
+    clock[0] = 10.0
+    assert watch.look() is None  # it has room: the next refusal is news
+    watch.refused("events.jsonl: Input/output error")
+    assert watch.look() is not None
