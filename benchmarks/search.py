@@ -11,7 +11,7 @@ import time
 from typing import Any
 
 from orchestrator.planner.plan import plan
-from orchestrator.planner.render import strategy_told
+from orchestrator.planner.show.words import strategy_told
 from orchestrator.spec import parse_job
 
 QUESTIONS = (  # model, cluster, sequences a step, strategy

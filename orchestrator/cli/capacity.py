@@ -87,7 +87,7 @@ def command(
     if refused[0] is not None and all(refused):
         raise CommandError(refused[0].reason, refused[0].fix)
     if html:
-        from orchestrator.planner.capacity_page import write_capacity
+        from orchestrator.planner.show.capacity_page import write_capacity
 
         write_capacity(table, html)
     if as_json:

@@ -139,7 +139,8 @@ def _mapping(flags: dict[str, Any]) -> dict[str, Any]:
 
 def _table(made: Plan) -> list[str]:
     """Components down, pipeline ranks across: the first, the last, and the fullest."""
-    from orchestrator.planner.render import COMPONENTS, bytes_told, painted, strategy_told, trace_told
+    from orchestrator.planner.show.text import trace_told
+    from orchestrator.planner.show.words import COMPONENTS, bytes_told, painted, strategy_told
 
     memory = made.price.memory
     fullest = memory.stages.fullest()

@@ -25,7 +25,7 @@ def command(job: str, as_json: bool, html: str | None, top: int | None, sensitiv
 
         made = with_trace(made)
     if html:
-        from orchestrator.planner.html import write_page
+        from orchestrator.planner.show.page import write_page
 
         write_page(made, html)
     if as_json:
@@ -33,7 +33,7 @@ def command(job: str, as_json: bool, html: str | None, top: int | None, sensitiv
 
         click.echo(json.dumps(made.to_dict(), indent=1))
         return made.exit_code
-    from orchestrator.planner.render import render
+    from orchestrator.planner.show.text import render
 
     click.echo(render(made, width=shutil.get_terminal_size((88, 24)).columns, sensitivity=sensitivity))
     if html:

@@ -42,7 +42,7 @@ def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_
     from orchestrator.control.folder import RunRefused
     from orchestrator.control.run import DoesNotFit, run_job
     from orchestrator.control.supervisor import Stop
-    from orchestrator.planner.render import render
+    from orchestrator.planner.show.text import render
     from orchestrator.training.data import DataError
 
     loaded = load_job(job)

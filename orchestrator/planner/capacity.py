@@ -9,13 +9,13 @@ from typing import Any
 
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import Architecture
-from orchestrator.planner.confidence import choose, error_of, without_offload
-from orchestrator.planner.document import strategy_dict
 from orchestrator.planner.problem import Problem
-from orchestrator.planner.render import LONG_S, RED, length_told, painted, strategy_told, wrapped
-from orchestrator.planner.result import Wanted
+from orchestrator.planner.reasons.confidence import choose, error_of, without_offload
+from orchestrator.planner.reasons.targets import limits
+from orchestrator.planner.search.result import Wanted
 from orchestrator.planner.search.solve import Refused, Solution, ask
-from orchestrator.planner.targets import limits
+from orchestrator.planner.show.json import strategy_dict
+from orchestrator.planner.show.words import LONG_S, RED, length_told, painted, strategy_told, wrapped
 
 ClusterOf = Callable[[int], Cluster]
 """Number of GPUs -> the cluster of that size."""

@@ -3,39 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestrator.planner import explain
-from orchestrator.planner.confidence import choose, confidence
+from clusters.cluster import Cluster
 from orchestrator.planner.problem import PlanError, Problem
+from orchestrator.planner.reasons.alternatives import Alternative, alternatives
+from orchestrator.planner.reasons.confidence import choose, confidence
+from orchestrator.planner.reasons.nearest import NOTHING_NEAR, Nearest, nearest
+from orchestrator.planner.reasons.notes import notes
+from orchestrator.planner.reasons.sensitivity import sensitivity
+from orchestrator.planner.reasons.targets import judged_with_hints, wanted_of
+from orchestrator.planner.search.result import SearchResult
 from orchestrator.planner.search.solve import Refused, Solution, ask
-from orchestrator.planner.targets import judged, wanted_of, would_meet
-from orchestrator.spec import acting
+from orchestrator.planner.show import json
+from orchestrator.spec import Job, acting
 from strategies.catalog import ENGINES
+from strategies.price.step_time import Price
+from strategies.recompute.cost import recomputed_flops_per_token
 from strategies.strategy import Strategy
-
-if TYPE_CHECKING:
-    from clusters.cluster import Cluster
-    from orchestrator.planner.result import SearchResult
-    from orchestrator.spec import Job
-    from strategies.price.step_time import Price
 
 __all__ = ["Plan", "PlanError", "plan"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One job's plan. Everything beyond the strategy and its price is worked out when it is asked for."""
+    """One job's plan, a value: all that was searched was searched when it was made."""
 
     job: Job
     solution: Solution
-    top: int = 20
-    """How many alternatives are shown."""
+    alternatives: list[Alternative]
+    """The chosen strategy with each single choice changed, fastest first, each with one reason."""
+    sensitivity: list[dict[str, Any]]
+    """What would be picked if a link were 10 % slower: [{link, where, same_choice, strategy, step_s, ...}]. Empty where nothing
+    was searched or nothing fits."""
+    near: Nearest
+    """Where it does not fit: the changes that would make it fit."""
+    targets: list[dict[str, Any]]
+    """[{name, wanted, got, met, would_meet, would_meet_alone}]."""
+    notes: list[str]
+    """What a reader should know: idle GPUs, padding, settings without effect, what another choice of offload would change."""
     left_out: Plan | None = None
     """A faster plan that the engine is not built to run yet."""
     trace: dict[str, Any] | None = None
-    """What playing the step on fake devices said (traced.py), where it was asked for."""
+    """What playing the step on fake devices said (trace/child.py), where it was asked for."""
 
     @property
     def strategy(self) -> Strategy:
@@ -59,7 +69,7 @@ class Plan:
 
     @property
     def exit_code(self) -> int:
-        """0, or 3 where it does not fit or misses a target."""
+        """Return 0, or 3 where it does not fit or misses a target."""
         return 0 if self.fits and self.targets_met else 3
 
     @property
@@ -70,120 +80,117 @@ class Plan:
     def tokens_per_second_per_gpu(self) -> float:
         return self.solution.tokens_per_second_per_gpu
 
-    @cached_property
+    @property
     def throughput(self) -> dict[str, float]:
-        """Speed and utilisation; fractions of the datasheet's dense peak in the job's precision."""
+        """Return speed and utilisation; fractions of the datasheet's dense peak in the job's precision."""
         problem, speed = self.solution.problem, self.tokens_per_second_per_gpu
         model = problem.work.model_flops_per_token(problem.sequence_length)
+        again = recomputed_flops_per_token(problem.work, self.strategy, problem.sequence_length)
         peak = problem.cluster.accelerator.peak_flops[problem.precision]
         return {
             "tokens_per_second": self.tokens_per_second,
             "tokens_per_second_per_gpu": speed,
             "model_tflops_per_gpu": speed * model / 1e12,
             "mfu": speed * model / peak,
-            "hfu": speed * (model + self._recomputed_flops_per_token()) / peak,
+            "hfu": speed * (model + again) / peak,
         }
 
-    def _recomputed_flops_per_token(self) -> float:
-        """A third of a fully checkpointed block's FLOPs; what `selective` makes again are no products."""
-        if self.strategy.activation_checkpointing != "full":
-            return 0.0
-        work, length = self.solution.problem.work, self.solution.problem.sequence_length
-        layers = sum(stage.num_checkpointed_layers for stage in self.strategy.stages)
-        return layers * (2.0 * work.block_matmul_elements + 4.0 * work.num_heads * work.head_dim * length)
-
-    @cached_property
+    @property
     def cost(self) -> dict[str, float | None]:
-        """Of the whole job: GPU-hours and dollars of the GPUs that the plan uses."""
-        steps, price = self.job.num_steps, self.cluster.usd_per_gpu_hour
-        if not steps:
-            return {"gpu_hours": None, "usd": None, "wall_s": None}
-        wall_s = steps * self.price.time.step_s
-        gpu_hours = wall_s * self.strategy.num_gpus / 3600
-        return {"gpu_hours": gpu_hours, "usd": None if price is None else gpu_hours * price, "wall_s": wall_s}
+        """Return GPU-hours, dollars and wall seconds of the whole job, of the GPUs that the plan uses."""
+        return cost_of(self.job, self.solution)
 
-    @cached_property
-    def targets(self) -> list[dict[str, Any]]:
-        """[{name, wanted, got, met, would_meet, would_meet_alone}]: the nearest cluster size that meets all targets; where none
-        does, of each that is missed the nearest that meets it."""
-        rows, price = judged(self.job, self.solution, self.cost), self.cluster.usd_per_gpu_hour
-        missed = [row for row in rows if not row["met"]]
-        known = all(row["got"] is not None for row in missed)
-        every = would_meet(self.solution, wanted_of(self.job, price)) if missed and known else None
-        told = {row["name"]: {"would_meet": every, "would_meet_alone": every} for row in missed}
-        if known and every is None and len(rows) > 1:
-            for name, hints in told.items():
-                hints["would_meet_alone"] = would_meet(self.solution, wanted_of(self.job, price, only=name))
-        return [row | told.get(row["name"], {"would_meet": None, "would_meet_alone": None}) for row in rows]
-
-    @cached_property
+    @property
     def targets_met(self) -> bool:
-        return all(row["met"] for row in judged(self.job, self.solution, self.cost))
+        return all(row["met"] for row in self.targets)
 
-    @cached_property
+    @property
     def confidence(self) -> dict[str, Any]:
-        """{source, throughput_error, memory_error}: where the constants come from, and how wrong they have been."""
+        """Return {source, throughput_error, memory_error}: where the constants come from, and how wrong they have been."""
         return asdict(confidence(self.solution.problem, self.strategy))
 
-    @cached_property
-    def notes(self) -> list[str]:
-        """What a reader should know: idle GPUs, padding, settings without effect, what another choice of offload would change."""
-        return [*acting.notes(self.job), *explain.notes(self.solution)]
-
-    @cached_property
-    def alternatives(self) -> list[explain.Loser]:
-        """The best of each other (tensor, pipeline, ZeRO stage, offload) family, fastest first, each with one reason."""
-        return explain.losers(self.solution, limit=self.top)
-
-    @cached_property
-    def sensitivity(self) -> list[dict[str, Any]]:
-        """Of each link, what would be picked if it were 10 % slower: [{link, where, same_choice, strategy, step_s, ...}]. Where
-        nothing was searched or nothing fits there is no choice to ask about."""
-        if self.search is None or self.search.best is None:
-            return []
-        return explain.sensitivity(self.solution, wanted=wanted_of(self.job, self.cluster.usd_per_gpu_hour))
-
-    @cached_property
+    @property
     def nearest(self) -> list[dict[str, Any]]:
-        """Where it does not fit: the changes that would make it fit, each planned."""
-        return self._nearest.rows
+        """Return the changes that would make it fit, each planned; empty where it fits."""
+        return self.near.rows
 
     @property
     def nearest_refused(self) -> list[str]:
-        """Where it does not fit: changes that break a rule of what is pinned, each with the rule."""
-        return self._nearest.refused
-
-    @cached_property
-    def _nearest(self) -> explain.Nearest:
-        return explain.Nearest([], []) if self.fits else explain.nearest(self.solution)
+        """Return the changes that break a rule of what is pinned, each with the rule; empty where it fits."""
+        return self.near.refused
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as JSON (docs/reference/plan.md). Placement is made here."""
-        from orchestrator.planner.document import document
+        """Return the plan as JSON, in the order of docs/reference/plan.md. Placement is made here."""
+        return {
+            "version": json.VERSION,
+            "fits": self.fits,
+            "job": json.job_dict(self.job),
+            "model": json.model_dict(self.solution.problem.arch),
+            "cluster": json.cluster_dict(self.cluster),
+            "strategy": json.strategy_dict(self.strategy),
+            "memory": json.memory_dict(self.price.memory),
+            "time": json.fields_dict(self.price.time),
+            "throughput": self.throughput,
+            "cost": self.cost,
+            "placement": json.placement(self.strategy, self.cluster.gpus_per_node),
+            "confidence": self.confidence,
+            "alternatives": [json.alternative_dict(one) for one in self.alternatives],
+            "sensitivity": json.with_strategies(self.sensitivity),
+            "targets_met": self.targets_met,
+            "targets": self.targets,
+            "search": json.search_dict(self.search, fits=self.fits),
+            "notes": self.notes,
+            "nearest": json.with_strategies(self.nearest),
+            "nearest_refused": self.nearest_refused,
+            **({} if self.trace is None else {"trace": self.trace}),
+        }
 
-        return document(self)
+
+def cost_of(job: Job, solution: Solution) -> dict[str, float | None]:
+    """Return GPU-hours, dollars and wall seconds of a whole job; None where its length or the price is unknown."""
+    steps, price = job.num_steps, solution.problem.cluster.usd_per_gpu_hour
+    if not steps:
+        return {"gpu_hours": None, "usd": None, "wall_s": None}
+    wall_s = steps * solution.price.time.step_s
+    gpu_hours = wall_s * solution.strategy.num_gpus / 3600
+    return {"gpu_hours": gpu_hours, "usd": None if price is None else gpu_hours * price, "wall_s": wall_s}
 
 
 def plan(job: Job, *, cluster: Cluster | None = None, built_only: bool = False, top: int = 20) -> Plan:
-    """The plan of a job.
+    """Return the plan of a job.
 
     Args:
         cluster: in place of the job's own, after GPUs were lost, say.
         built_only: choose only what the engine carries out today, as `run` must.
-        top: how many alternatives the plan shows.
+        top: how many alternatives the plan holds.
 
     Raises PlanError where no strategy can be what is pinned. One that does not fit is a plan with `fits` false."""
     problem = problem_of(job, cluster=cluster, built_only=built_only)
     wanted = wanted_of(job, problem.cluster.usd_per_gpu_hour)
-    solution = choose(problem, wanted=wanted, num_families=top + 1, near=True)
-    made = Plan(job=job, solution=solution, top=top)
+    solution = choose(problem, wanted=wanted, near=True)
+    made = _explained(job, solution, top)
     if not built_only or solution.search is None or not problem.engine.plans_ahead:
         return made
     everything = ask(choose, problem.changed(built_only=False), wanted=wanted, after=solution.search, near=True)
     if isinstance(everything, Refused) or not everything.fits:
         return made
     faster = everything.price.time.step_s < solution.price.time.step_s
-    return replace(made, left_out=Plan(job=job, solution=everything, top=top)) if faster or not made.fits else made
+    return replace(made, left_out=_explained(job, everything, 0)) if faster or not made.fits else made
+
+
+def _explained(job: Job, solution: Solution, top: int) -> Plan:
+    """Return a solution with its reasons."""
+    searched = solution.search is not None and solution.search.best is not None
+    wanted = wanted_of(job, solution.problem.cluster.usd_per_gpu_hour)
+    return Plan(
+        job=job,
+        solution=solution,
+        alternatives=alternatives(solution, limit=top),
+        sensitivity=sensitivity(solution, wanted=wanted) if searched else [],
+        near=NOTHING_NEAR if solution.fits else nearest(solution),
+        targets=judged_with_hints(job, solution, cost_of(job, solution)),
+        notes=[*acting.notes(job), *notes(solution)],
+    )
 
 
 def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = False) -> Problem:

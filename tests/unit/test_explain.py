@@ -1,10 +1,10 @@
-"""Every loser has one reason with its number; the page and the text show what the plan holds."""
+"""Every alternative has one reason with its number; the page and the text show what the plan holds."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,18 @@ import pytest
 from clusters.catalog import load_cluster
 from clusters.inventory.file import write_cluster
 from orchestrator.cli import main
-from orchestrator.planner import explain
 from orchestrator.planner.capacity import Question, capacity, told
-from orchestrator.planner.charts import ticks
-from orchestrator.planner.html import page
 from orchestrator.planner.plan import Plan, plan
 from orchestrator.planner.problem import Choice
-from orchestrator.planner.render import bar, bytes_told, render, seconds_told
+from orchestrator.planner.reasons.sensitivity import sensitivity
+from orchestrator.planner.show.charts import ticks
+from orchestrator.planner.show.page import page
+from orchestrator.planner.show.text import render
+from orchestrator.planner.show.words import bar, bytes_told, seconds_told
 from orchestrator.spec import parse_job
 from strategies.pipeline.cost import bubble_fraction
 from strategies.pipeline.timeline import timeline
+from strategies.strategy import Strategy
 
 
 @pytest.fixture(scope="module")
@@ -39,45 +41,108 @@ def made() -> Plan:
     return plan(parse_job(job))
 
 
-def test_every_loser_has_one_reason_with_a_number(made: Plan) -> None:
-    losers = made.alternatives
-    assert len(losers) == 20
-    assert all(re.search(r"\d", loser.because) or loser.because == "as fast, and less simple" for loser in losers)
-    speeds = [loser.tokens_per_second_per_gpu for loser in losers]
+def test_every_alternative_has_one_reason_with_a_number(made: Plan) -> None:
+    rows = made.alternatives
+    assert len(rows) >= 8
+    assert all(re.search(r"instead: .*\d", one.because) for one in rows)
+    speeds = [one.tokens_per_second_per_gpu for one in rows]
     assert speeds == sorted(speeds, reverse=True)
 
 
-def test_losers_are_the_best_of_other_families(made: Plan) -> None:
-    def family(strategy: Any) -> tuple[Any, ...]:
-        return (
-            strategy.tensor_parallel_degree,
-            strategy.pipeline_parallel_degree,
-            strategy.zero_stage,
-            strategy.offload,
-        )
+FOLLOWS = {
+    "tensor_parallel_degree": {"data_parallel_degree", "zero_stage", "sequence_parallel", "states"},
+    "pipeline_parallel_degree": {
+        "data_parallel_degree",
+        "zero_stage",
+        "pipeline_schedule",
+        "num_virtual_stages",
+        "states",
+    },
+    "pipeline_schedule": {"num_virtual_stages"},
+    "zero_stage": {"states"},
+}
+"""What may follow from a change, beside what is settled again."""
+SETTLED = {
+    *("micro_batch_size", "gradient_accumulation_steps", "activation_checkpointing", "stages", "zero_group_size"),
+    *("gather", "reduce"),
+}
 
-    families = [family(made.strategy), *(family(loser.strategy) for loser in made.alternatives)]
-    assert len(set(families)) == len(families)
+
+def test_an_alternative_differs_in_one_choice_and_what_is_settled_again(made: Plan) -> None:
+    for one in made.alternatives:
+        if one.changed == "offload":  # searched for, as the notes say
+            continue
+        differs = {f.name for f in fields(Strategy) if getattr(one.strategy, f.name) != getattr(made.strategy, f.name)}
+        allowed = SETTLED | {one.changed} | FOLLOWS.get(one.changed, set())
+        if "pipeline_schedule" not in differs or one.changed == "pipeline_schedule":
+            assert one.changed in differs, one.because
+        assert differs <= allowed | {"pipeline_schedule", "num_virtual_stages"}, one.because
+
+
+def test_the_decisive_choices_appear_among_the_alternatives(made: Plan) -> None:
+    changed = {one.changed for one in made.alternatives}
+    assert {"tensor_parallel_degree", "pipeline_parallel_degree", "pipeline_schedule", "zero_stage"} <= changed
+
+
+def test_less_simple_is_said_of_what_is_less_simple_alone() -> None:
+    for model, where in (("opt-13b", "a100-80gb-1x8"), ("opt-1.3b", "a100-80gb-1x8"), ("opt-30b", "a100-80gb-2x8")):
+        job = {
+            "version": 1,
+            "name": "simple",
+            "model": model,
+            "batch": {"global_batch_size": 256, "sequence_length": 2048},
+            "cluster": where,
+        }
+        found = plan(parse_job(job))
+        assert found.search is not None
+        assert found.search.best is not None
+        for one in found.alternatives:
+            if "less simple" in one.because:
+                zero = one.strategy.zero_stage - found.strategy.zero_stage
+                stages = one.strategy.num_virtual_stages - found.strategy.num_virtual_stages
+                assert one.fits
+                assert zero > 0 or stages > 0 or one.changed not in ("zero_stage", "num_virtual_stages"), one.because
+
+
+def test_offload_does_not_crowd_the_list_where_everything_fits() -> None:
+    job = {
+        "version": 1,
+        "name": "easy",
+        "model": "opt-1.3b",
+        "batch": {"global_batch_size": 256, "sequence_length": 2048},
+        "cluster": "a100-80gb-1x8",
+    }
+    assert [one.changed for one in plan(parse_job(job)).alternatives if one.strategy.offload.any] == []
 
 
 def test_what_does_not_fit_says_by_how_much_and_where(made: Plan) -> None:
-    reasons = [loser.because for loser in made.alternatives if not loser.fits]
+    reasons = [one.because for one in made.alternatives if not one.fits]
     assert reasons
     for reason in reasons:
-        assert re.search(r"ZeRO \d.*: [\d.]+ GiB( on stage \d+)?, [\d.]+ over", reason)
+        assert re.search(r"instead: [\d.]+ GiB( on stage \d+)?, [\d.]+ over", reason)
+
+
+def test_the_plan_is_a_value_whose_json_searches_nothing(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("orchestrator.planner.search.best_first.search", refuse)
+    monkeypatch.setattr("orchestrator.planner.search.solve.search", refuse)
+    monkeypatch.setattr("orchestrator.planner.problem.price_memory", refuse)
+    assert made.to_dict()["alternatives"][0]["changed"] == made.alternatives[0].changed
 
 
 def test_a_slower_link_is_answered_by_planning(made: Plan) -> None:
-    rows = explain.sensitivity(made.solution)
+    rows = sensitivity(made.solution)
     assert [row["where"] for row in rows] == ["intra_node", "inter_node", "host_link"]
     for row in rows:
         assert row["best_step_s"] <= row["step_s"] * (1 + 1e-9)
         assert row["step_s"] >= made.price.time.step_s * (1 - 1e-9)
 
 
-def test_the_text_shows_choice_bytes_time_speed_cost_and_losers_in_88_columns(made: Plan) -> None:
+def test_the_text_shows_choice_bytes_time_speed_cost_and_others_in_88_columns(made: Plan) -> None:
     text = re.sub(r"\033\[[0-9;]*m", "", render(made, width=88))
-    for word in ("strategy", "memory", "step", "tokens/s/GPU", "MFU", "days", "$", "losers", "candidates"):
+    for word in ("strategy", "memory", "step", "tokens/s/GPU", "MFU", "days", "$", "others", "candidates"):
         assert word in text
     assert max(map(len, text.splitlines())) <= 100
 

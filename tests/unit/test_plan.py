@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.planner.plan import Plan, PlanError, plan
-from orchestrator.planner.render import render
+from orchestrator.planner.show.text import render
 from orchestrator.spec import parse_job
 from strategies.catalog import unbuilt
 
@@ -477,7 +477,7 @@ def test_a_gain_of_offload_inside_its_wider_error_is_not_taken_and_told() -> Non
     assert 0 < gain < taken.confidence["throughput_error"] - got.confidence["throughput_error"]
     (note,) = [note for note in got.notes if "offload" in note]
     assert f"offload optimizer to host is predicted {gain:.1%} faster" in note
-    (first, *_) = [loser for loser in got.alternatives if loser.fits]
+    (first, *_) = [one for one in got.alternatives if one.fits]
     assert first.strategy == taken.strategy
     assert f"{gain:.1%} faster, and less certain" in first.because
 

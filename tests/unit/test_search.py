@@ -12,15 +12,16 @@ import pytest
 from clusters.catalog import load_cluster
 from clusters.cluster import Cluster, weaker_links
 from orchestrator.models.architecture import CATALOG, make_architecture
-from orchestrator.planner.explain import sensitivity
 from orchestrator.planner.problem import Problem
-from orchestrator.planner.result import Wanted
+from orchestrator.planner.reasons.sensitivity import sensitivity
 from orchestrator.planner.search.axes import Space
 from orchestrator.planner.search.best_first import search
 from orchestrator.planner.search.bounds import Bounds
 from orchestrator.planner.search.candidates import Shape, Sharding
+from orchestrator.planner.search.result import Wanted
 from orchestrator.planner.search.solve import SLOWER, solve
 from strategies.catalog import unbuilt
+from strategies.pipeline.cost import bubble_fraction, in_flight_of
 from strategies.strategy import Offload
 
 NO_OFFLOAD = Offload()
@@ -126,7 +127,7 @@ def test_the_search_finds_what_brute_force_finds(name: str) -> None:
     best, number, feasible = brute_force(asked, every_size=every_size)
     found = search(asked)
     assert found.num_candidates == number
-    assert all(asked.memory(asked.strategy(family.choice)).fits for family in found.families)
+    assert all(asked.memory(asked.strategy(near.choice)).fits for near in found.near)
     if best is None:
         assert found.best is None
         assert found.closest is not None
@@ -206,46 +207,39 @@ def test_what_a_slower_link_would_pick_is_what_planning_with_it_finds() -> None:
 
 
 @pytest.mark.parametrize("seed", range(100, 104))
-def test_no_bound_rejects_what_fits_or_is_above_what_it_bounds(seed: int) -> None:
+def test_a_groups_bound_is_at_most_its_cheapest_member(seed: int) -> None:
+    """And what it says must be recomputed at least is not more than a member that fits recomputes."""
     random, held = Random(seed), 0
     for _ in range(12):
         asked = drawn(random)
         if asked is None:
             continue
-        space = Space(asked, every_size=asked.objective != "fastest")
-        bounds = Bounds(space)
-        for choice in space:
+        bounds = Bounds(Space(asked, every_size=asked.objective != "fastest"))
+        groups = {(g.shape, g.batch.micro, g.sequence_parallel): g for g in bounds.groups()}
+        for choice in bounds.space:
             strategy = asked.strategy(choice)
-            price = asked.memory(strategy)
-            if not price.fits:
+            if not asked.memory(strategy).fits:
                 continue
             held += 1
             step_s = asked.time(strategy).step_s * (1 + 1e-9)
-            shape, zero = Shape(choice.tensor, choice.pipeline, choice.data), choice.zero
-            sharding = Sharding(zero, choice.group, choice.gather, choice.reduce)
-            away = replace(choice.offload, activations="none")
-            fixed = bounds.fixed(shape, zero, sharding, away)
-            *most, least_s = bounds.fixed(shape, zero, None, away)
-            assert all(free >= one for free, one in zip(most, fixed, strict=False)), choice
-            assert least_s <= fixed.step_s, choice
-            fewest = bounds.fewest(shape, space.batches_of(shape, zero, sharding))
-            assert max(fewest.over(fixed, carried=choice.offload.activations != "none")) <= 0, choice
-            floor_s, lot = next(
-                (floor_s, lot)
-                for floor_s, lot in bounds.lots(shape, zero, sharding)
-                if (lot.batch.micro, lot.sequence_parallel) == (choice.micro, choice.sequence_parallel)
-            )
-            least, added_s = bounds.added(lot, choice.offload, fixed)
-            assert least is not None, choice
-            assert bounds.shape_s(shape) <= step_s, choice
-            assert bounds.family_s(shape, zero, away, (choice.offload,)) <= step_s, choice
-            assert floor_s + fixed.step_s + added_s <= step_s, choice
-            if choice.recompute == "full":
-                layers = choice.virtual * (choice.layers or asked.arch.num_layers)
-                assert least.layers is not None, choice
-                assert layers >= least.layers, choice
-            else:
-                assert choice.recompute in least.kinds, choice
+            shape = Shape(choice.tensor, choice.pipeline, choice.data)
+            group = groups[shape, choice.micro, choice.sequence_parallel]
+            sharding = Sharding(choice.zero, choice.group, choice.gather, choice.reduce)
+            idle = bubble_fraction(choice.schedule, choice.pipeline, choice.virtual, group.batch.accumulation)
+            kept = in_flight_of(choice.schedule, choice.pipeline, choice.virtual, group.batch.accumulation, 0)
+            floor_s = bounds.floor_s(shape, choice.sequence_parallel, group.batch, idle)
+            assert group.floor_s <= step_s, choice
+            for in_flight, at_least_s, bubble in ((group.in_flight, group.floor_s, group.idle), (kept, floor_s, idle)):
+                least = bounds.least(group, sharding, choice.offload, in_flight)
+                assert least is not None, choice
+                bound_s = bounds.least_s(group, sharding, choice.offload, least, floor_s=at_least_s, idle=bubble)
+                assert bound_s <= step_s, choice
+                if choice.recompute == "full":
+                    layers = choice.virtual * (choice.layers or asked.arch.num_layers)
+                    assert least.layers is not None, choice
+                    assert layers >= least.layers, choice
+                else:
+                    assert choice.recompute in least.kinds, choice
     assert held
 
 
@@ -265,24 +259,10 @@ def test_a_pinned_offload_leaves_out_the_stages_at_which_it_is_not_built() -> No
     assert found.num_candidates == sum(1 for _ in Space(asked))
 
 
-def test_each_family_is_represented_by_its_best() -> None:
-    asked = CASES["memory is tight"]
-    best: dict[tuple[Any, ...], float] = {}
-    for choice in Space(asked):
-        strategy = asked.strategy(choice)
-        if asked.memory(strategy).fits:
-            family = choice.tensor, choice.pipeline, choice.zero, choice.offload
-            best[family] = min(best.get(family, float("inf")), asked.time(strategy).step_s)
-    found = search(asked, num_families=10**6)
-    assert {family.family: family.step_s for family in found.families} == pytest.approx(best)
-    assert [family.step_s for family in found.families] == sorted(best.values())
-
-
 def test_the_search_is_deterministic() -> None:
     asked = CASES["memory is tight"]
     first, second = search(asked), search(asked)
     assert first.best == second.best
-    assert first.families == second.families
     assert first.rejections == second.rejections
 
 

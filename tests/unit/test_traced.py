@@ -12,7 +12,7 @@ import pytest
 from orchestrator.cli import main
 from orchestrator.planner.plan import plan
 from orchestrator.planner.problem import PlanError
-from orchestrator.planner.render import trace_told
+from orchestrator.planner.show.text import trace_told
 from orchestrator.planner.trace import child as traced
 from orchestrator.spec import parse_job
 from strategies.rooms import without_effect

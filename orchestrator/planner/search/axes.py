@@ -13,7 +13,15 @@ from itertools import product
 from typing import Any
 
 from orchestrator.planner.problem import Choice, PlanError, Problem
-from orchestrator.planner.search.candidates import PER_MICRO_BATCH, PER_STEP, Batch, Core, Shape, Sharding, point
+from orchestrator.planner.search.candidates import (
+    PER_MICRO_BATCH,
+    PER_STEP,
+    BatchOption,
+    PipelineConfiguration,
+    Shape,
+    Sharding,
+    point,
+)
 from strategies.catalog import unbuilt, wrong_precision
 from strategies.strategy import INTERLEAVED, Offload, Schedule, Strategy
 
@@ -26,8 +34,8 @@ class Space:
         self.problem, self.pins = problem, problem.pins
         self.every_size = every_size
         self.engine = self.pins.get("engine", "native")
-        self._batches: dict[Shape, tuple[Batch, ...]] = {}
-        self._batches_of: dict[tuple[Shape, int, Sharding | None], list[Batch]] = {}
+        self._batches: dict[Shape, tuple[BatchOption, ...]] = {}
+        self._batches_of: dict[tuple[Shape, int, Sharding | None], list[BatchOption]] = {}
         self._schedules: dict[tuple[int, bool], tuple[tuple[tuple[Schedule, int], ...], int]] = {}
         self._shardings: dict[tuple[Shape, bool], dict[int, tuple[Sharding, ...]]] = {}
         self._shardings_of: dict[tuple[Shape, int], list[Sharding]] = {}
@@ -228,13 +236,13 @@ class Space:
         kinds, counts = self.recomputes(pipeline, virtual)
         return len(kinds) + len(counts)
 
-    def batches(self, shape: Shape) -> tuple[Batch, ...]:
+    def batches(self, shape: Shape) -> tuple[BatchOption, ...]:
         """The micro batches of some degrees, those left out that no schedule or no ZeRO group takes."""
         if shape not in self._batches:
             self._batches[shape] = tuple(self._open_batches(shape))
         return self._batches[shape]
 
-    def batches_of(self, shape: Shape, zero: int, sharding: Sharding | None = None) -> list[Batch]:
+    def batches_of(self, shape: Shape, zero: int, sharding: Sharding | None = None) -> list[BatchOption]:
         """Those that a ZeRO stage, or one sharding of it, takes."""
         key = shape, zero, sharding
         if key not in self._batches_of:
@@ -253,7 +261,7 @@ class Space:
             self._shardings_of[key] = list(dict.fromkeys(one for batch in batches for one in batch.shardings[zero]))
         return self._shardings_of[key]
 
-    def _open_batches(self, shape: Shape) -> Iterator[Batch]:
+    def _open_batches(self, shape: Shape) -> Iterator[BatchOption]:
         for micro in self.micros(shape.data):
             accumulation = self.problem.accumulation(shape.data, micro)
             fed = {"pipeline_parallel_degree": shape.pipeline, "gradient_accumulation_steps": accumulation}
@@ -262,7 +270,7 @@ class Space:
             schedules, recomputes = self._scheduled(shape.pipeline, accumulation)
             by_stage = self._by_stage(shape, accumulation)
             if schedules and by_stage:
-                yield Batch(micro, accumulation, schedules, by_stage, recomputes)
+                yield BatchOption(micro, accumulation, schedules, by_stage, recomputes)
 
     def _scheduled(self, pipeline: int, accumulation: int) -> tuple[tuple[tuple[Schedule, int], ...], int]:
         """(schedules, recomputes over all of them), the same for all numbers of micro batches that divide alike."""
@@ -295,7 +303,7 @@ class Space:
             for batch, flag in product(self.batches(shape), self.sequence_parallels(shape.tensor)):
                 shardings = [sharding for group in batch.shardings.values() for sharding in group]
                 for schedule, virtual in batch.schedules:
-                    core = Core(shape, flag, batch.micro, schedule, virtual)
+                    core = PipelineConfiguration(shape, flag, batch.micro, schedule, virtual)
                     kinds, counts = self.recomputes(shape.pipeline, virtual)
                     recomputes = [(kind, self.layers_of(kind)) for kind in kinds] + [
                         ("full", count) for count in counts

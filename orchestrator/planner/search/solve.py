@@ -8,9 +8,9 @@ from typing import ParamSpec
 
 from clusters.cluster import weaker_links
 from orchestrator.planner.problem import Choice, PlanError, Problem, check, check_batch, check_rules
-from orchestrator.planner.result import SearchResult, Wanted
 from orchestrator.planner.search.axes import Space, require_candidates
 from orchestrator.planner.search.best_first import search
+from orchestrator.planner.search.result import SearchResult, Wanted
 from strategies.catalog import ENGINES, Limit, unbuilt, unbuilt_pins, wrong_precision
 from strategies.price.step_time import Price
 from strategies.strategy import Strategy
@@ -48,7 +48,6 @@ def solve(
     problem: Problem,
     *,
     wanted: Wanted | None = None,
-    num_families: int = 1,
     after: SearchResult | None = None,
     near: bool = False,
 ) -> Solution:
@@ -75,7 +74,6 @@ def solve(
     found = search(
         problem,
         wanted=wanted,
-        num_families=num_families,
         after=after,
         near_s=(lambda choice: _on_slower_links_s(problem, choice)) if near else None,
     )

@@ -9,15 +9,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from orchestrator.planner.plan import Plan
 from orchestrator.planner.problem import PlanError
 from strategies.catalog import unbuilt
 from strategies.price.memory import MemoryPrice, Stages, reserve_bytes
 from strategies.shares import shares
-
-if TYPE_CHECKING:
-    from orchestrator.planner.plan import Plan
 
 LIMIT_S = 300.0
 """A trace of 175B takes seconds; one that takes this long hangs."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.planner.plan import plan
-from orchestrator.planner.render import strategy_told
+from orchestrator.planner.show.words import strategy_told
 from orchestrator.spec import parse_job
 
 TABLE = Path(__file__).with_name("plans.txt")

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
-from orchestrator.planner.problem import Choice
+from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.search.bounds import Bounds
-from orchestrator.planner.search.candidates import Shape
-from orchestrator.planner.search.fits import Fits
+from strategies.pipeline.cost import holds_like
 from strategies.price.memory import MemoryPrice
-from strategies.strategy import Offload
 
 GIB = 2**30
 INFINITE = float("inf")
-
-Family = tuple[int, int, int, Offload]
-"""tensor, pipeline, ZeRO stage, offload: what `alternatives` holds the best of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +20,6 @@ class Found:
 
     choice: Choice
     step_s: float
-
-    @property
-    def family(self) -> Family:
-        c = self.choice
-        return c.tensor, c.pipeline, c.zero, c.offload
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +39,22 @@ class Rejection:
     reason: str
 
 
+class Fits:
+    """Answers of one job on the same GPUs. Neither a link's bandwidth nor what is pinned changes the bytes of a choice: searches
+    whose links are slower, or that may offload less, share them."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self._known: dict[tuple[Any, ...], bool] = {}
+
+    def __call__(self, choice: Choice) -> bool:
+        """Return whether a choice fits."""
+        key = (*choice[:4], holds_like(choice.schedule, choice.virtual), *choice[5:])
+        if key not in self._known:
+            self._known[key] = self.problem.memory(self.problem.strategy(choice)).fits
+        return self._known[key]
+
+
 @dataclass
 class SearchResult:
     """What a search found."""
@@ -60,12 +67,8 @@ class SearchResult:
     """The best that meets the job's targets, or else `fastest`."""
     fastest: Found | None = None
     """The best under the objective, whatever the targets."""
-    families: list[Found] = field(default_factory=list)
-    """The best of each family, best first, the chosen one's among them."""
     near: list[Found] = field(default_factory=list)
     """All that came out on top until the best, and from there on as far as was asked."""
-    too_large: list[tuple[Shape, int, Offload]] = field(default_factory=list)
-    """Families of which no member fits, as far as they were looked at: degrees, ZeRO stage, offload."""
     closest: TooLarge | None = None
     """Where nothing fits: the candidate that is over by least."""
     num_candidates: int = 0
@@ -76,7 +79,7 @@ class SearchResult:
     seconds: float = 0.0
     """Until the best was known."""
     alternatives_seconds: float = 0.0
-    """From then until the best of the other families asked for were."""
+    """From then until all that is near the best was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ def excess(memory: MemoryPrice) -> float:
     return memory.peak_bytes / max(1, memory.usable_bytes)
 
 
-def told_excess(memory: MemoryPrice) -> str:
+def formatted_excess(memory: MemoryPrice) -> str:
     """92.4 GiB on stage 0, 14.1 over."""
     over = memory.peak_bytes - memory.usable_bytes
     if over <= 0:

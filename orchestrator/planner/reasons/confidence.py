@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from clusters.calibration.runs import PRIOR_ERROR
 from orchestrator.planner.problem import Problem
-from orchestrator.planner.result import Found, SearchResult, Wanted
 from orchestrator.planner.search.axes import Space
+from orchestrator.planner.search.result import Found, SearchResult, Wanted
 from orchestrator.planner.search.solve import Refused, Solution, ask, solve
 from strategies.strategy import Offload, Strategy
 
@@ -101,13 +101,12 @@ def choose(
     problem: Problem,
     *,
     wanted: Wanted | None = None,
-    num_families: int = 1,
     after: SearchResult | None = None,
     near: bool = False,
 ) -> Solution:
     """Return the strategy to take: what `solve` finds, or under `fastest` the best without offload, where the gain of offload
     is smaller than the difference of their stated errors. PlanError where nothing can be at all. Arguments: those of `solve`."""
-    found = solve(problem, wanted=wanted, num_families=num_families, after=after, near=near)
+    found = solve(problem, wanted=wanted, after=after, near=near)
     plain = without_offload(found, wanted=wanted, near=near)
     if plain is None:
         return found
@@ -140,8 +139,7 @@ def _searched(found: Solution, plain: Solution) -> SearchResult | None:
         choice = Space(plain.problem).single()
         assert choice is not None, "what was answered without a search is one choice"
         best = Found(choice, plain.price.time.step_s)
-    families = [best, *(family for family in found.search.families if family.family != best.family)]
-    return replace(found.search, best=best, families=families, near=near)
+    return replace(found.search, best=best, near=near)
 
 
 def wider_by(found: Solution, plain: Solution) -> float:

@@ -3,64 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from orchestrator.models.architecture import num_parameters
+from clusters.cluster import Cluster
+from orchestrator.models.architecture import Architecture, num_parameters
+from orchestrator.planner.reasons.alternatives import Alternative
+from orchestrator.planner.search.result import SearchResult
+from orchestrator.spec import Job
+from strategies.price.memory import MemoryPrice
 from strategies.strategy import Strategy
-
-if TYPE_CHECKING:
-    from orchestrator.planner.plan import Plan
 
 VERSION = 1
 
 
-def document(plan: Plan) -> dict[str, Any]:
-    """The whole contract, design order."""
-    return {
-        "version": VERSION,
-        "fits": plan.fits,
-        "job": _job(plan),
-        "model": _model(plan),
-        "cluster": _cluster(plan),
-        "strategy": strategy_dict(plan.strategy),
-        "memory": _memory(plan),
-        "time": _fields(plan.price.time),
-        "throughput": plan.throughput,
-        "cost": plan.cost,
-        "placement": placement(plan.strategy, plan.cluster.gpus_per_node),
-        "confidence": plan.confidence,
-        "alternatives": [
-            {
-                "strategy": strategy_dict(loser.strategy, stages=False),
-                "fits": loser.fits,
-                "peak_bytes": loser.peak_bytes,
-                "tokens_per_second_per_gpu": loser.tokens_per_second_per_gpu,
-                "rejected_because": loser.because,
-            }
-            for loser in plan.alternatives
-        ],
-        "sensitivity": [row | {"strategy": strategy_dict(row["strategy"], stages=False)} for row in plan.sensitivity],
-        "targets_met": plan.targets_met,
-        "targets": plan.targets,
-        "search": _search(plan),
-        "notes": plan.notes,
-        "nearest": plan.nearest,
-        "nearest_refused": plan.nearest_refused,
-        **({} if plan.trace is None else {"trace": plan.trace}),
-    }
-
-
 def strategy_dict(strategy: Strategy, *, stages: bool = True) -> dict[str, Any]:
     """The strategy's fields by their names; without the list of stages where only the choice matters."""
-    fields = _fields(strategy)
+    fields = fields_dict(strategy)
     del fields["stages"]
     fields |= {
         "mesh_order": list(strategy.mesh_order),
-        "offload": _fields(strategy.offload),
+        "offload": fields_dict(strategy.offload),
         "num_gpus": strategy.num_gpus,
     }
     if stages:
-        fields["stages"] = [_fields(stage) for stage in strategy.stages]
+        fields["stages"] = [fields_dict(stage) for stage in strategy.stages]
     return fields
 
 
@@ -83,12 +49,13 @@ def placement(strategy: Strategy, gpus_per_node: int) -> list[dict[str, int]]:
     return rows
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def fields_dict(value: Any) -> dict[str, Any]:
+    """Return a dataclass as a dictionary, its values as they are."""
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
-def _job(plan: Plan) -> dict[str, Any]:
-    job = plan.job
+def job_dict(job: Job) -> dict[str, Any]:
+    """Return what a job asks for."""
     return {
         "name": job.name,
         "task": job.task,
@@ -100,8 +67,8 @@ def _job(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _model(plan: Plan) -> dict[str, Any]:
-    arch = plan.solution.problem.arch
+def model_dict(arch: Architecture) -> dict[str, Any]:
+    """Return a model's name, size and shape."""
     names = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "tied_embeddings")
     shape = {name: getattr(arch, name) for name in names}
     return {
@@ -112,8 +79,8 @@ def _model(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _cluster(plan: Plan) -> dict[str, Any]:
-    cluster = plan.cluster
+def cluster_dict(cluster: Cluster) -> dict[str, Any]:
+    """Return a cluster's GPUs and links."""
     return {
         "name": cluster.name,
         "num_gpus": cluster.num_gpus,
@@ -129,18 +96,35 @@ def _cluster(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _memory(plan: Plan) -> dict[str, Any]:
-    memory = _fields(plan.price.memory)
-    return memory | {"stages": [_fields(stage) for stage in plan.price.memory.stages]}
+def memory_dict(memory: MemoryPrice) -> dict[str, Any]:
+    """Return the bytes of all pipeline ranks against the budget."""
+    return fields_dict(memory) | {"stages": [fields_dict(stage) for stage in memory.stages]}
 
 
-def _search(plan: Plan) -> dict[str, Any]:
-    found = plan.search
+def alternative_dict(one: Alternative) -> dict[str, Any]:
+    """Return a strategy that was not taken, and why."""
+    return {
+        "strategy": strategy_dict(one.strategy, stages=False),
+        "changed": one.changed,
+        "fits": one.fits,
+        "peak_bytes": one.peak_bytes,
+        "tokens_per_second_per_gpu": one.tokens_per_second_per_gpu,
+        "rejected_because": one.because,
+    }
+
+
+def with_strategies(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with their strategies as JSON, without the list of stages."""
+    return [row | {"strategy": strategy_dict(row["strategy"], stages=False)} for row in rows]
+
+
+def search_dict(found: SearchResult | None, *, fits: bool) -> dict[str, Any]:
+    """Return what a search looked at and rejected; of a fully pinned strategy, itself."""
     if found is None:
         return {
             "candidates": 1,
             "priced": 1,
-            "feasible": int(plan.fits),
+            "feasible": int(fits),
             "seconds": 0.0,
             "alternatives_seconds": 0.0,
             "rejected": [],

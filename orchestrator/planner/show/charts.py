@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from math import ceil, floor, log2, log10
-from typing import TYPE_CHECKING
 
-from orchestrator.planner.render import length_told
+from orchestrator.planner.capacity import Cell
+from orchestrator.planner.show.words import length_told
 from strategies.pipeline.timeline import Bar
-
-if TYPE_CHECKING:
-    from orchestrator.planner.capacity import Cell
 
 WIDE, NARROW = 720, 360
 """Of a drawing, in its own units: the page scales it, and shows the narrow one on a phone."""

@@ -3,47 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from strategies.strategy import Offload, Strategy
-
-if TYPE_CHECKING:
-    from orchestrator.planner.explain import Loser
-    from orchestrator.planner.plan import Plan
-
-GIB = 2**30
-MARGIN = 12
-"""Columns of the section names."""
-EIGHTHS = " ▏▎▍▌▋▊▉█"
-BOLD, DIM, RED, GREEN, YELLOW = "1", "2", "31", "32", "33"
-COMPONENTS = (
-    ("parameters", "34"),
-    ("gathered_parameters", "94"),
-    ("master_weights", "36"),
-    ("gradients", "35"),
-    ("optimizer_states", "32"),
-    ("activations", "33"),
-    ("logits", "93"),
-    ("communication_buffers", "95"),
-    ("temporary", "96"),
-    ("reserve", "90"),
+from orchestrator.planner.plan import Plan
+from orchestrator.planner.reasons.alternatives import Alternative
+from orchestrator.planner.show.words import (
+    BOLD,
+    COMPONENTS,
+    DIM,
+    GREEN,
+    MARGIN,
+    RED,
+    TIMES,
+    YELLOW,
+    bar,
+    bytes_told,
+    met_by,
+    offload_told,
+    painted,
+    rate_told,
+    recompute_told,
+    seconds_told,
+    stacked,
+    strategy_told,
+    target_told,
+    wrapped,
 )
-"""Bytes of a stage, with their colours."""
-TIMES = (
-    ("compute_s", "compute", "34"),
-    ("recompute_s", "recompute", "36"),
-    ("tensor_parallel_s", "tensor messages", "35"),
-    ("data_parallel_exposed_s", "data parallel, not hidden", "33"),
-    ("pipeline_bubble_s", "pipeline bubble", "31"),
-    ("pipeline_transfer_s", "pipeline transfers", "91"),
-    ("offload_s", "offload", "93"),
-    ("optimizer_s", "optimizer", "32"),
-)
-"""Parts of a step; they sum to step_s."""
-
-
-def painted(text: str, code: str) -> str:
-    return f"\033[{code}m{text}\033[0m"
 
 
 def render(plan: Plan, *, width: int = 88, sensitivity: bool = False) -> str:
@@ -58,7 +43,7 @@ def render(plan: Plan, *, width: int = 88, sensitivity: bool = False) -> str:
         _section("speed", _speed(plan)),
         _section("cost", _cost(plan)),
         _section("targets", _targets(plan)),
-        _section("losers", _losers(plan.alternatives, width)),
+        _section("others", _alternatives(plan.alternatives, width)),
         _section("slower", _lines(sensitivity_told(plan) if sensitivity else [], width)),
         _section("would fit", _nearest(plan, width)),
         _section("notes", _lines(plan.notes, width)),
@@ -67,105 +52,12 @@ def render(plan: Plan, *, width: int = 88, sensitivity: bool = False) -> str:
     return "\n".join(section for section in sections if section)
 
 
-def bar(part: float, whole: float, columns: int) -> str:
-    """part of whole as a bar of at most `columns`, in eighths of a column."""
-    if whole <= 0 or part <= 0:
-        return ""
-    eighths = round(min(1.0, part / whole) * columns * 8)
-    return "█" * (eighths // 8) + (EIGHTHS[eighths % 8] if eighths % 8 else "")
-
-
-def stacked(parts: Sequence[tuple[float, str]], whole: float, columns: int) -> str:
-    """Parts of a whole, one colour each, in whole columns; what is left is dotted, what is over is marked."""
-    text, at, total = "", 0, 0.0
-    for part, code in parts:
-        total += part
-        until = round(min(1.0, total / whole) * columns) if whole > 0 else 0
-        text += painted("█" * (until - at), code) if until > at else ""
-        at = until
-    text += painted("·" * (columns - at), DIM)
-    return text + (painted(" over", RED) if total > whole else "")
-
-
-def bytes_told(num_bytes: float) -> str:
-    """1.5 GiB; small things in MiB."""
-    return f"{num_bytes / GIB:,.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:,.0f} MiB"
-
-
-def seconds_told(seconds: float) -> str:
-    """12.3 s, 45 ms, 2.1 days."""
-    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
-
-
-LONG_S = 365 * 86400.0
-"""A training that takes longer fits in memory and nowhere else."""
-
-
-def length_told(seconds: float) -> str:
-    """95.8 days; 7.2 h below two days, 4.9 years from a year on."""
-    years = seconds / LONG_S
-    if seconds < 2 * 86400:
-        return seconds_told(seconds)
-    if years < 1:
-        return f"{seconds / 86400:,.1f} days"
-    return f"{years:,.1f} years" if years < 100 else f"{years:,.0f} years"
-
-
-def rate_told(per_second: float) -> str:
-    """1,234; below ten with two digits: 0.31."""
-    return f"{per_second:,.0f}" if per_second >= 10 or per_second == 0 else f"{per_second:.2g}"
-
-
-def strategy_told(strategy: Strategy) -> str:
-    """One line: tensor 8 x pipeline 4 x data 2, ZeRO 1, ..."""
-    s = strategy
-    parts = [
-        f"tensor {s.tensor_parallel_degree}" if s.tensor_parallel_degree > 1 else "",
-        f"pipeline {s.pipeline_parallel_degree}" if s.pipeline_parallel_degree > 1 else "",
-        f"data {s.data_parallel_degree}" if s.data_parallel_degree > 1 else "",
-    ]
-    degrees = " x ".join(part for part in parts if part) or "one GPU"
-    more = [f"ZeRO {s.zero_stage}" if s.data_parallel_degree > 1 else "", recompute_told(s), offload_told(s.offload)]
-    return ", ".join([degrees, f"micro batch {s.micro_batch_size}", *(part for part in more if part)])
-
-
-def recompute_told(strategy: Strategy) -> str:
-    if strategy.activation_checkpointing == "none":
-        return ""
-    done = sum(stage.num_checkpointed_layers for stage in strategy.stages)
-    layers = sum(stage.num_layers for stage in strategy.stages)
-    how_many = "" if done == layers else f" of {done} of {layers} layers"
-    return f"{strategy.activation_checkpointing} recompute{how_many}"
-
-
-def offload_told(offload: Offload) -> str:
-    if not offload.any:
-        return ""
-    kinds = [kind for kind in ("optimizer", "parameters", "activations") if getattr(offload, kind) != "none"]
-    return "offload " + ", ".join(f"{kind} to {getattr(offload, kind)}" for kind in kinds)
-
-
 def _section(name: str, lines: Iterable[str]) -> str:
     rows = list(lines)
     if not rows:
         return ""
     first, *rest = rows
     return "\n".join([f"  {painted(f'{name:<{MARGIN - 2}}', BOLD)}{first}", *(f"{'':{MARGIN}}{line}" for line in rest)])
-
-
-def wrapped(text: str, columns: int) -> list[str]:
-    """Lines of at most so many columns, broken at spaces."""
-    lines, line = [], ""
-    for word in text.split():
-        if line and len(line) + 1 + len(word) > columns:
-            lines.append(line)
-            line = word
-        else:
-            line = f"{line} {word}".strip()
-    return [*lines, line]
 
 
 def _lines(texts: Iterable[str], width: int) -> Iterator[str]:
@@ -323,32 +215,14 @@ def _targets(plan: Plan) -> Iterator[str]:
             yield from (f"        {line}" for line in wrapped(met_by(row), 66))
 
 
-def met_by(row: dict[str, Any]) -> str:
-    """Which cluster size would meet a target that is missed."""
-    if row["would_meet"]:
-        return f"would meet: {row['would_meet']}"
-    if row["would_meet_alone"]:
-        return f"no size within a factor of 8 meets all targets; this one alone: {row['would_meet_alone']}"
-    return "no size within a factor of 8 meets it"
-
-
-def target_told(name: str, value: float | None) -> str:
-    """A target's value, or what a plan gets of it, with its unit."""
-    if value is None:
-        return "unknown"
-    if name == "finish_within":
-        return seconds_told(value)
-    return f"${value:,.0f}" if name == "budget_usd" else f"{value:,.0f}"
-
-
-def _losers(losers: Sequence[Loser], width: int) -> Iterator[str]:
-    for loser in losers:
-        speed = f"{rate_told(loser.tokens_per_second_per_gpu):>8} tokens/s/GPU"
-        verdict = "" if loser.fits else painted(" too large", RED)
-        yield f"{speed}, {bytes_told(loser.peak_bytes)}{verdict}"
-        for line in wrapped(strategy_told(loser.strategy), width - MARGIN - 11):
+def _alternatives(alternatives: Sequence[Alternative], width: int) -> Iterator[str]:
+    for alternative in alternatives:
+        speed = f"{rate_told(alternative.tokens_per_second_per_gpu):>8} tokens/s/GPU"
+        verdict = "" if alternative.fits else painted(" too large", RED)
+        yield f"{speed}, {bytes_told(alternative.peak_bytes)}{verdict}"
+        for line in wrapped(strategy_told(alternative.strategy), width - MARGIN - 11):
             yield f"{'':8} {line}"
-        for line in wrapped(loser.because, width - MARGIN - 11):
+        for line in wrapped(alternative.because, width - MARGIN - 11):
             yield painted(f"{'':8} {line}", DIM)
 
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from orchestrator.planner import charts
-from orchestrator.planner.capacity import WISHES, Cell, size_told, tokens_told
-from orchestrator.planner.confidence import confidence, error_of
-from orchestrator.planner.html import both, html_document, number, section
-from orchestrator.planner.render import bytes_told, length_told, rate_told, strategy_told
-
-if TYPE_CHECKING:
-    from orchestrator.planner.capacity import Capacity
+from orchestrator.planner.capacity import WISHES, Capacity, Cell, size_told, tokens_told
+from orchestrator.planner.reasons.confidence import confidence, error_of
+from orchestrator.planner.show import charts
+from orchestrator.planner.show.page import both, html_document, number, section
+from orchestrator.planner.show.words import bytes_told, length_told, rate_told, strategy_told
 
 COLUMNS = ("model", "GPUs", "tokens/s/GPU", "error", "MFU", "time", "dollars", "strategy")
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from orchestrator.planner.plan import Plan
 from strategies.zero.state_bytes import BYTES
-
-if TYPE_CHECKING:
-    from orchestrator.planner.plan import Plan
 
 GIB = 2**30
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
-from orchestrator.planner.confidence import choose
-from orchestrator.planner.result import Wanted
+from orchestrator.planner.reasons.confidence import choose
+from orchestrator.planner.search.result import Wanted
 from orchestrator.planner.search.solve import Refused, Solution, ask
-
-if TYPE_CHECKING:
-    from orchestrator.spec import Job
+from orchestrator.spec import Job
 
 
 def limits(
@@ -73,8 +72,6 @@ def would_meet(
     solution: Solution, wanted: Wanted, *, sizes: tuple[float, ...] = (2, 4, 8, 0.5, 0.25, 0.125)
 ) -> str | None:
     """The nearest cluster size on which these limits are kept, each tried by planning; None: not within a factor of 8."""
-    from dataclasses import replace
-
     problem = solution.problem
     cluster = problem.cluster
     for factor in sorted(sizes, key=lambda size: max(size, 1 / size)):
@@ -96,3 +93,19 @@ def would_meet(
         if found.fits and wanted.met(step_s, num_gpus):
             return f"{num_gpus} GPUs: {found.tokens_per_second_per_gpu:,.0f} tokens/s/GPU, {step_s:.3g} s a step"
     return None
+
+
+def judged_with_hints(job: Job, solution: Solution, cost: dict[str, float | None]) -> list[dict[str, Any]]:
+    """Return the targets held against a solution, and what would meet those that are missed.
+
+    Rows are {name, wanted, got, met, would_meet, would_meet_alone}. `would_meet` is the nearest cluster size that meets all
+    targets; where none does, `would_meet_alone` is the nearest that meets this one."""
+    rows, price = judged(job, solution, cost), solution.problem.cluster.usd_per_gpu_hour
+    missed = [row for row in rows if not row["met"]]
+    known = all(row["got"] is not None for row in missed)
+    every = would_meet(solution, wanted_of(job, price)) if missed and known else None
+    hints = {row["name"]: {"would_meet": every, "would_meet_alone": every} for row in missed}
+    if known and every is None and len(rows) > 1:
+        for name, hint in hints.items():
+            hint["would_meet_alone"] = would_meet(solution, wanted_of(job, price, only=name))
+    return [row | hints.get(row["name"], {"would_meet": None, "would_meet_alone": None}) for row in rows]

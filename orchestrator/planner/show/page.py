@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from orchestrator.planner import charts
-from orchestrator.planner.formulas import headline_formulas, memory_formulas, time_formulas
-from orchestrator.planner.render import (
+from orchestrator.planner.plan import Plan
+from orchestrator.planner.show import charts
+from orchestrator.planner.show.formulas import headline_formulas, memory_formulas, time_formulas
+from orchestrator.planner.show.text import sensitivity_told
+from orchestrator.planner.show.words import (
     COMPONENTS,
     TIMES,
     bytes_told,
@@ -18,14 +19,10 @@ from orchestrator.planner.render import (
     rate_told,
     recompute_told,
     seconds_told,
-    sensitivity_told,
     strategy_told,
     target_told,
 )
 from strategies.pipeline.timeline import timeline
-
-if TYPE_CHECKING:
-    from orchestrator.planner.plan import Plan
 
 GIB = 2**30
 MOST_BARS = 40
@@ -89,7 +86,7 @@ def page(plan: Plan) -> str:
         _time(plan),
         _schedule(plan),
         _frontier(plan),
-        _losers(plan),
+        _alternatives(plan),
         _nearest(plan),
         _targets(plan),
         _sensitivity(plan),
@@ -246,18 +243,18 @@ def _schedule(plan: Plan) -> str:
 
 
 def _frontier(plan: Plan) -> str:
-    losers = plan.alternatives
-    if not losers:
+    alternatives = plan.alternatives
+    if not alternatives:
         return ""
     points = [
         (
-            loser.peak_bytes / GIB,
-            loser.tokens_per_second_per_gpu,
-            "dot" if loser.fits else "dot large",
-            f"{strategy_told(loser.strategy)}: {bytes_told(loser.peak_bytes)}, "
-            f"{rate_told(loser.tokens_per_second_per_gpu)} tokens/s/GPU",
+            alternative.peak_bytes / GIB,
+            alternative.tokens_per_second_per_gpu,
+            "dot" if alternative.fits else "dot large",
+            f"{strategy_told(alternative.strategy)}: {bytes_told(alternative.peak_bytes)}, "
+            f"{rate_told(alternative.tokens_per_second_per_gpu)} tokens/s/GPU",
         )
-        for loser in losers
+        for alternative in alternatives
     ]
     mine = plan.price.memory.peak_bytes
     speed = rate_told(plan.tokens_per_second_per_gpu)
@@ -276,13 +273,13 @@ def _frontier(plan: Plan) -> str:
     )
 
 
-def _losers(plan: Plan) -> str:
+def _alternatives(plan: Plan) -> str:
     rows = [
-        f'<tr><td class="num" data-unit="tokens/s/GPU,">{rate_told(loser.tokens_per_second_per_gpu)}</td>'
-        f'<td class="num" data-unit="GiB">{loser.peak_bytes / GIB:,.1f}</td>'
-        f'<td class="line">{escape(strategy_told(loser.strategy))}</td>'
-        f'<td class="line {"why" if loser.fits else "bad"}">{escape(loser.because)}</td></tr>'
-        for loser in plan.alternatives
+        f'<tr><td class="num" data-unit="tokens/s/GPU,">{rate_told(alternative.tokens_per_second_per_gpu)}</td>'
+        f'<td class="num" data-unit="GiB">{alternative.peak_bytes / GIB:,.1f}</td>'
+        f'<td class="line">{escape(strategy_told(alternative.strategy))}</td>'
+        f'<td class="line {"why" if alternative.fits else "bad"}">{escape(alternative.because)}</td></tr>'
+        for alternative in plan.alternatives
     ]
     if not rows:
         return ""

@@ -1,0 +1,82 @@
+"""What a reader of a plan should know: idle GPUs, padding, settings without effect, another choice of offload. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from orchestrator.planner.problem import Problem
+from orchestrator.planner.reasons.confidence import error_of, wider_by
+from orchestrator.planner.search.solve import Solution
+from strategies.offload.cost import offload_words
+from strategies.rooms import without_effect
+from strategies.strategy import Strategy
+
+
+def notes(solution: Solution) -> list[str]:
+    """Idle GPUs, padding, uneven stages, tensor groups across nodes, settings without effect."""
+    return [*_notes(solution)]
+
+
+def _notes(solution: Solution) -> Iterator[str]:
+    strategy, problem = solution.strategy, solution.problem
+    yield from problem.cluster.notes
+    engine = problem.engine
+    if engine.speed_error:
+        yield (
+            f"engine {strategy.engine} is priced as {engine.semantics}: bytes may be {engine.memory_error:.0%} off or more, "
+            f"seconds {engine.speed_error:.0%}"
+        )
+    idle = problem.cluster.num_gpus - strategy.num_gpus
+    if idle:
+        yield f"{idle} of {problem.cluster.num_gpus} GPUs stay idle: {_why_idle(problem, strategy)}"
+    slots = strategy.micro_batch_size * strategy.gradient_accumulation_steps * strategy.data_parallel_degree
+    if slots > problem.global_batch_size:
+        yield (
+            f"the batch of {problem.global_batch_size} does not divide: {slots - problem.global_batch_size} of {slots} places in "
+            "a step's micro batches stay empty"
+        )
+    layers = {stage.num_layers for stage in strategy.stages}
+    if len(layers) > 1:
+        yield f"pipeline stages hold {min(layers)} to {max(layers)} layers"
+    if strategy.tensor_parallel_degree * strategy.degrees.stride("tensor") > problem.cluster.gpus_per_node:
+        yield f"a tensor group of {strategy.tensor_parallel_degree} leaves its node"
+    kv_heads = problem.arch.num_kv_heads
+    if strategy.tensor_parallel_degree > kv_heads:
+        yield f"{kv_heads} key and value heads are copied to a tensor group of {strategy.tensor_parallel_degree}"
+    if problem.arch.vocab_size % strategy.tensor_parallel_degree:
+        yield f"the vocabulary of {problem.arch.vocab_size} is padded to a multiple of {strategy.tensor_parallel_degree}"
+    if problem.pins.get("num_checkpointed_layers_per_stage", 0) > max(layers):
+        yield f"a stage has {max(layers)} layers at most: all of them are computed again"
+    for rule in without_effect(strategy):
+        yield rule.formatted(strategy)
+    if solution.passed_over is not None:
+        yield from _other_offload(solution, solution.passed_over)
+
+
+def _other_offload(solution: Solution, other: Solution) -> Iterator[str]:
+    """What another choice of offload would change, and how much of that the stated errors cover."""
+    ratio = other.tokens_per_second_per_gpu / solution.tokens_per_second_per_gpu
+    if other.strategy.offload.any:
+        yield (
+            f"{offload_words(other.strategy.offload)} is predicted {ratio - 1:.1%} faster, which is inside the "
+            f"{wider_by(other, solution):.0%} by which plans with offload are less certain, since no published run anchors them; "
+            "it is taken where `offload:` pins it"
+        )
+    elif 1 - ratio <= error_of(solution):
+        yield (
+            f"without offload, which no published run anchors: {other.tokens_per_second_per_gpu:,.0f} tokens/s/GPU "
+            f"± {error_of(other):.0%}, {1 - ratio:.1%} slower; `offload: none` asks for it"
+        )
+
+
+def _why_idle(problem: Problem, strategy: Strategy) -> str:
+    product = strategy.tensor_parallel_degree * strategy.pipeline_parallel_degree
+    if "data_parallel_degree" in problem.pins and product * (strategy.data_parallel_degree + 1) <= problem.num_gpus:
+        return "the pinned degrees use fewer"
+    if strategy.data_parallel_degree >= problem.global_batch_size:
+        return f"a batch of {problem.global_batch_size} has work for no more replicas"
+    if problem.objective != "fastest":
+        return f"more would not be {'cheaper a token' if problem.objective == 'cheapest' else 'fewer'}"
+    if product * (strategy.data_parallel_degree + 1) <= problem.num_gpus:
+        return "more would not save a micro batch, or would miss a target"
+    return f"they do not make another replica of {product}"
