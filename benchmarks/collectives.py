@@ -79,6 +79,7 @@ def purposes(session: Any) -> dict[str, str]:
     told |= {group.group_name: "world" for group in groups.values() if group and group.size() == dist.get_world_size()}
     if shared is not None:
         told[shared.group_name] = "shared"
+    told |= {group.group_name: "pipeline" for group in session.build.requests.get("channels", {}).values()}
     return told | {dist.group.WORLD.group_name: "world"}
 
 

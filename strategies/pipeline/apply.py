@@ -8,13 +8,16 @@ reduction over replicas and before clipping.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 
 from strategies.engines.engine import Build
+from strategies.pipeline.messages import Channel, pipeline_of
 from strategies.pipeline.runner import PipelineRunner, PlainRunner
 from strategies.pipeline.schedules import stage_rank
 from strategies.strategy import SPLIT_BACKWARD, Stage, Strategy
@@ -63,10 +66,9 @@ def schedule(build: Build) -> Build:
         region.pending = []
         build = replace(build, region=region)
     channels = _channels(build)
-    requests = {**build.requests, "runner": PipelineRunner, "channels": channels}
-    if build.device.type == "cuda":
-        requests["groups"] = [*build.requests["groups"], *channels.values()]
-    return replace(build, requests=requests)
+    _open(build, channels)
+    groups = [*build.requests["groups"], *channels.values()]
+    return replace(build, requests={**build.requests, "runner": PipelineRunner, "channels": channels, "groups": groups})
 
 
 def _check(strategy: Strategy, num_layers: int) -> None:
@@ -111,22 +113,27 @@ def _pairs(build: Build, first: int, last: int) -> tuple[Any, list[Any]]:
     return mine, [mine] if mine is not None else []
 
 
-def _channels(build: Build) -> dict[tuple[str, int], Any]:
-    """(pass, stage it is for) -> the group that carries its input. NCCL runs the messages of a group in the order they were
-    asked for, which would lock two ranks that both send first: there each boundary and direction has its own, in which both
-    sides go by micro batch. gloo tells messages apart."""
-    mesh = build.mesh
-    places = {stage.stage: stage.pipeline_rank for stage in build.strategy.stages}
-    wanted = [("forward", stage, stage - 1) for stage in range(1, len(places))]
-    wanted += [("backward", stage, stage + 1) for stage in range(len(places) - 1)]
-    if build.device.type != "cuda":
-        return {(kind, stage): mesh.group("pipeline") for kind, stage, _ in wanted}
-    rank, mine = dist.get_rank(), {}
-    for kind, stage, source in wanted:
-        ends = places[source], places[stage]
-        if ends[0] != ends[1]:
-            for pair in zip(*(mesh.ranks[end].flatten().tolist() for end in ends), strict=True):
-                group = dist.new_group(sorted(pair))
-                if rank in pair:
-                    mine[kind, stage] = group
+def _channels(build: Build) -> dict[Channel, Any]:
+    """This rank's channels, each a group of two ranks: on NCCL a communicator and stream of its own. The mesh's pipeline group
+    would not do: its messages would share one order, in which two ranks that both send first wait for each other."""
+    ranks, mine = build.mesh.ranks, {}
+    for channel in pipeline_of(build.strategy).channels():
+        ends = (ranks[channel.source].flatten().tolist(), ranks[channel.target].flatten().tolist())
+        for pair in zip(*ends, strict=True):
+            group = dist.new_group(sorted(pair))
+            if dist.get_rank() in pair:
+                mine[channel] = group
     return mine
+
+
+def _open(build: Build, channels: Mapping[Channel, Any]) -> None:
+    """Sends one byte through each channel. NCCL makes a communicator at its first message, and both ranks wait there: left to
+    the first step, whose receives are asked for ahead of the sends, they would wait for ever."""
+    ranks, rank = build.mesh.ranks, build.mesh.rank("pipeline")
+    place = (build.mesh.rank("replicate"), build.mesh.rank("tensor"), build.mesh.rank("shard"))
+    for channel, group in channels.items():
+        byte = torch.zeros(1, dtype=torch.uint8, device=build.device)
+        if rank == channel.source:
+            dist.send(byte, int(ranks[(channel.target, *place)]), group=group)
+        else:
+            dist.recv(byte, int(ranks[(channel.source, *place)]), group=group)

@@ -1,14 +1,14 @@
 """Runs a step's micro batches: one after the other, or through the stages of a pipeline.
 
 torch.distributed.pipelining's schedules are not used: its stages average what must be summed, keep every output, fix FSDP2's
-gathers, and learn shapes by messages of their own. What is left, sending and receiving in order, is this file.
+gathers, and learn shapes by messages of their own. What is left is this file, which carries out the events of messages.py.
 
 B micro batch, S sequence, H hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from strategies.engines.engine import Build, Loss, MicroBatch
-from strategies.pipeline.schedules import Action, orders, received
+from strategies.pipeline.messages import Channel, Event, pipeline_of
+from strategies.pipeline.schedules import Action
 from strategies.strategy import SPLIT_BACKWARD, Stage
 from strategies.tensor.region import Pending, weight_gradient
 from strategies.zero.states import DTYPES, PipelineStates, States
@@ -93,21 +94,24 @@ class PipelineRunner:
 
     def __init__(self, build: Build, states: PipelineStates, loss: Loss) -> None:
         self.build, self.states, self.loss = build, states, loss
-        strategy, mesh = build.strategy, build.mesh
-        self.strategy, self.rank = strategy, mesh.rank("pipeline")
+        strategy = build.strategy
+        self.rank, self.pipeline = build.mesh.rank("pipeline"), pipeline_of(strategy)
         self.stages = {stage.stage: stage for stage in strategy.stages}
-        self.held = sorted(stage.stage for stage in build.requests["held"])
-        self.channels = build.requests["channels"]
+        self.channels: Mapping[Channel, Any] = build.requests["channels"]
         self.peers = _column(build)
         self.dtype = DTYPES[build.precision]
         module: Any = build.module
         self.hidden = module.hidden_size
         self.splits = strategy.pipeline_schedule in SPLIT_BACKWARD
         module.forward = self._stage_forward
+        self.flights: dict[tuple[int, int], _Flight] = {}
+        self.pending: dict[tuple[int, int], Pending] = {}
+        """(stage, micro batch) -> what a split backward pass left for the weights."""
+        self.inputs: dict[Action, Tensor] = {}
+        """Pass -> what it takes in: a message that has come, or what another stage of this rank made."""
+        self.outputs: dict[Action, Tensor] = {}
+        self.receipts: dict[Action, tuple[Any, Tensor]] = {}
         self.sends: dict[Action, tuple[Any, Tensor]] = {}
-        self.known: Mapping[Action, Sequence[Action]] = {}
-        self.receipts: dict[tuple[Any, ...], tuple[Any, Tensor]] = {}
-        self.local: dict[tuple[Any, ...], Tensor] = {}
 
     # The two passes --------------------------------------------------------------------------------------------------
 
@@ -120,63 +124,61 @@ class PipelineRunner:
         return module.head(x) if stage.head else x
 
     def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
-        strategy = self.strategy
-        asked = (
-            strategy.pipeline_schedule,
-            strategy.pipeline_parallel_degree,
-            strategy.num_virtual_stages,
-            len(micro_batches),
-        )
-        actions, self.known = orders(*asked)[self.rank], received(*asked, self.rank)
-        flights: dict[tuple[int, int], _Flight] = {}
-        weights: dict[tuple[int, int], Pending] = {}
+        events = self.pipeline.step(len(micro_batches), self.rank)
+        last = next(event.action for event in reversed(events) if event.verb == "run")
+        self.flights, self.pending = {}, {}
         total = none_told(self.build, self.loss)
-        for index, action in enumerate(actions):
-            for ahead in actions[index : index + 2]:  # the next one's input travels while this one computes
-                self._ask(ahead, micro_batches)
-            key = (action.stage, action.micro_batch)
+        for event in events:
+            action = event.action
+            if event.verb != "run" or action is None:
+                self._exchange(event, micro_batches)
+                continue
+            done = action.micro_batch == len(micro_batches) - 1
             if action.kind == "forward":
-                flights[key], loss = self._forward(action, micro_batches, factor)
+                loss = self._forward(action, micro_batches, factor)
                 if loss is not None:
                     total += loss
             elif action.kind == "weights":
-                self._weights(weights.pop(key), done=action.micro_batch == len(micro_batches) - 1)
+                self._weights(self.pending.pop((action.stage, action.micro_batch)), done=done)
             else:
                 # A split backward brings the last gradients after its last pass over the inputs.
-                self.states.backward(
-                    self.stages[action.stage],
-                    last=index == len(actions) - 1 and not self.splits,
-                    done=action.micro_batch == len(micro_batches) - 1,
-                )
-                self._backward(action, flights.pop(key))
-                if self.splits:
-                    weights[key] = self._pending()
-        self.settle()
+                self.states.backward(self.stages[action.stage], last=action == last and not self.splits, done=done)
+                self._backward(action)
         return total
 
-    def _forward(
-        self, action: Action, micro_batches: Sequence[MicroBatch], factor: float
-    ) -> tuple[_Flight, Tensor | None]:
+    def _forward(self, action: Action, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor | None:
         stage, batch = self.stages[action.stage], micro_batches[action.micro_batch]
-        given = None if stage.embedding else self._take(action).requires_grad_()
+        given = None if stage.embedding else self.inputs.pop(action).requires_grad_()
         x = batch.input_ids_BS.to(self.build.device) if given is None else given
         result = self.build.module(x, stage, *context_of(self.build, batch))
+        key = (action.stage, action.micro_batch)
         if stage.head:
             loss, trained = self.loss(self.build.region, result, batch)
-            return _Flight(given, get_gradient_edge(trained * factor)), loss
-        self._give(Action("forward", action.stage + 1, action.micro_batch), result.detach())
-        return _Flight(given, get_gradient_edge(result)), None
+            self.flights[key] = _Flight(given, get_gradient_edge(trained * factor))
+            return loss
+        self._made(action, result.detach())
+        self.flights[key] = _Flight(given, get_gradient_edge(result))
+        return None
 
-    def _backward(self, action: Action, flight: _Flight) -> None:
-        stage = self.stages[action.stage]
-        gradients = None if stage.head else [self._take(action)]
+    def _backward(self, action: Action) -> None:
+        key = (action.stage, action.micro_batch)
+        flight = self.flights.pop(key)
+        gradients = None if self.stages[action.stage].head else [self.inputs.pop(action)]
         torch.autograd.backward([flight.result], gradients)
         if flight.given is not None:
             gradient, flight.given.grad = flight.given.grad, None
             assert gradient is not None
-            self._give(Action(action.kind, action.stage - 1, action.micro_batch), gradient)
+            self._made(action, gradient)
+        if self.splits:
+            self.pending[key] = self._collected()
 
-    def _pending(self) -> Pending:
+    def _made(self, action: Action, tensor: Tensor) -> None:
+        """What a pass made for the next one, which takes it from here or is sent it."""
+        following = self.pipeline.following(action)
+        assert following is not None
+        (self.inputs if self.pipeline.channel(following) is None else self.outputs)[following] = tensor
+
+    def _collected(self) -> Pending:
         """Takes what the pass has collected. The list stays: forward passes under way hold it."""
         pending = self.build.region.pending
         assert pending is not None
@@ -198,70 +200,61 @@ class PipelineRunner:
 
     @torch.no_grad()
     def evaluate(self, batch: MicroBatch) -> Tensor | None:
-        self.settle()  # of the batch before, for which everyone has sent everything
-        self.known = {}
         loss = None
-        for number in self.held:
-            action, stage = Action("forward", number, 0), self.stages[number]
-            self._ask(action, [batch])
-            x = batch.input_ids_BS.to(self.build.device) if stage.embedding else self._take(action)
+        for event in self.pipeline.evaluation(self.rank):
+            action = event.action
+            if event.verb != "run" or action is None:
+                self._exchange(event, [batch])
+                continue
+            stage = self.stages[action.stage]
+            x = batch.input_ids_BS.to(self.build.device) if stage.embedding else self.inputs.pop(action)
             result = self.build.module(x, stage, *context_of(self.build, batch))
             if stage.head:
                 loss, _ = self.loss(self.build.region, result, batch)
             else:
-                self._give(Action("forward", number + 1, 0), result)
+                self._made(action, result)
         return loss
 
     def settle(self) -> None:
-        self._let_go(tuple(self.sends))
+        for message in tuple(self.sends):
+            self._release(message)
 
     # Messages: `action` is the pass that they are for ----------------------------------------------------------------
 
-    def _source(self, action: Action) -> int | None:
-        """The pipeline rank that an action's input comes from; None: there is none."""
-        number = action.stage + (-1 if action.kind == "forward" else 1)
-        stage = self.stages.get(number)
-        return None if stage is None or action.kind == "weights" else stage.pipeline_rank
+    def _exchange(self, event: Event, micro_batches: Sequence[MicroBatch]) -> None:
+        action = event.action
+        if action is None:
+            self.settle()
+        elif event.verb == "receive":
+            self._receive(action, micro_batches)
+        elif event.verb == "take":
+            work, self.inputs[action] = self.receipts.pop(action)
+            work.wait()
+        elif event.verb == "send":
+            tensor = self.outputs.pop(action).contiguous()
+            group, peer = self._line(action)
+            self.sends[action] = dist.isend(tensor, peer, group=group), tensor
+        else:
+            self._release(action)
 
-    def _ask(self, action: Action, micro_batches: Sequence[MicroBatch]) -> None:
-        source = self._source(action)
-        if source is None or source == self.rank or action in self.receipts:
-            return
+    def _receive(self, action: Action, micro_batches: Sequence[MicroBatch]) -> None:
         batch, sequence = micro_batches[action.micro_batch].input_ids_BS.shape
         shape = self.build.region.boundary_shape(batch, sequence, self.hidden)
         buffer = torch.empty(shape, dtype=self.dtype, device=self.build.device)
-        work = dist.irecv(buffer, self.peers[source], group=self._channel(action), tag=self._tag(action))
-        self.receipts[action] = work, buffer
+        group, peer = self._line(action)
+        self.receipts[action] = dist.irecv(buffer, peer, group=group), buffer
 
-    def _take(self, action: Action) -> Tensor:
-        if self._source(action) == self.rank:
-            return self.local.pop(action)
-        work, buffer = self.receipts.pop(action)
+    def _line(self, action: Action) -> tuple[Any, int]:
+        """(group, rank of the world at the other end) of the channel that brings a pass its input."""
+        channel = self.pipeline.channel(action)
+        assert channel is not None
+        other = channel.source if channel.target == self.rank else channel.target
+        return self.channels[channel], self.peers[other]
+
+    def _release(self, message: Action) -> None:
+        """gloo never says of a send that it is complete before it is waited for; on NCCL the host runs ahead of all of them."""
+        work, _ = self.sends.pop(message)
         work.wait()
-        # gloo never says of a send that it is complete before it is waited for; on NCCL the host runs ahead of all of them.
-        self._let_go(self.known.get(action, ()))
-        return buffer
-
-    def _give(self, action: Action, tensor: Tensor) -> None:
-        target = self.stages[action.stage].pipeline_rank
-        if target == self.rank:
-            self.local[action] = tensor
-            return
-        tensor = tensor.contiguous()
-        work = dist.isend(tensor, self.peers[target], group=self._channel(action), tag=self._tag(action))
-        self.sends[action] = work, tensor
-
-    def _channel(self, action: Action) -> Any:
-        return self.channels["forward" if action.kind == "forward" else "backward", action.stage]
-
-    def _tag(self, action: Action) -> int:
-        """gloo tells messages apart by it; NCCL goes by their order."""
-        return 2 * (action.micro_batch * len(self.stages) + action.stage) + (action.kind != "forward")
-
-    def _let_go(self, messages: Iterable[Action]) -> None:
-        for message in messages:
-            work, _ = self.sends.pop(message)
-            work.wait()
 
 
 def _column(build: Build) -> list[int]:

@@ -29,7 +29,8 @@ class Line(NamedTuple):
 
 
 Ledger = dict[tuple[Kind, Group, str], Line]
-"""(kind, group, dtype) -> all such messages. A group that spans the world is called `world`, whatever it is for."""
+"""(kind, group, dtype) -> all such messages. A group that spans the world is called `world`, whatever it is for; `pipeline` never
+is, since its messages go over groups of two."""
 
 
 def ledger(
@@ -65,7 +66,8 @@ def _messages(
 
 
 def _group(strategy: Strategy, message: Message) -> Group:
-    return "world" if strategy.group_size(message.group) == strategy.num_gpus else message.group
+    spans = message.group != "pipeline" and strategy.group_size(message.group) == strategy.num_gpus
+    return "world" if spans else message.group
 
 
 def _dtype(element: int, precision: str) -> str:
