@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test check fix parity chaos faults bench gpu oracle collectives trace memory engine-fairscale engine-colossalai engines switch docs clean
+.PHONY: install quickstart test check fix parity strict chaos faults bench gpu oracle collectives trace memory engine-fairscale engine-colossalai engines switch docs clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml
@@ -42,6 +42,10 @@ fix: $(INSTALLED)
 
 parity: $(INSTALLED)  ## every strategy against one process, as a table
 	$(BIN)/python -m benchmarks.parity
+
+strict: $(INSTALLED)  ## every pipeline order, and a slice of parity on process groups, under the rules of NCCL
+	$(BIN)/python -m pytest -q -m slow tests/unit/test_pipeline_messages.py
+	$(BIN)/python -m benchmarks.strict
 
 chaos: $(INSTALLED)  ## kill -9 at 20 random moments: always resumes, same losses bit for bit
 	$(BIN)/python -m benchmarks.chaos

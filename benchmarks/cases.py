@@ -113,14 +113,11 @@ class Case:
     checkpointed: int | None = None
     """Layers of each stage that are computed again; None: all."""
     mesh_order: tuple[str, ...] = MESH_ORDER
+    task: Task = TASK
 
     @property
     def data(self) -> int:
         return self.world_size // (self.tensor * self.pipeline)
-
-    @property
-    def task(self) -> Task:
-        return TASK
 
     @property
     def strategy(self) -> Strategy:
@@ -134,7 +131,7 @@ class Case:
             sequence_parallel=self.sequence_parallel,
             mesh_order=self.mesh_order,  # type: ignore[arg-type]
             stages=cut(
-                ARCH.num_layers,
+                self.task.arch.num_layers,
                 pipeline=self.pipeline,
                 virtual=self.virtual,
                 v_shaped=self.schedule == "zbv",
@@ -154,12 +151,12 @@ class Case:
 
     @property
     def _num_micro_batches(self) -> int:
-        least = -(-TASK.global_batch_size // (self.data * self.micro_batch_size))
+        least = -(-self.task.global_batch_size // (self.data * self.micro_batch_size))
         # Interleaving wants whole rounds of the pipeline: the last ones are filled up.
         return -(-least // self.pipeline) * self.pipeline if self.virtual > 1 else least
 
     def __str__(self) -> str:
-        return str(Run(self.strategy, self.precision))
+        return str(Run(self.strategy, self.precision, self.task))
 
 
 @dataclass(frozen=True)

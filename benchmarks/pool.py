@@ -8,21 +8,29 @@ import os
 import tempfile
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 TIMEOUT_S = 240.0
+GRACE_S = 20.0
+"""That the others get once a rank has failed."""
 PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "strategies.engines.native"]
 
 
 class Pool:
     """`with Pool(4) as pool: pool.run(function, argument, world_size=3)` -> what each rank returned.
 
-    function(rank, *arguments) is found by its import name; a world of one has no process group."""
+    function(rank, *arguments) is found by its import name; a world of one has no process group.
 
-    def __init__(self, num_processes: int) -> None:
+    Args:
+        backend: of the process groups: gloo, or strict (see nccl_rules.py).
+        timeout_s: longest wait for another rank.
+    """
+
+    def __init__(self, num_processes: int, *, backend: str = "gloo", timeout_s: float = 1800.0) -> None:
         # The children of a fork server share its imports.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
@@ -32,7 +40,7 @@ class Pool:
         self.processes = []
         for _ in range(num_processes):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, backend, timeout_s), daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
@@ -43,14 +51,22 @@ class Pool:
         store = str(Path(self.folder.name) / f"store-{self.num_groups}")
         for rank, pipe in enumerate(self.pipes[:world_size]):
             pipe.send((function, arguments, rank, world_size, store))
-        results, errors = [], []
-        for rank, pipe in enumerate(self.pipes[:world_size]):
-            if not pipe.poll(TIMEOUT_S):
-                raise RuntimeError(f"rank {rank} of {world_size} said nothing for {TIMEOUT_S} s; {errors}")
-            result, error = pipe.recv()
-            results.append(result)
-            if error is not None:
-                errors.append(f"rank {rank} of {world_size}: {error}")
+        results: list[Any] = [None] * world_size
+        errors, left = [], {pipe: rank for rank, pipe in enumerate(self.pipes[:world_size])}
+        while left:
+            # A rank that failed often leaves the others waiting for it.
+            ready = wait(left, GRACE_S if errors else TIMEOUT_S)
+            if not ready:
+                silent = ", ".join(map(str, left.values()))
+                raise RuntimeError("\n".join([*errors, f"of {world_size} ranks {silent} said nothing more"]))
+            for pipe in ready:
+                rank = left.pop(pipe)  # type: ignore[call-overload]
+                try:
+                    results[rank], error = pipe.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    error = "its process ended"
+                if error is not None:
+                    errors.append(f"rank {rank} of {world_size}: {error}")
         if errors:
             raise RuntimeError("\n".join(errors))
         return results
@@ -71,10 +87,12 @@ class Pool:
         self.folder.cleanup()
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, backend: str, timeout_s: float) -> None:
     import torch
     import torch.distributed as dist
 
+    if backend == "strict":
+        import benchmarks.nccl_rules  # noqa: F401
     torch.set_num_threads(1)
     gc.freeze()  # what the imports left is not looked through after every run
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -86,7 +104,13 @@ def _serve(pipe: Connection) -> None:
         result, error = None, None
         try:
             if world_size > 1:
-                dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+                dist.init_process_group(
+                    backend,
+                    init_method=f"file://{store}",
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timedelta(seconds=timeout_s),
+                )
             result = function(rank, *arguments)
         except BaseException:
             error = traceback.format_exc()
