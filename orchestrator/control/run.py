@@ -191,13 +191,13 @@ def _run(
 
     reads = text.text_of(job, folder, resume)
     if change := text.told(reads):
-        view.note(change)
+        view.note(f"text      {change}")
     with contextlib.ExitStack() as stack:
         stack.callback(supervisor.close)
         supervisor.begin()
         index = text.prepared(job, folder, reads, resume, view.preparing)
         for note in notes(request_of(job), index):
-            view.note(note)
+            view.note(f"tokens    {note}")
         clock.lap("prepare_s")
         folder.write_job(job)
         folder.write_plan(document)
