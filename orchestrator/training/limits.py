@@ -15,6 +15,9 @@ SCALE = "SHARDWISE_LIMITS_SCALE"
 passed. A factor above 1 gives a machine in trouble more time."""
 LEAST_S = 2.0
 """No limit is scaled below this, or below what it was: a process is not always scheduled within less."""
+LEAST_START_S = 120.0
+"""The same for the start of processes: Python, Ray and torch are as slow under a small factor as under a large one."""
+START = ("begin_s", "ray_s")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +64,8 @@ class Limits:
         if not factor > 0:
             raise ValueError(f"{SCALE} is {factor}; it must be a number above 0")
         seconds = {name: getattr(self, name) for name in self.__slots__ if name.endswith("_s") and "_per_" not in name}
-        return replace(self, **{name: max(min(value, LEAST_S), value * factor) for name, value in seconds.items()})
+        least = {name: LEAST_START_S if name in START else LEAST_S for name in seconds}
+        return replace(self, **{name: max(min(value, least[name]), value * factor) for name, value in seconds.items()})
 
     def step(self, step_s: float | None, *, first: bool) -> float:
         """Longest time of a step, seconds; `step_s` is the longest one of late, before that the predicted one."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from orchestrator.training.assignment import Assignment
-from orchestrator.training.limits import LEAST_S, SCALE, Limits, from_environment
+from orchestrator.training.limits import LEAST_S, LEAST_START_S, SCALE, Limits, from_environment
 from orchestrator.training.loop import Groups
 from orchestrator.training.worker import join
 from strategies.engines.mesh import lay
@@ -26,6 +26,7 @@ def test_one_factor_scales_every_limit_in_seconds_and_nothing_else():
         is_limit = field.name.endswith("_s") and field.name != "slowest_storage_bytes_per_s"
         assert after == (max(before / 2, min(before, LEAST_S)) if is_limit else before), field.name
     assert Limits().scaled(1e-9).progress_s == LEAST_S
+    assert Limits().scaled(1e-9).begin_s == LEAST_START_S, "processes need their time to start, whatever is tested"
 
 
 @pytest.mark.parametrize(("text", "factor"), [(None, 1.0), ("2", 2.0), ("0.05", 0.05)])
