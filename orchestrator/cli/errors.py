@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import sys
 import tempfile
@@ -50,8 +49,7 @@ def show(message: str, *, where: str = "", fix: str = "") -> None:
     if fix:
         first, *rest = fix.splitlines()
         lines += [f"  to fix: {first}", *(f"    {line.strip()}" for line in rest)]
-    with contextlib.suppress(OSError):  # the terminal was closed; the exit code still tells
-        print("\n".join(lines), file=sys.stderr)
+    print("\n".join(lines), file=sys.stderr)
 
 
 def answer(error: BaseException) -> int:

@@ -113,8 +113,7 @@ class DataSpec(Section):
         Annotated[str, Tag(TEXT), Field(min_length=1)] | Annotated[BpeTokenizer, Tag(KEYS)],
         Discriminator(kind),
     ] = Field(default="byte", examples=["byte"])
-    """`byte` (256 tokens), the path of a Hugging Face tokenizer relative to the job file, or `{bpe: 8192}`: train one. Absent
-    where training starts from the weights of `model.path`: the tokenizer in that folder."""
+    """`byte` (256 tokens), the path of a Hugging Face tokenizer relative to the job file, or `{bpe: 8192}`: train one."""
 
 
 class BatchSpec(Section):

@@ -22,10 +22,9 @@ from numpy import arange
 
 from orchestrator.planner.trace.live_bytes import LiveBytes
 from orchestrator.telemetry.records import Event, StepReport
-from orchestrator.training import checkpoint
 from orchestrator.training.assignment import Outcome
 from orchestrator.training.batches import Batch, Batches, Share, cut
-from orchestrator.training.checkpoint import CheckpointFailed, CheckpointInfo, PendingSave
+from orchestrator.training.checkpoint import CheckpointFailed, CheckpointInfo, PendingSave, Saver
 from orchestrator.training.data import TokenDataset
 from orchestrator.training.pulse import Phase, Pulse
 from orchestrator.training.schedule import CheckpointAuto, CheckpointEvery
@@ -71,12 +70,13 @@ class Loop:
         world: Groups,
         reporter: Reporter,
         should_stop: Callable[[], str | None],
+        saver: Saver,
         done: int = 0,
         loaded_from: str | None = None,
     ) -> None:
         self.session, self.settings, self.batches, self.validation = session, settings, batches, validation
         self.share, self.world, self.should_stop = share, world, should_stop
-        self.reporter = reporter
+        self.reporter, self.saver = reporter, saver
         self.done, self.first = done, done + 1
         self.last_checkpoint, self.saved_step = loaded_from, done if loaded_from else None
         self.pending: PendingSave | None = None
@@ -205,27 +205,20 @@ class Loop:
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
-    def _save(self, *, background: bool = True) -> None:
-        if self.saved_step == self.done:
-            return
+    def _save(self) -> None:
         self._enter("checkpoint")
         self._tell_of_finished_save(wait=True)
+        if self.saved_step == self.done:
+            return
         self.reporter.sync()  # the records of a checkpoint's steps lie on the disk before it
-        self.pending = checkpoint.save(
-            self.session,
-            self.settings.checkpoint_directory,
-            step=self.done,
-            info=self.settings.info,
-            keep=self.settings.keep,
-            background=background,
-            group=self.world.checkpoints,
-        )
+        self.pending = self.saver.save(self.session, step=self.done)
         self.saved_at = time.monotonic()
 
     def _tell_of_finished_save(self, *, wait: bool) -> str | None:
         """An event for the pending checkpoint if it has ended; the cause if it failed. Training goes on either way."""
         pending = self.pending
-        if pending is None or not (wait or pending.done()):
+        # Rank 0 tells; the other ranks ask for the verdict when they need it.
+        if pending is None or not (wait or (self.world.rank == 0 and pending.done())):
             return None
         try:
             path = pending.wait()
@@ -243,6 +236,9 @@ class Loop:
             seconds=pending.seconds,
             blocked_s=pending.blocked_s,
         )
+        if pending.prune_error is not None:
+            cause = f"{path.name} is whole, but an older checkpoint could not be deleted: {pending.prune_error}"
+            self._event("prune_failed", cause, step=pending.step)
         if self.auto is not None:
             self.auto.saved(blocked_s=pending.blocked_s, seconds=pending.seconds)
             self._tell_interval()
@@ -267,13 +263,19 @@ class Loop:
     def _end(self, kind: Any, cause: str | None) -> Outcome:
         """The last checkpoint must be there: without it the work since the one before it would be lost in silence."""
         self._enter("end")
-        failure = self._tell_of_finished_save(wait=True)
+        failure = self._tell_of_last_save()
         if failure is not None:
             kind, cause = "failed", f"the last {failure}; free space or set checkpoint.directory, then run again"
         return Outcome(kind=kind, step=self.done, cause=cause, checkpoint=self.last_checkpoint)
 
+    def _tell_of_last_save(self) -> str | None:
+        """Rank 0 leaves, and the store with it, when all have read how the save ended."""
+        failure = self._tell_of_finished_save(wait=True)
+        self.world.any(failure is not None)
+        return failure
+
     def _not_finite(self, batch: Batch, error: FloatingPointError) -> Outcome:
-        self._tell_of_finished_save(wait=True)
+        self._tell_of_last_save()
         cause = f"step {batch.step}: {error}; the weights are those of step {self.done}"
         self._event("not_finite", cause, step=batch.step, samples=[int(index) for index in batch.indices])
         fix = "lower the learning rate, or look at the samples that events.jsonl names"

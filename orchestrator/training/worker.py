@@ -29,7 +29,7 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.models.decoder import Decoder, initial_weights
-from orchestrator.models.weights import read_folder, spoken_of
+from orchestrator.models.weights import read_folder
 from orchestrator.models.workloads import workload
 from orchestrator.spec import parse_job
 from orchestrator.spec.job import Job
@@ -39,12 +39,11 @@ from orchestrator.telemetry.records import Event, StepReport
 from orchestrator.training import checkpoint
 from orchestrator.training.assignment import Assignment, Outcome
 from orchestrator.training.batches import Batches, Share
-from orchestrator.training.checkpoint import CheckpointInfo
+from orchestrator.training.checkpoint import CheckpointInfo, Saver
 from orchestrator.training.data import open_datasets
 from orchestrator.training.loop import Groups, Loop, Reporter, Settings
-from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, read_manifest
+from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, before, read_manifest, refusal
 from orchestrator.training.pulse import Pulse
-from orchestrator.training.rank_log import LOG, Logged
 from orchestrator.training.schedule import CheckpointEvery, learning_rate
 from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
 from strategies.engines.engine import OptimizerSettings, Session
@@ -85,7 +84,6 @@ def train(
     device = torch.device(assignment.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    LOG.info("%s: process %d on %s, threads: %d", assignment.tag, os.getpid(), device, assignment.num_threads)
     join(assignment, device, listener)
     clock.lap("join_s")
     loop: Loop | None = None
@@ -93,10 +91,7 @@ def train(
     try:
         pulse.enter("setup")
         world = Groups()
-        if world.rank == 0:
-            reporter = Reporter(Logged(report), sync, pulse)
-        else:
-            reporter = Reporter(Logged(lambda record: None), pulse=pulse)
+        reporter = Reporter(report, sync, pulse) if world.rank == 0 else Reporter(lambda record: None, pulse=pulse)
         try:
             loop = set_up(assignment, job, device, world, clock, reporter, should_stop)
         except (
@@ -106,7 +101,6 @@ def train(
             returned = True
             return Outcome(kind="failed", step=0, cause=str(error), checkpoint=assignment.resume_from)
         outcome = loop.run()
-        LOG.info("%s at step %d%s", outcome.kind, outcome.step, f": {outcome.cause}" if outcome.cause else "")
         returned = True
         return outcome
     finally:
@@ -137,14 +131,15 @@ def set_up(
     )
     ref = None if assignment.resume_from is None else resumable(Path(assignment.resume_from), job, info)
     settings = settings_of(assignment, job, info)
-    of_weights = spoken_of(job.directory / str(job.model.path)) if job.initializes_from_weights else None
     if world.rank == 0:
-        keep_tokenizer(train_set.index, Path(assignment.run_directory), of_weights)
+        keep_tokenizer(train_set.index, Path(assignment.run_directory))
         checkpoint.sweep(settings.checkpoint_directory)
     clock.lap("data_s")
     session = build(assignment, job, device)
     clock.lap("build_s")
     done = 0
+    if ref is not None:
+        ref = newest_whole(ref, job, info, world, reporter)
     if ref is not None:
         checkpoint.load(session, ref, group=world.checkpoints)
         done = ref.step
@@ -168,8 +163,16 @@ def set_up(
         world=world,
         reporter=reporter,
         should_stop=should_stop,
+        saver=Saver(
+            settings.checkpoint_directory,
+            info,
+            keep=settings.keep,
+            resumed_from=ref,
+            group=world.checkpoints,
+            limits=assignment.limits,
+        ),
         done=done,
-        loaded_from=assignment.resume_from,
+        loaded_from=None if ref is None else str(ref.path),
     )
 
 
@@ -332,6 +335,22 @@ def resumable(path: Path, job: Job, info: CheckpointInfo) -> CheckpointRef:
     return ref
 
 
+def newest_whole(
+    ref: CheckpointRef, job: Job, info: CheckpointInfo, world: Groups, reporter: Reporter
+) -> CheckpointRef | None:
+    """The checkpoint, verified by all ranks together; where it is refused, the one before it that is not. None: the run
+    starts over. Each refusal is an event."""
+    while True:
+        try:
+            return checkpoint.verify_together(ref, group=world.checkpoints)
+        except CheckpointRefused as error:
+            reporter.report(refusal(error, ref.step, ref.path))
+        older = world.gather(str(before(ref) or "") if world.rank == 0 else "")[0]
+        if not older:
+            return None
+        ref = resumable(Path(older), job, info)
+
+
 def tell_of_resume(ref: CheckpointRef, settings: Settings, job: Job, reporter: Reporter) -> None:
     """Where it goes on; and, where the length of the run changed, how far the learning rate jumps."""
     reporter.event("resumed", ref.step, f"training goes on after step {ref.step}", checkpoint=str(ref.path))
@@ -363,7 +382,6 @@ class Phases:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._mark = now - self._mark, now
-        LOG.info("%-5s  %.2f s", name.removesuffix("_s"), self.laps[name])
 
 
 def main(arguments: list[str]) -> int:
@@ -376,8 +394,7 @@ def main(arguments: list[str]) -> int:
     run_directory.mkdir(parents=True, exist_ok=True)
     asked: list[str] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell ignores Ctrl-C for what it runs behind
-            signal.signal(number, lambda received, _: asked.append(signal.Signals(received).name))
+        signal.signal(number, lambda received, _: asked.append(signal.Signals(received).name))
 
     journal = Journal(run_directory)
     outcome = train(

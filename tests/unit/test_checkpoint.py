@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
+import os
 import pickle
 import resource
 import shutil
@@ -11,12 +14,24 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.decoder import Decoder, initial_weights
 from orchestrator.training import checkpoint
 from orchestrator.training.checkpoint import CheckpointFailed, CheckpointInfo, CheckpointRefused
-from orchestrator.training.manifest import fingerprint, latest, prune, read_manifest, sweep, verify
+from orchestrator.training.manifest import (
+    before,
+    fingerprint,
+    latest,
+    prune,
+    put_in_place,
+    read_manifest,
+    remove_replaced,
+    sweep,
+    verify,
+)
 from strategies.engines.engine import MicroBatch
 from strategies.engines.native import build_session
 from strategies.strategy import Strategy
@@ -74,13 +89,23 @@ def world_of_one():
     dist.destroy_process_group()
 
 
-@pytest.fixture
-def saved(world_of_one, tmp_path):
-    """Checkpoints of steps 1, 2 and 3."""
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Checkpoints of steps 1, 2 and 3; tests take copies."""
+    folder = tmp_path_factory.mktemp("written")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     engine = session()
     for number in (1, 2, 3):
         step(engine)
-        checkpoint.save(engine, tmp_path, step=number, info=INFO, background=False).wait()
+        checkpoint.save(engine, folder, step=number, info=INFO, background=False).wait()
+    dist.destroy_process_group()
+    return folder
+
+
+@pytest.fixture
+def saved(written, world_of_one, tmp_path):
+    """Checkpoints of steps 1, 2 and 3."""
+    shutil.copytree(written, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -156,31 +181,172 @@ def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(saved):
         read_manifest(path.parent)
 
 
-def test_a_metadata_file_that_would_run_code_is_refused_even_where_its_checksum_matches(saved):
-    class Trap:
-        def __reduce__(self):
-            return (print, ("the trap was sprung",))
-
-    path = saved / "step-00000003"
-    (path / ".metadata").write_bytes(pickle.dumps(Trap()))
-    manifest = json.loads((path / "manifest.json").read_text())
+def rewritten(path, **changes):
+    """The checkpoint with a manifest that vouches for its files as they are now, as someone who may write there can make it."""
+    manifest = json.loads((path / "manifest.json").read_text()) | changes
     del manifest["checksum"]
-    manifest["files"][".metadata"] = {
-        "bytes": (path / ".metadata").stat().st_size,
-        "sha256": checkpoint.sha256(path / ".metadata"),
-    }
+    for name, entry in manifest["files"].items():
+        entry |= {"bytes": (path / name).stat().st_size, "sha256": checkpoint.sha256(path / name)}
     (path / "manifest.json").write_text(json.dumps(manifest | {"checksum": fingerprint(manifest)}))
-    with pytest.raises(CheckpointRefused, match=r"builtins\.print, which no checkpoint of ours contains"):
-        checkpoint.load(session(), verify(path))
+    return path
 
 
-def test_the_newest_are_kept_and_never_the_last_one_lost(saved):
+class Trap:
+    """Makes a file of its own where it is unpickled by a reader that trusts it."""
+
+    def __init__(self, sprung):
+        self.sprung = sprung
+
+    def __reduce__(self):
+        return (Path.touch, (self.sprung,))
+
+
+def trapped_index(path, trap):
+    (path / ".metadata").write_bytes(pickle.dumps(trap))
+
+
+def trapped_bytes(path, trap):
+    """Every tensor is declared as bytes with a size, so that torch would read them, and load the bytes as a pickle."""
+    metadata = torch_metadata(path)
+    for index, place in list(metadata.storage_data.items()):
+        entry = BytesStorageMetadata()
+        entry.size = metadata.state_dict_metadata[index.fqn].size
+        metadata.state_dict_metadata[index.fqn] = entry
+        metadata.storage_data[MetadataIndex(index.fqn)] = place
+    data = pickle.dumps(trap)
+    for place in metadata.storage_data.values():
+        place.offset, place.length = 0, len(data)
+    (path / "__0_0.distcp").write_bytes(data)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def trapped_pieces(path, trap):
+    """Every piece of a tensor is a pickle, where torch.load expects an archive."""
+    metadata = torch_metadata(path)
+    data = pickle.dumps(trap)
+    for place in metadata.storage_data.values():
+        place.offset, place.length = 0, len(data)
+    (path / "__0_0.distcp").write_bytes(data)
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def torch_metadata(path):
+    return pickle.loads((path / ".metadata").read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (trapped_index, "which no checkpoint of ours contains"),
+        (trapped_bytes, "is BytesStorageMetadata, and a checkpoint of ours holds tensors alone"),
+        (trapped_pieces, "__0_0.distcp cannot be read"),
+    ],
+)
+def test_a_checkpoint_that_carries_code_and_a_matching_manifest_runs_none(saved, tmp_path_factory, harm, told):
+    sprung = tmp_path_factory.mktemp("trap") / "sprung"
+    path = saved / "step-00000003"
+    harm(path, Trap(sprung))
+    ref = verify(rewritten(path))
+    with pytest.raises(CheckpointRefused) as refused:
+        checkpoint.load(session(), ref)
+    assert told in str(refused.value)
+    assert not sprung.exists()
+
+
+def test_torch_reads_a_checkpoint_of_ours(saved):
+    wanted = {"model.head.norm.weight": torch.zeros(24)}
+    got = {"model.head.norm.weight": torch.ones(24)}
+    checkpoint.read_into(wanted, verify(saved / "step-00000003"))
+    dcp.load(got, storage_reader=dcp.FileSystemReader(saved / "step-00000003"))
+    assert_equal(got, wanted)
+
+
+# The history of a run -------------------------------------------------------------------------------------------------
+
+
+def saved_again(folder, step, *, keep, resumed_from):
+    saver = checkpoint.Saver(folder, INFO, keep=keep, resumed_from=resumed_from)
+    return saver.save(session(), step=step, background=False).wait()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_manifest_tells_its_place_in_the_history(saved):
+    saved_again(saved, 2, keep=None, resumed_from=verify(saved / "step-00000001"))
+    manifest = read_manifest(saved / "step-00000002").manifest
+    assert (manifest["sequence"], manifest["first_sequence"]) == (4, 4)
+    assert manifest["resumed_from"] == {"name": "step-00000001", "step": 1, "sequence": 1}
+    assert read_manifest(saved / "step-00000001").manifest["resumed_from"] is None
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_a_corrupt_newest_checkpoint_is_passed_over_and_never_kept_for_a_good_one(saved, keep):
+    """1 and 2 are good, 3 has a flipped bit: the run goes on from 2, and writes 4; or a step that was there, or before."""
     flip_a_bit(saved / "step-00000003")
-    (saved / "step-00000003" / "manifest.json").unlink()  # no longer counts, and stays for inspection
-    assert [path.name for path in prune(saved, 5)] == []
-    assert [path.name for path in prune(saved, 1, in_use=[saved / "step-00000001"])] == []
-    assert [path.name for path in prune(saved, 0)] == ["step-00000001"]
-    assert sorted(path.name for path in saved.iterdir()) == ["step-00000002", "step-00000003"]
+    origin = latest(saved, report=lambda event: None)
+    assert origin.step == 2
+    saved_again(saved, 4, keep=keep, resumed_from=origin)
+    assert names(saved) == [f"step-0000000{n}" for n in (1, 2, 4)][-keep:]
+    assert latest(saved, report=print).step == 4
+
+
+def test_the_newest_is_the_last_that_was_written_not_the_one_of_the_highest_step(saved):
+    origin = verify(saved / "step-00000001")
+    saved_again(saved, 2, keep=2, resumed_from=origin)
+    assert names(saved) == ["step-00000001", "step-00000002"], "3 was left behind when the run went back to 1"
+    assert latest(saved, report=print).manifest["sequence"] == 4
+
+
+def test_checkpoints_without_a_sequence_come_before_those_with_one_in_order_of_their_steps(saved):
+    for step in (1, 2, 3):
+        path = saved / f"step-0000000{step}"
+        manifest = json.loads((path / "manifest.json").read_text())
+        old = {k: v for k, v in manifest.items() if k not in ("sequence", "first_sequence", "resumed_from", "checksum")}
+        (path / "manifest.json").write_text(json.dumps(old | {"checksum": fingerprint(old)}))
+    origin = verify(saved / "step-00000002")
+    assert latest(saved, report=print).step == 3
+    assert before(latest(saved, report=print)) == origin.path
+    saved_again(saved, 3, keep=2, resumed_from=origin)
+    assert names(saved) == ["step-00000002", "step-00000003"]
+    assert latest(saved, report=print).manifest["sequence"] == 1
+
+
+def test_nothing_is_deleted_for_a_checkpoint_that_was_not_verified(saved):
+    with pytest.raises(ValueError, match="was not verified"):
+        prune(read_manifest(saved / "step-00000003"), 1)
+    (saved / "step-00000001" / "manifest.json").unlink()  # does not count, and stays for inspection
+    assert [path.name for path in prune(verify(saved / "step-00000003"), 1)] == ["step-00000002"]
+    assert names(saved) == ["step-00000001", "step-00000003"]
+
+
+@pytest.mark.parametrize("crash", range(8))
+def test_a_crash_between_any_two_calls_leaves_the_old_checkpoint_of_a_step_or_the_new_one(saved, monkeypatch, crash):
+    """Step 3 is written again while the one that is there is good. The crash is an exception that nothing catches."""
+    calls = itertools.count()
+
+    def stopping(do):
+        def call(*arguments, **settings):
+            if next(calls) >= crash:
+                raise KeyboardInterrupt
+            return do(*arguments, **settings)
+
+        return call
+
+    partial = saved / "step-00000003.key-1.partial"
+    shutil.copytree(saved / "step-00000003", partial)
+    rewritten(partial, sequence=9, first_sequence=9, resumed_from={"name": "step-00000002", "step": 2, "sequence": 2})
+    for name in ("replace", "rename", "fsync", "rmdir"):
+        monkeypatch.setattr(os, name, stopping(getattr(os, name)))
+    with contextlib.suppress(KeyboardInterrupt):
+        put_in_place(partial, saved / "step-00000003")
+        remove_replaced(saved / "step-00000003")
+    monkeypatch.undo()
+    assert latest(saved, report=print).step == 3, "before anything is swept"
+    sweep(saved)
+    assert names(saved) == [f"step-0000000{n}" for n in (1, 2, 3)]
+    assert latest(saved, report=print).manifest["sequence"] in (3, 9)
 
 
 def test_what_a_killed_process_left_is_swept(saved):
@@ -233,7 +399,7 @@ def test_a_folder_that_cannot_be_made_fails_the_checkpoint_and_not_the_training(
     (tmp_path / "checkpoints").write_text("a file in the way")
     pending = checkpoint.save(session(), tmp_path / "checkpoints", step=1, info=INFO, background=False)
     assert pending.done()
-    with pytest.raises(CheckpointFailed, match="FileExistsError"):
+    with pytest.raises(CheckpointFailed, match="NotADirectoryError"):
         pending.wait()
 
 

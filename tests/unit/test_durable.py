@@ -56,7 +56,8 @@ def renames(monkeypatch):
             inside = [source, *source.rglob("*")] if source.is_dir() else [source]
             faults.extend(f"{path} -> {target.name}: not synced before" for path in inside if path not in synced)
             synced.update(target / path.relative_to(source) for path in inside)
-            unsynced_folders[target] = target.parent
+            if target.suffix != ".deleting":  # it may come back; without all its files it is refused
+                unsynced_folders[target] = target.parent
             return do(source, target, **settings)
 
         return move

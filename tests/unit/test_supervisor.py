@@ -166,7 +166,8 @@ def test_restarts_are_counted_anew_after_each_whole_checkpoint(supervise):
 
     def save(step: int) -> None:
         files = {"tensors": {"bytes": 1, "sha256": manifest.sha256(supervise.folder.job)}}
-        written = {"format": manifest.FORMAT, "step": step, "time_unix_s": float(step), "files": files}
+        written = {"format": manifest.FORMAT, "step": step, "time_unix_s": float(step), "files": files, "num_steps": 9}
+        written |= {"job": {}, "architecture": {}, "strategy": {}, "data": {}}
         path = supervise.folder.checkpoints / manifest.checkpoint_name(step)
         path.mkdir(parents=True)
         (path / "tensors").write_text("x")
