@@ -123,10 +123,6 @@ class Room:
 
     # Words ----------------------------------------------------------------------------------------------------------
 
-    def degree_words(self, strategy: Strategy) -> str:
-        """Return the room's part of "tensor 8 x pipeline 4 x data 2"; empty where it splits nothing."""
-        return ""
-
     def choice_words(self, strategy: Strategy) -> str:
         """Return the rest of the room's choice in a few words; empty where it chose nothing."""
         return ""

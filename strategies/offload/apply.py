@@ -21,6 +21,7 @@ from strategies.offload import activations
 from strategies.offload.adam import OffloadedAdam
 from strategies.offload.files import ScratchFile, padded
 from strategies.offload.stream import homes
+from strategies.zero.state_bytes import reduces_early
 from strategies.zero.states import DTYPES, Adam
 
 
@@ -33,7 +34,7 @@ def apply(build: Build) -> Build:
             f"offload.optimizer_fraction {offload.optimizer_fraction} must be above 0 and at most 1; "
             "leave offload.optimizer out to offload nothing"
         )
-    shards_on_host = strategy.zero_stage >= 2 and offload.parameters != "none"
+    shards_on_host = reduces_early(strategy) and offload.parameters != "none"
     if offload.parameters != "none" and (offload.optimizer == "none" or offload.optimizer_fraction < 1):
         raise ValueError(
             f"offload.parameters {offload.parameters} wants what steps them away too; set offload.optimizer to host or nvme "

@@ -89,7 +89,7 @@ class Streams:
     def __init__(self, build: Build, *, to_file: bool) -> None:
         module: Any = build.module
         everything = list(module.parameters())
-        self.pipelined = build.strategy.pipeline_parallel_degree > 1
+        self.pipelined = build.strategy.degrees.pipeline > 1
         self.side = torch.cuda.Stream() if build.device.type == "cuda" else None
         self.file = ScratchFile(sum(padded(p.numel() * p.itemsize) for p in everything)) if to_file else None
         self.homes = {p: self._home(p, build) for p in everything}

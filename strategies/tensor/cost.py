@@ -148,10 +148,6 @@ class Tensor(Room):
         seconds = sum(blocking_s(_group(roof, strategy), message, roof.wait_s) for message in sent)
         return OnceSeconds(seconds, seconds)
 
-    def degree_words(self, strategy: Strategy) -> str:
-        degree = strategy.tensor_parallel_degree
-        return f"tensor {degree}" if degree > 1 else ""
-
     def choice_words(self, strategy: Strategy) -> str:
         return "sequence parallel" if strategy.sequence_parallel and strategy.tensor_parallel_degree > 1 else ""
 

@@ -283,11 +283,15 @@ class Zero(Room):
     def update_s(self, roof: Roofline, strategy: Strategy, states: ModelStates) -> Mapping[str, float]:
         return {"optimizer_s": step_parameters_s(roof, strategy, states)}
 
-    def degree_words(self, strategy: Strategy) -> str:
-        return f"data {strategy.data_parallel_degree}" if strategy.data_parallel_degree > 1 else ""
-
     def choice_words(self, strategy: Strategy) -> str:
         return f"ZeRO {strategy.zero_stage}" if strategy.data_parallel_degree > 1 else ""
+
+
+def sharding_words(strategy: Strategy) -> str:
+    """Return "ZeRO 1 in groups of 8"; the groups where they are smaller than all replicas."""
+    shards = strategy.num_shards
+    group = f" in groups of {shards}" if strategy.zero_stage and shards < strategy.data_parallel_degree else ""
+    return f"ZeRO {strategy.zero_stage}{group}"
 
 
 def dealt(states: ModelStates, strategy: Strategy, precision: str, rows: Padding, layers: int) -> ModelStates:

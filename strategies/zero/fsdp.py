@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from strategies.engines.engine import Build
 from strategies.offload.host import placed
-from strategies.strategy import SPLIT_BACKWARD, Stage
+from strategies.pipeline.in_flight import splits
+from strategies.strategy import Stage
 from strategies.zero.states import DTYPES, Adam, Weights, as_global, rows
 
 
@@ -25,8 +26,8 @@ class FsdpStates:
     def __init__(self, build: Build, weights: Weights) -> None:
         strategy = build.strategy
         self.build, self.device = build, build.device
-        self.pipelined = strategy.pipeline_parallel_degree > 1
-        self.splits = strategy.pipeline_schedule in SPLIT_BACKWARD
+        self.pipelined = strategy.degrees.pipeline > 1
+        self.splits = splits(strategy)
         self.num_held = len(build.requests["held"])
         self.by_weight: dict[nn.Parameter, Any] = {}
         self.num_replicas = build.requests["num_replicas"]

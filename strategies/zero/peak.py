@@ -168,70 +168,52 @@ def sharded_candidates(rank: Rank, parts: Parts, units: Units, *, waits: bool) -
     """Return the moments of ZeRO 2 and 3 on FSDP2. It holds the input of one reduce-scatter until the next unit's, the root's
     into the next micro batch, and gathers a block ahead. `waits`: gradients are whole until the last micro batch."""
     _, strategy, share, states, micro, saved = rank
-    root, unit, wide_root, wide_block = units.root, units.unit, units.wide_root, units.wide_block
-    group, gradients, whole = strategy.zero_group_size, states.gpu.gradients, units.whole
-    late, per_step = strategy.gradient_accumulation_steps > 1, strategy.gather == "per_step"
+    late, whole, make = strategy.gradient_accumulation_steps > 1, units.whole, PeakCandidate
     small = parts.small + 2 * saved.boundary  # and what a pipeline brought for this pass and brings for the next
-    forward = small + saved.unreceived_forward - saved.unreceived_backward
-    early = gradients if late and not waits else 0.0
-    behind_root, behind = (0.0, 0.0) if waits else (wide_root * late, wide_block * (share.layers > 1))
+    forward, ahead = small + saved.unreceived_forward - saved.unreceived_backward, units.ahead + small
+    early = states.gpu.gradients if late and not waits else 0.0
+    behind_root, behind = (0.0, 0.0) if waits else (units.wide_root * late, units.wide_block * (share.layers > 1))
     through = _reduced(rank, parts, units, early=early, waits=waits)
-    scattered, scattered_root = units.copies * wide_block / group, units.copies * wide_root / group
-    if waits:
-        scatter, last_scatter = max(wide_block, scattered), wide_root + max(wide_root, scattered_root)
-        tables = parts.tables + max(whole, wide_root + wide_block + gradients)
-    else:
-        scatter, last_scatter = wide_block + max(unit, scattered), wide_root + max(root, scattered_root)
-        tables = parts.tables + wide_block + gradients
+    scattered = units.copies * units.wide_block / strategy.zero_group_size
+    scatter = max(units.wide_block, scattered) if waits else units.wide_block + max(units.unit, scattered)
     at_work = parts.head_table * (parts.shared or not saved.piped) + whole
-    after, make = saved.after_first_block, PeakCandidate
-    found = [
-        make("forward", units.at_head, early, saved.at_head, parts.logits, forward, behind_root + whole + parts.chunk),
-        make(
-            "backward",
-            units.at_head,
-            early,
-            saved.at_head,
-            parts.copy,
-            units.ahead + small,
-            behind_root + whole + parts.head_table + micro.head_gradients,
-        ),
-        make(
-            "backward",
-            units.in_block,
-            early,
-            saved.peak_in_backward,
-            parts.waiting,
-            units.ahead + small,
-            behind_root + at_work + units.working,
-        ),
-        make(
-            "backward",
-            through.in_block,
-            through.gradients,
-            through.kept,
-            parts.waiting,
-            units.ahead + small,
-            behind + at_work + units.working + through.recomputed,
-        ),
-        make(
-            "backward",
-            through.in_scatter,
-            through.gradients,
-            through.kept,
-            parts.waiting,
-            units.ahead + small,
-            at_work + micro.hidden + scatter,
-        ),
+    at_loss, at_head = behind_root + whole + parts.chunk, behind_root + whole + parts.head_table + micro.head_gradients
+    in_block, block = behind_root + at_work + units.working, behind + at_work + units.working + through.recomputed
+    kept, gradients, in_scatter = through.kept, through.gradients, at_work + micro.hidden + scatter
+    return (
+        make("forward", units.at_head, early, saved.at_head, parts.logits, forward, at_loss),
+        make("backward", units.at_head, early, saved.at_head, parts.copy, ahead, at_head),
+        make("backward", units.in_block, early, saved.peak_in_backward, parts.waiting, ahead, in_block),
+        make("backward", through.in_block, gradients, kept, parts.waiting, ahead, block),
+        make("backward", through.in_scatter, gradients, kept, parts.waiting, ahead, in_scatter),
+        *_pass_ends(rank, parts, units, small, behind_root + at_work, early=early, waits=waits),
+        make("optimizer", 0.0, states.gpu.gradients, 0.0, 0.0, 0.0, STEP_BYTES),
+    )
+
+
+def _pass_ends(
+    rank: Rank, parts: Parts, units: Units, small: float, at_work: float, *, early: float, waits: bool
+) -> list[PeakCandidate]:
+    """Return the ends of a backward pass: the embedding's, the root's scatter, and of a split pass the first block's."""
+    _, strategy, _, states, micro, saved = rank
+    root, wide_root, wide_block = units.root, units.wide_root, units.wide_block
+    per_step, gradients, after = strategy.gather == "per_step", states.gpu.gradients, saved.after_first_block
+    scattered = units.copies * wide_root / strategy.zero_group_size
+    last_scatter = wide_root + max(wide_root if waits else root, scattered)
+    if waits:
+        tables = parts.tables + max(units.whole, wide_root + wide_block + gradients)
+    else:
+        tables = parts.tables + wide_block + gradients
+    stays, make = root * (per_step and strategy.gradient_accumulation_steps > 1), PeakCandidate
+    ends = [
         make("backward", root, 0.0, after, 0.0, small, tables + 2 * micro.hidden),
-        make("backward", root * (per_step and late), gradients, after, 0.0, small, last_scatter),
+        make("backward", stays, gradients, after, 0.0, small, last_scatter),
     ]
     if saved.splits:
         # Where passes are split, the first block's attention ends with all its own products waiting.
-        ends = units.at_head if per_step else root + unit
-        at_end = behind_root + at_work + micro.attention_end
-        found.append(make("backward", ends, early, after, 0.0, small, at_end))
-    return (*found, make("optimizer", 0.0, gradients, 0.0, 0.0, 0.0, STEP_BYTES))
+        block = units.at_head if per_step else root + units.unit
+        ends.append(make("backward", block, early, after, 0.0, small, at_work + micro.attention_end))
+    return ends
 
 
 def native_candidates(rank: Rank) -> tuple[PeakCandidate, ...]:

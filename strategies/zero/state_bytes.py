@@ -77,6 +77,11 @@ def state_bytes(num_parameters: float, strategy: Strategy, precision: str, paddi
     )
 
 
+def reduces_early(strategy: Strategy) -> bool:
+    """Whether gradients are sharded, and so reduced while the backward pass runs: FSDP2 holds the states."""
+    return strategy.zero_stage >= 2
+
+
 def gathers(strategy: Strategy) -> bool:
     """Parameters are sharded, and unsharded copies come and go."""
     stage = strategy.zero_stage

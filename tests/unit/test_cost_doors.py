@@ -15,16 +15,9 @@ from strategies.constants import MEMORY, TIME
 from strategies.links import Links, Message, all_reduce_s, blocking_s, half_s, ring
 from strategies.model.cost import logit_bytes
 from strategies.offload.cost import exposed_s, offloaded
-from strategies.pipeline.cost import (
-    PLAYED,
-    bubble_fraction,
-    bubble_s,
-    in_flight,
-    kept_sends,
-    shared_message,
-    states,
-)
+from strategies.pipeline.cost import bubble_fraction, bubble_s, shared_message
 from strategies.pipeline.cost import messages as pipeline_messages
+from strategies.pipeline.in_flight import PLAYED, in_flight, kept_sends, states
 from strategies.pipeline.schedules import orders, received, stage_rank
 from strategies.pipeline.stages import cut
 from strategies.price.memory import price_memory

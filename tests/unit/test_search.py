@@ -21,7 +21,8 @@ from orchestrator.planner.search.candidates import Shape, Sharding
 from orchestrator.planner.search.result import Wanted
 from orchestrator.planner.search.solve import SLOWER, solve
 from strategies.catalog import unbuilt
-from strategies.pipeline.cost import bubble_fraction, in_flight_of
+from strategies.pipeline.cost import bubble_fraction
+from strategies.pipeline.in_flight import in_flight_of
 from strategies.strategy import Offload
 
 NO_OFFLOAD = Offload()

@@ -16,10 +16,12 @@ from orchestrator.planner.search.candidates import (
     PipelineConfiguration,
     Shape,
     Sharding,
+    excess,
+    formatted_excess,
     point,
     simplicity,
 )
-from orchestrator.planner.search.result import Fits, excess, formatted_excess
+from orchestrator.planner.search.result import Fits
 from orchestrator.planner.search.solve import Solution
 from strategies.offload.cost import offload_words
 from strategies.price.step_time import Price

@@ -10,6 +10,8 @@ from orchestrator.planner.search.axes import Space
 from orchestrator.planner.search.result import Found, SearchResult, Wanted
 from orchestrator.planner.search.solve import Refused, Solution, ask, solve
 from strategies.strategy import Offload, Strategy
+from strategies.zero.cost import ROOM as zero
+from strategies.zero.state_bytes import reduces_early
 
 PUBLISHED_GPUS = {"sharded": ("a100", "a800", "h100"), "dense": ("a100", "a800")}
 """GPUs on which published runs of a kind were left out of the fit and then predicted (python -m benchmarks.oracle).
@@ -59,8 +61,8 @@ def _speed_error(problem: Problem, strategy: Strategy) -> tuple[str, float]:
     if measured is not None:
         told = "error assumed: no finished run has been compared with its plan here"
         return f"{measured.source}; {told}", PRIOR_ERROR["tokens_per_second"]
-    split = strategy.tensor_parallel_degree * strategy.pipeline_parallel_degree > 1
-    kind = "sharded" if strategy.zero_stage >= 2 and not split else "dense"
+    split = strategy.degrees.tensor * strategy.degrees.pipeline > 1
+    kind = "sharded" if reduces_early(strategy) and not split else "dense"
     words = {"sharded": "ZeRO 2 and 3", "dense": "tensor, pipeline, replicated"}[kind]
     if gpu.name.split("-")[0] not in PUBLISHED_GPUS[kind]:
         told = f"error assumed: no published run of this kind ({words}) on this GPU"
@@ -81,16 +83,16 @@ def unpublished(strategy: Strategy) -> str | None:
     """Return the part of a strategy that no published run on A100 or H100 shows; None: each part has one.
 
     tests/golden/published.csv holds pipelines under 1f1b with one stage a rank, at ZeRO 0 and 1, and ZeRO 2 and 3 alone."""
-    if strategy.pipeline_parallel_degree > 1:
+    if strategy.degrees.pipeline > 1:
         if strategy.num_virtual_stages > 1:
             return f"{strategy.num_virtual_stages} virtual stages a rank"
         if strategy.pipeline_schedule != "1f1b":
             return f"the schedule {strategy.pipeline_schedule}"
-    if strategy.zero_stage >= 2:
-        if strategy.pipeline_parallel_degree > 1:
-            return f"ZeRO {strategy.zero_stage} under a pipeline"
-        if strategy.tensor_parallel_degree > 1:
-            return f"ZeRO {strategy.zero_stage} with tensor parallelism"
+    if reduces_early(strategy):
+        if strategy.degrees.pipeline > 1:
+            return f"{zero.choice_words(strategy)} under a pipeline"
+        if strategy.degrees.tensor > 1:
+            return f"{zero.choice_words(strategy)} with tensor parallelism"
     return None
 
 

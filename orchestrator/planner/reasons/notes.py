@@ -29,7 +29,7 @@ def _notes(solution: Solution) -> Iterator[str]:
     idle = problem.cluster.num_gpus - strategy.num_gpus
     if idle:
         yield f"{idle} of {problem.cluster.num_gpus} GPUs stay idle: {_why_idle(problem, strategy)}"
-    slots = strategy.micro_batch_size * strategy.gradient_accumulation_steps * strategy.data_parallel_degree
+    slots = strategy.micro_batch_size * strategy.gradient_accumulation_steps * strategy.degrees.data
     if slots > problem.global_batch_size:
         yield (
             f"the batch of {problem.global_batch_size} does not divide: {slots - problem.global_batch_size} of {slots} places in "
@@ -38,13 +38,13 @@ def _notes(solution: Solution) -> Iterator[str]:
     layers = {stage.num_layers for stage in strategy.stages}
     if len(layers) > 1:
         yield f"pipeline stages hold {min(layers)} to {max(layers)} layers"
-    if strategy.tensor_parallel_degree * strategy.degrees.stride("tensor") > problem.cluster.gpus_per_node:
-        yield f"a tensor group of {strategy.tensor_parallel_degree} leaves its node"
+    if strategy.degrees.tensor * strategy.degrees.stride("tensor") > problem.cluster.gpus_per_node:
+        yield f"a tensor group of {strategy.degrees.tensor} leaves its node"
     kv_heads = problem.arch.num_kv_heads
-    if strategy.tensor_parallel_degree > kv_heads:
-        yield f"{kv_heads} key and value heads are copied to a tensor group of {strategy.tensor_parallel_degree}"
-    if problem.arch.vocab_size % strategy.tensor_parallel_degree:
-        yield f"the vocabulary of {problem.arch.vocab_size} is padded to a multiple of {strategy.tensor_parallel_degree}"
+    if strategy.degrees.tensor > kv_heads:
+        yield f"{kv_heads} key and value heads are copied to a tensor group of {strategy.degrees.tensor}"
+    if problem.arch.vocab_size % strategy.degrees.tensor:
+        yield f"the vocabulary of {problem.arch.vocab_size} is padded to a multiple of {strategy.degrees.tensor}"
     if problem.pins.get("num_checkpointed_layers_per_stage", 0) > max(layers):
         yield f"a stage has {max(layers)} layers at most: all of them are computed again"
     for rule in without_effect(strategy):
@@ -70,13 +70,13 @@ def _other_offload(solution: Solution, other: Solution) -> Iterator[str]:
 
 
 def _why_idle(problem: Problem, strategy: Strategy) -> str:
-    product = strategy.tensor_parallel_degree * strategy.pipeline_parallel_degree
-    if "data_parallel_degree" in problem.pins and product * (strategy.data_parallel_degree + 1) <= problem.num_gpus:
+    product = strategy.degrees.tensor * strategy.degrees.pipeline
+    if "data_parallel_degree" in problem.pins and product * (strategy.degrees.data + 1) <= problem.num_gpus:
         return "the pinned degrees use fewer"
-    if strategy.data_parallel_degree >= problem.global_batch_size:
+    if strategy.degrees.data >= problem.global_batch_size:
         return f"a batch of {problem.global_batch_size} has work for no more replicas"
     if problem.objective != "fastest":
         return f"more would not be {'cheaper a token' if problem.objective == 'cheapest' else 'fewer'}"
-    if product * (strategy.data_parallel_degree + 1) <= problem.num_gpus:
+    if product * (strategy.degrees.data + 1) <= problem.num_gpus:
         return "more would not save a micro batch, or would miss a target"
     return f"they do not make another replica of {product}"

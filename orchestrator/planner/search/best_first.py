@@ -31,7 +31,8 @@ from orchestrator.planner.search.candidates import (
 )
 from orchestrator.planner.search.result import Fits, Found, Rejection, SearchResult, Wanted
 from orchestrator.planner.search.smallest import closest
-from strategies.pipeline.cost import bubble_fraction, in_flight_of
+from strategies.pipeline.cost import bubble_fraction
+from strategies.pipeline.in_flight import in_flight_of
 
 TOO_LARGE = "states and activations do not fit, however much is recomputed"
 

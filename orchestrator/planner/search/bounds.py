@@ -31,7 +31,8 @@ from orchestrator.planner.search.candidates import (
 )
 from strategies.model.cost import stepped_parameters
 from strategies.offload.cost import HIDDEN, activations_s, exposed_s
-from strategies.pipeline.cost import bubble_fraction, in_flight_of
+from strategies.pipeline.cost import bubble_fraction
+from strategies.pipeline.in_flight import in_flight_of
 from strategies.price.memory import ROUNDING, least_bytes, tensor_budget
 from strategies.price.step_time import passes, sent_s, stepping_s
 from strategies.rank import MicroBatchBytes, PassSeconds, Share

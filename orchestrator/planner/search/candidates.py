@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from orchestrator.planner.problem import Choice
+from strategies.price.memory import MemoryPrice
 from strategies.strategy import Offload, Schedule
+
+GIB = 2**30
 
 
 class Shape(NamedTuple):
@@ -130,3 +134,25 @@ def simplicity(choice: Choice) -> tuple[Any, ...]:
         -1 if choice.layers is None else choice.layers,
         choice.micro,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TooLarge:
+    """A family of which not even the smallest member fits."""
+
+    choice: Choice
+    memory: MemoryPrice
+
+
+def excess(memory: MemoryPrice) -> float:
+    """Peak over budget."""
+    return memory.peak_bytes / max(1, memory.usable_bytes)
+
+
+def formatted_excess(memory: MemoryPrice) -> str:
+    """92.4 GiB on stage 0, 14.1 over."""
+    over = memory.peak_bytes - memory.usable_bytes
+    if over <= 0:
+        return "does not fit in host memory or NVMe"
+    where = f" on stage {memory.stages.fullest().pipeline_rank}" if len(memory.stages) > 1 else ""
+    return f"{memory.peak_bytes / GIB:.1f} GiB{where}, {over / GIB:.1f} over"

@@ -7,10 +7,9 @@ from typing import Any
 
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.search.bounds import Bounds
-from strategies.pipeline.cost import holds_like
-from strategies.price.memory import MemoryPrice
+from orchestrator.planner.search.candidates import TooLarge
+from strategies.pipeline.in_flight import holds_like
 
-GIB = 2**30
 INFINITE = float("inf")
 
 
@@ -20,14 +19,6 @@ class Found:
 
     choice: Choice
     step_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class TooLarge:
-    """A family of which not even the smallest member fits."""
-
-    choice: Choice
-    memory: MemoryPrice
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,17 +87,3 @@ class Wanted:
     @property
     def any(self) -> bool:
         return self.step_s < INFINITE or self.gpu_s < INFINITE
-
-
-def excess(memory: MemoryPrice) -> float:
-    """Peak over budget."""
-    return memory.peak_bytes / max(1, memory.usable_bytes)
-
-
-def formatted_excess(memory: MemoryPrice) -> str:
-    """92.4 GiB on stage 0, 14.1 over."""
-    over = memory.peak_bytes - memory.usable_bytes
-    if over <= 0:
-        return "does not fit in host memory or NVMe"
-    where = f" on stage {memory.stages.fullest().pipeline_rank}" if len(memory.stages) > 1 else ""
-    return f"{memory.peak_bytes / GIB:.1f} GiB{where}, {over / GIB:.1f} over"

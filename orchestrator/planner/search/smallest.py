@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from orchestrator.planner.problem import Choice
 from orchestrator.planner.search.axes import Space
 from orchestrator.planner.search.bounds import Bounds
-from orchestrator.planner.search.candidates import BatchOption, PipelineConfiguration, Shape, point
-from orchestrator.planner.search.result import TooLarge, excess
+from orchestrator.planner.search.candidates import BatchOption, PipelineConfiguration, Shape, TooLarge, excess, point
 from strategies.strategy import Offload, Schedule
 
 FEW_LAYERS = 3

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from orchestrator.planner.plan import Plan
-from strategies.zero.state_bytes import BYTES
+from orchestrator.planner.show.words import choices_told
+from strategies.zero.state_bytes import BYTES, reduces_early
 
 GIB = 2**30
 
@@ -12,22 +13,23 @@ def memory_formulas(plan: Plan) -> dict[str, str]:
     """By component of a stage."""
     s, problem = plan.strategy, plan.solution.problem
     parameter, gradient, master, moments = BYTES[s.states]
-    group = s.zero_group_size if s.zero_stage else 1
+    group, words = s.num_shards, choices_told(s)
+    scheduled, recompute = words["schedule"] or "no pipeline", words["recompute"] or "no recompute"
     tokens = s.micro_batch_size * problem.sequence_length
     shared = f", over a ZeRO group of {group}" if group > 1 else ""
-    split = f"tensor {s.tensor_parallel_degree}, pipeline {s.pipeline_parallel_degree}"
+    split = f"tensor {s.degrees.tensor}, pipeline {s.degrees.pipeline}"
     model = f"this rank's part of {problem.work.num_parameters:,} parameters ({split})"
     return {
-        "parameters": f"{parameter} bytes ({s.states}) x {model}" + (shared if s.zero_stage >= 2 else ""),
+        "parameters": f"{parameter} bytes ({s.states}) x {model}" + (shared if reduces_early(s) else ""),
         "gathered_parameters": "whole copies of sharded parameters while blocks compute: the block at work and "
         "the one fetched ahead, or all of a stage with gather: per_step",
         "master_weights": f"{master} bytes ({s.states}) x {model}{shared}",
-        "gradients": f"{gradient} bytes ({s.states}) x {model}" + (shared if s.zero_stage >= 2 else ""),
+        "gradients": f"{gradient} bytes ({s.states}) x {model}" + (shared if reduces_early(s) else ""),
         "optimizer_states": f"{moments} bytes ({s.states}, two Adam moments) x {model}{shared}",
         "activations": f"what the layers leave for backward of {tokens:,} tokens a micro batch, times the micro batches "
-        f"in flight on this rank ({s.pipeline_schedule}); {s.activation_checkpointing} recompute. arXiv:2205.05198 with the "
+        f"in flight on this rank ({scheduled}); {recompute}. arXiv:2205.05198 with the "
         "model's own constants",
-        "logits": f"{tokens:,} tokens x vocabulary {problem.work.vocab_size:,} / tensor {s.tensor_parallel_degree}, "
+        "logits": f"{tokens:,} tokens x vocabulary {problem.work.vocab_size:,} / tensor {s.degrees.tensor}, "
         "in fp32 for the loss",
         "communication_buffers": "gradients on their way to their shard, and buckets",
         "temporary": "the working set of one block's backward, or of the optimizer",
@@ -45,12 +47,12 @@ def time_formulas(plan: Plan) -> dict[str, str]:
         "roofline with an efficiency that grows with their size, attention, element-wise work by bytes; backward twice forward",
         "recompute_s": f"the forward of checkpointed layers once more, {accumulation} times",
         "tensor_parallel_s": f"{accumulation} x the collectives of layers, embedding, head and loss over "
-        f"{s.tensor_parallel_degree} GPUs; recomputing a layer sends its forward again",
-        "data_parallel_exposed_s": f"gradients and parameters over {s.data_parallel_degree} replicas "
+        f"{s.degrees.tensor} GPUs; recomputing a layer sends its forward again",
+        "data_parallel_exposed_s": f"gradients and parameters over {s.degrees.data} replicas "
         f"({plan.price.time.data_parallel_s:.3g} s in all), less what backward hides; gradients that tensor ranks, first "
         "and last stage add up; the norm",
         "pipeline_bubble_s": f"(p - 1) / (m v) of the busy time, a third of it where weight gradients fill the gaps: "
-        f"p {s.pipeline_parallel_degree}, m {accumulation}, v {s.num_virtual_stages}",
+        f"p {s.degrees.pipeline}, m {accumulation}, v {s.num_virtual_stages}",
         "pipeline_transfer_s": "one activation from stage to stage and one gradient back, of every micro batch",
         "offload_s": "bytes over the host link, the host's own optimizer, and the disk, less what overlaps",
         "optimizer_s": "AdamW as one pass over the states, clipping as two passes over the gradients, at memory bandwidth",

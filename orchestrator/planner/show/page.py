@@ -9,20 +9,21 @@ from pathlib import Path
 from orchestrator.planner.plan import Plan
 from orchestrator.planner.show import charts
 from orchestrator.planner.show.formulas import headline_formulas, memory_formulas, time_formulas
-from orchestrator.planner.show.text import sensitivity_told
 from orchestrator.planner.show.words import (
     COMPONENTS,
     TIMES,
+    all_degrees_told,
     bytes_told,
+    choices_told,
     met_by,
-    offload_told,
     rate_told,
-    recompute_told,
     seconds_told,
+    sensitivity_told,
     strategy_told,
     target_told,
 )
 from strategies.pipeline.timeline import timeline
+from strategies.zero.cost import sharding_words
 
 GIB = 2**30
 MOST_BARS = 40
@@ -150,18 +151,14 @@ def _summary(plan: Plan) -> str:
         numbers.append(number(seconds_told(cost["wall_s"]), f"{plan.job.num_steps:,} steps", formulas["wall"]))
     if cost["usd"] is not None:
         numbers.append(number(f"${cost['usd']:,.0f}", f"{cost['gpu_hours']:,.0f} GPU-hours", formulas["usd"]))
-    virtual = f", {s.num_virtual_stages} stages a rank" if s.num_virtual_stages > 1 else ""
-    degrees = (
-        f"tensor {s.tensor_parallel_degree} x pipeline {s.pipeline_parallel_degree} x data {s.data_parallel_degree}"
-    )
+    words = choices_told(s)
     choices = [
-        f"{degrees} = {s.num_gpus} GPUs",
-        f"ZeRO {s.zero_stage}"
-        + (f" in groups of {s.zero_group_size}" if 1 < s.zero_group_size < s.data_parallel_degree else ""),
-        f"schedule {s.pipeline_schedule}{virtual}" if s.pipeline_parallel_degree > 1 else "",
-        recompute_told(s) or "no recompute",
-        "sequence parallel" if s.sequence_parallel else "",
-        offload_told(s.offload),
+        f"{all_degrees_told(s)} = {s.num_gpus} GPUs",
+        sharding_words(s),
+        words["schedule"],
+        words["recompute"] or "no recompute",
+        words["tensor"],
+        words["offload"],
         f"micro batch {s.micro_batch_size} x {s.gradient_accumulation_steps} a step",
     ]
     body = f'<div class="numbers">{"".join(numbers)}</div>'
@@ -224,11 +221,11 @@ def _time(plan: Plan) -> str:
 
 def _schedule(plan: Plan) -> str:
     s, time = plan.strategy, plan.price.time
-    if s.pipeline_parallel_degree == 1 or s.pipeline_parallel_degree > 64:
+    if s.degrees.pipeline == 1 or s.degrees.pipeline > 64:
         return ""
-    shown = min(s.gradient_accumulation_steps, max(4, 2 * s.pipeline_parallel_degree))
+    shown = min(s.gradient_accumulation_steps, max(4, 2 * s.degrees.pipeline))
     if s.num_virtual_stages > 1 and s.pipeline_schedule != "zbv":
-        shown = max(s.pipeline_parallel_degree, shown // s.pipeline_parallel_degree * s.pipeline_parallel_degree)
+        shown = max(s.degrees.pipeline, shown // s.degrees.pipeline * s.degrees.pipeline)
     again = time.recompute_s / time.compute_s * 3 if time.compute_s else 0.0
     bars = timeline(s, num_micro_batches=shown, recompute=again)
     label = f"{s.pipeline_schedule}: {shown} of {s.gradient_accumulation_steps} micro batches"
@@ -237,7 +234,7 @@ def _schedule(plan: Plan) -> str:
     key += "; paler: a rank's later stages; grey: the bubble. Numbers are micro batches.</span></p>"
     return section(
         "Pipeline schedule",
-        key + both(lambda width: charts.schedule(bars, s.pipeline_parallel_degree, label, width=width)),
+        key + both(lambda width: charts.schedule(bars, s.degrees.pipeline, label, width=width)),
         label,
     )
 
@@ -332,7 +329,7 @@ def _targets(plan: Plan) -> str:
 
 
 def _sensitivity(plan: Plan) -> str:
-    lines = sensitivity_told(plan)
+    lines = sensitivity_told(plan.sensitivity, plan.price.time.step_s)
     return section("How firm is the choice", "".join(f"<p>{escape(line)}</p>" for line in lines)) if lines else ""
 
 

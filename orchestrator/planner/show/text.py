@@ -16,19 +16,21 @@ from orchestrator.planner.show.words import (
     RED,
     TIMES,
     YELLOW,
+    all_degrees_told,
     bar,
     bytes_told,
+    choices_told,
     met_by,
-    offload_told,
     painted,
     rate_told,
-    recompute_told,
     seconds_told,
+    sensitivity_told,
     stacked,
     strategy_told,
     target_told,
     wrapped,
 )
+from strategies.zero.cost import sharding_words
 
 
 def render(plan: Plan, *, width: int = 88, sensitivity: bool = False) -> str:
@@ -44,7 +46,9 @@ def render(plan: Plan, *, width: int = 88, sensitivity: bool = False) -> str:
         _section("cost", _cost(plan)),
         _section("targets", _targets(plan)),
         _section("others", _alternatives(plan.alternatives, width)),
-        _section("slower", _lines(sensitivity_told(plan) if sensitivity else [], width)),
+        _section(
+            "slower", _lines(sensitivity_told(plan.sensitivity, plan.price.time.step_s) if sensitivity else [], width)
+        ),
         _section("would fit", _nearest(plan, width)),
         _section("notes", _lines(plan.notes, width)),
         _section("search", _search(plan)),
@@ -65,22 +69,6 @@ def _lines(texts: Iterable[str], width: int) -> Iterator[str]:
         yield from wrapped(text, width - MARGIN - 2)
 
 
-def sensitivity_told(plan: Plan) -> list[str]:
-    """How firm the choice is, a sentence a link."""
-    lines = []
-    for row in plan.sensitivity:
-        what = f"{row['link']} 10 % slower"
-        if row["same_choice"]:
-            more = row["step_s"] / plan.price.time.step_s - 1
-            lines.append(f"{what}: the choice stays, a step takes {more:.1%} longer")
-        else:
-            lines.append(
-                f"{what}: the choice would be {strategy_told(row['strategy'])}, {seconds_told(row['best_step_s'])} a step; "
-                f"this one would take {seconds_told(row['step_s'])}"
-            )
-    return lines
-
-
 def _headline(plan: Plan) -> str:
     cluster, problem = plan.cluster, plan.solution.problem
     if not plan.fits:
@@ -96,22 +84,16 @@ def _headline(plan: Plan) -> str:
 
 def _strategy(plan: Plan) -> Iterator[str]:
     s, problem = plan.strategy, plan.solution.problem
-    degrees = (
-        f"tensor {s.tensor_parallel_degree} x pipeline {s.pipeline_parallel_degree} x data {s.data_parallel_degree}"
-    )
+    degrees = all_degrees_told(s)
     yield painted(f"{degrees} = {s.num_gpus} {'GPU' if s.num_gpus == 1 else 'GPUs'}", BOLD)
-    group = f" in groups of {s.zero_group_size}" if s.zero_stage and s.zero_group_size < s.data_parallel_degree else ""
-    choices = [f"ZeRO {s.zero_stage}{group}", f"states {s.states}", recompute_told(s) or "no recompute"]
-    choices += ["sequence parallel"] if s.sequence_parallel and s.tensor_parallel_degree > 1 else []
-    yield ", ".join(choices)
-    if s.pipeline_parallel_degree > 1:
-        virtual = f", {s.num_virtual_stages} stages a rank" if s.num_virtual_stages > 1 else ""
-        yield f"schedule {s.pipeline_schedule}{virtual}"
-    if s.offload.any:
-        yield offload_told(s.offload)
+    words = choices_told(s)
+    recompute = words["recompute"] or "no recompute"
+    choices = [sharding_words(s), f"states {s.states}", recompute, words["tensor"]]
+    yield ", ".join(choice for choice in choices if choice)
+    yield from (words[name] for name in ("schedule", "offload") if words[name])
     yield (
-        f"micro batch {s.micro_batch_size} x {s.gradient_accumulation_steps} a step x {s.data_parallel_degree} "
-        f"replica{'s' * (s.data_parallel_degree > 1)} "
+        f"micro batch {s.micro_batch_size} x {s.gradient_accumulation_steps} a step x {s.degrees.data} "
+        f"replica{'s' * (s.degrees.data > 1)} "
         f"= {problem.global_batch_size:,} sequences of {problem.sequence_length:,}"
     )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from strategies.strategy import Offload, Strategy
+from strategies.rooms import ROOMS
+from strategies.strategy import Axis, Strategy
 
 GIB = 2**30
 MARGIN = 12
@@ -94,33 +95,48 @@ def rate_told(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 10 or per_second == 0 else f"{per_second:.2g}"
 
 
+def degrees_told(strategy: Strategy) -> str:
+    """Return "tensor 8 x pipeline 4 x data 2", or "one GPU"."""
+    degrees = strategy.degrees
+    axes: tuple[Axis, ...] = ("tensor", "context", "pipeline", "data")
+    return " x ".join(f"{axis} {degrees.size(axis)}" for axis in axes if degrees.size(axis) > 1) or "one GPU"
+
+
+def all_degrees_told(strategy: Strategy) -> str:
+    """Return "tensor 8 x pipeline 4 x data 1", with the degrees that split nothing; a context degree only where it does."""
+    degrees = strategy.degrees
+    context = f" x context {degrees.context}" if degrees.context > 1 else ""
+    return f"tensor {degrees.tensor}{context} x pipeline {degrees.pipeline} x data {degrees.data}"
+
+
+def choices_told(strategy: Strategy) -> dict[str, str]:
+    """Return each room's choice in a few words, by its name; empty where it chose nothing."""
+    return {room.name: room.choice_words(strategy) for room in ROOMS}
+
+
 def strategy_told(strategy: Strategy) -> str:
-    """One line: tensor 8 x pipeline 4 x data 2, ZeRO 1, ..."""
-    s = strategy
-    parts = [
-        f"tensor {s.tensor_parallel_degree}" if s.tensor_parallel_degree > 1 else "",
-        f"pipeline {s.pipeline_parallel_degree}" if s.pipeline_parallel_degree > 1 else "",
-        f"data {s.data_parallel_degree}" if s.data_parallel_degree > 1 else "",
-    ]
-    degrees = " x ".join(part for part in parts if part) or "one GPU"
-    more = [f"ZeRO {s.zero_stage}" if s.data_parallel_degree > 1 else "", recompute_told(s), offload_told(s.offload)]
-    return ", ".join([degrees, f"micro batch {s.micro_batch_size}", *(part for part in more if part)])
+    """Return a strategy in one line: tensor 8 x pipeline 4 x data 2, micro batch 1, ZeRO 1, ..."""
+    told = choices_told(strategy)
+    words = [told[name] for name in ("zero", "recompute", "offload")]
+    return ", ".join(
+        [degrees_told(strategy), f"micro batch {strategy.micro_batch_size}", *(word for word in words if word)]
+    )
 
 
-def recompute_told(strategy: Strategy) -> str:
-    if strategy.activation_checkpointing == "none":
-        return ""
-    done = sum(stage.num_checkpointed_layers for stage in strategy.stages)
-    layers = sum(stage.num_layers for stage in strategy.stages)
-    how_many = "" if done == layers else f" of {done} of {layers} layers"
-    return f"{strategy.activation_checkpointing} recompute{how_many}"
-
-
-def offload_told(offload: Offload) -> str:
-    if not offload.any:
-        return ""
-    kinds = [kind for kind in ("optimizer", "parameters", "activations") if getattr(offload, kind) != "none"]
-    return "offload " + ", ".join(f"{kind} to {getattr(offload, kind)}" for kind in kinds)
+def sensitivity_told(rows: list[dict[str, Any]], step_s: float) -> list[str]:
+    """How firm the choice is, a sentence a link."""
+    lines = []
+    for row in rows:
+        what = f"{row['link']} 10 % slower"
+        if row["same_choice"]:
+            more = row["step_s"] / step_s - 1
+            lines.append(f"{what}: the choice stays, a step takes {more:.1%} longer")
+        else:
+            lines.append(
+                f"{what}: the choice would be {strategy_told(row['strategy'])}, {seconds_told(row['best_step_s'])} a step; "
+                f"this one would take {seconds_told(row['step_s'])}"
+            )
+    return lines
 
 
 def wrapped(text: str, columns: int) -> list[str]:

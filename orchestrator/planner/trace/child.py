@@ -16,6 +16,7 @@ from orchestrator.planner.problem import PlanError
 from strategies.catalog import unbuilt
 from strategies.price.memory import MemoryPrice, Stages, reserve_bytes
 from strategies.shares import shares
+from strategies.zero.state_bytes import reduces_early
 
 LIMIT_S = 300.0
 """A trace of 175B takes seconds; one that takes this long hangs."""
@@ -65,7 +66,7 @@ def why_not(plan: Plan) -> str | None:
     problem = plan.solution.problem
     if problem.arch.family != "opt":
         return f"the family {problem.arch.family} is priced, its module is not built yet"
-    on_host = plan.strategy.offload.parameters != "none" and plan.strategy.zero_stage >= 2
+    on_host = plan.strategy.offload.parameters != "none" and reduces_early(plan.strategy)
     if on_host and plan.cluster.accelerator.kind != "cpu":
         return (
             "FSDP2 copies each shard to the device to gather it and each shard's gradient to the host; on fake devices, as on a "

@@ -29,7 +29,7 @@ from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.engine import BUCKET_BYTES, MicroBatch
 from strategies.engines.native import NativeSession, build_session
 from strategies.strategy import SPLIT_BACKWARD, Offload, Stage, Strategy
-from strategies.zero.state_bytes import IN_FLIGHT
+from strategies.zero.state_bytes import IN_FLIGHT, reduces_early
 from strategies.zero.states import DTYPES
 
 SHORT, STEP = 3, 2
@@ -102,7 +102,7 @@ def trace(
     started = time.perf_counter()
     mine = [stage for stage in strategy.stages if stage.pipeline_rank == pipeline_rank]
     batches = _batches(strategy, sequence_length, pipeline_rank)
-    piled = strategy.pipeline_parallel_degree > 1 and strategy.pipeline_schedule == "gpipe"
+    piled = strategy.degrees.pipeline > 1 and strategy.pipeline_schedule == "gpipe"
     short = arch.num_layers if whole else _shortest(arch, strategy, precision)
     most = _Less(
         min(stage.num_checkpointed_layers for stage in mine) - short,
@@ -118,15 +118,15 @@ def trace(
         held = replace(arch, num_layers=sum(stage.num_layers for stage in stages))
         return _play(held, short, batches[less.micro_batches :], precision, pipeline_rank, bytes_only)
 
-    result = _lines(play, _Less(0, 0, 0), most, strategy.zero_stage < 2)
+    result = _lines(play, _Less(0, 0, 0), most, not reduces_early(strategy))
     return replace(result, num_layers_traced=tuple(dict.fromkeys(layers)), seconds=time.perf_counter() - started)
 
 
 def _shortest(arch: Architecture, strategy: Strategy, precision: str) -> int:
     """Layers that show what a deep stage holds: three, and at ZeRO 0 and 1 as many as fill the buckets that are under way."""
-    if strategy.zero_stage >= 2:
+    if reduces_early(strategy):
         return SHORT
-    gradients = block_parameters(arch) * DTYPES[precision].itemsize / strategy.tensor_parallel_degree
+    gradients = block_parameters(arch) * DTYPES[precision].itemsize / strategy.degrees.tensor
     return max(SHORT, math.ceil(IN_FLIGHT * BUCKET_BYTES / gradients))
 
 
@@ -192,8 +192,8 @@ def _play(
             session = build_session(
                 module, strategy=strategy, precision=precision, weights=lambda _, shape: torch.zeros(shape)
             )
-            _step(session, batches[: strategy.pipeline_parallel_degree])
-            local_vocab = -(-arch.vocab_size // strategy.tensor_parallel_degree)
+            _step(session, batches[: strategy.degrees.pipeline])
+            local_vocab = -(-arch.vocab_size // strategy.degrees.tensor)
             with LiveBytes(session.tensors(), vocab_size=local_vocab) as live:
                 live.watch(session.states)
                 _step(session, batches)
@@ -218,7 +218,7 @@ def _play(
 def _batches(strategy: Strategy, sequence_length: int, pipeline_rank: int) -> list[MicroBatch]:
     """A step's, without those that hold no more than the ones before: beyond three in a row, or what is in flight."""
     shape = (strategy.micro_batch_size, sequence_length)
-    count, degree = strategy.gradient_accumulation_steps, strategy.pipeline_parallel_degree
+    count, degree = strategy.gradient_accumulation_steps, strategy.degrees.pipeline
     if degree == 1:
         count = min(count, 3)
     elif strategy.pipeline_schedule != "gpipe":
