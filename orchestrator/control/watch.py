@@ -56,6 +56,9 @@ def allowed_s(phase: str | None, pace: Pace, limits: Limits) -> float:
     """How long a rank may stay in a phase, seconds; None: it did not answer yet, or begins."""
     step_s = limits.step(pace.step_s, first=len(pace.recent_steps_s) < FIRST_STEPS)
     match phase:
+        # Every rank took part in the steps that were done: one last seen before them is past that by now.
+        case None | "rendezvous" | "setup" if pace.recent_steps_s:
+            return step_s
         case None | "rendezvous":
             return max(limits.rendezvous_s, limits.begin_s)
         case "setup":

@@ -34,6 +34,9 @@ def rank(phase, *, step=12, silent_s=0.0, unanswered_s=1.0, waits=False):
         ("setup", Pace(checkpoint_bytes=2e12), 21_800),
         ("rendezvous", NEW, 900),
         (None, NEW, 900),
+        # A rank that was last seen before the steps that it took part in.
+        ("setup", SETTLED, 300),
+        (None, SETTLED, 300),
     ],
 )
 def test_what_each_phase_is_allowed_follows_from_what_was_measured_or_predicted(phase, pace, seconds):
