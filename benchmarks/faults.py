@@ -144,10 +144,10 @@ class Fault:
     start: str = "plain"
     stuck: dict[str, object] | None = None
     """What benchmarks/stuck is told, instead of a strike."""
-    hangs: bool = False
-    """Limits are scaled, and one restart is the answer."""
-    lives: bool = False
-    """Limits are scaled, and no restart is the answer: what is only slow is left alone."""
+    scaled: bool = False
+    """Limits are scaled so that it is seen within seconds."""
+    restarts: int = 0
+    """As many are the answer. None where what is only slow is left alone."""
     stops: bool = False
     """The answer is a checkpoint and exit code 5; the same command then goes on to the end."""
     kind: str
@@ -191,6 +191,12 @@ def blind(scene: Scene) -> None:
     command.suspend()
     time.sleep(LONGER_S)
     command.resume()
+
+
+def without_raylet(scene: Scene) -> None:
+    """A new group cannot be started in a Ray whose raylet does nothing."""
+    scene.one("/raylet/raylet").suspend()
+    scene.one("ray::TrainingWorker").kill()
 
 
 def stuck(at: str, rank: int | None = 1, how: str = "stop", seconds: float = 3600.0) -> dict[str, object]:
@@ -244,7 +250,8 @@ FAULTS = (
         Fault(
             name=f"SIGSTOP of rank 1, {where}",
             stuck=stuck(at),
-            hangs=True,
+            scaled=True,
+            restarts=1,
             kind="restart",
             words=("no sign of life", "rank 1"),
         )
@@ -258,28 +265,31 @@ FAULTS = (
     Fault(
         name="rank 1 waits for its data for ever",
         stuck=stuck("data", how="stall"),
-        hangs=True,
+        scaled=True,
+        restarts=1,
         kind="restart",
         words=("no sign of life", "rank 1", "data"),
     ),
     Fault(
-        name="all ranks wait for the storage of a checkpoint",
-        stuck=stuck("checkpoint", rank=None, how="stall"),
-        hangs=True,
+        name="all ranks wait for the storage of their data",
+        stuck=stuck("data", rank=None, how="stall"),
+        scaled=True,
+        restarts=1,
         kind="restart",
-        words=("no sign of life", "checkpoint"),
+        words=("no sign of life", "rank 0, 1, 2 of 3 is in step", "phase data"),
     ),
     Fault(
         name="a step of rank 1 that is only slow",
         stuck=stuck("forward", how="stall", seconds=SLOW_S),
-        lives=True,
+        scaled=True,
         kind="finished",
     ),
-    Fault(name="SIGSTOP of the command, SIGCONT after 30 s", strike=blind, lives=True, kind="finished"),
+    Fault(name="SIGSTOP of the command, SIGCONT after 30 s", strike=blind, scaled=True, kind="finished"),
     Fault(
         name="SIGSTOP of the process that holds Ray",
         strike=lambda scene: scene.one("orchestrator.control.ray_runtime").suspend(),
-        hangs=True,
+        scaled=True,
+        restarts=1,
         kind="restart",
         words=("no sign of life", "the process that holds Ray"),
     ),
@@ -287,6 +297,14 @@ FAULTS = (
         name="SIGSTOP of the raylet",
         strike=lambda scene: scene.one("/raylet/raylet").suspend(),
         kind="finished",
+    ),
+    Fault(
+        name="SIGSTOP of the raylet, then a worker is killed",
+        strike=without_raylet,
+        scaled=True,
+        restarts=2,
+        kind="restart",
+        words=("raylet is stopped",),
     ),
 )
 
@@ -300,7 +318,7 @@ def played(fault: Fault, directory: Path, wanted: dict[int, float], *, workers: 
         folder=directory / "runs" / name,
         log=directory / f"{name}.log",
     )
-    if fault.hangs or fault.lives:
+    if fault.scaled:
         scene.environment[SCALE] = str(HANG_SCALE)
     if fault.stuck is not None:
         flag = str(directory / f"{name}.struck")
@@ -339,7 +357,7 @@ def unlike(fault: Fault, scene: Scene, wanted: dict[int, float]) -> list[str]:
     named = [event for event in events if event.kind == fault.kind and all(w in event.cause for w in fault.words)]
     wrong = [] if named else [f"no event {fault.kind} with {fault.words}: {[(e.kind, e.cause) for e in events[-4:]]}"]
     restarts = [event.cause for event in events if event.kind == "restart"]
-    if len(restarts) != int(fault.hangs):
+    if len(restarts) != fault.restarts:
         wrong.append(f"{len(restarts)} restarts: {restarts}")
     return wrong + chaos.differences(scene.folder, wanted)[:3]
 

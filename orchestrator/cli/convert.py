@@ -1,4 +1,4 @@
-"""`shardwise convert SOURCE TARGET`: a checkpoint as a Hugging Face folder.
+"""`shardwise convert SOURCE TARGET`: a checkpoint as a Hugging Face folder, or as a GGUF file for llama.cpp.
 
 The other way needs no verb: a job with `model: {path: FOLDER}` starts from a Hugging Face folder's weights.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clusters.files import publish
 from orchestrator.cli.errors import CommandError, ExitCode
 from orchestrator.cli.runs import directory_option, run_folder
 
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from orchestrator.models.architecture import Architecture
-    from orchestrator.spec import Job
     from orchestrator.training.manifest import CheckpointRef
+    from orchestrator.training.tokenizer import Tokenizer
 
 MAX_GROUP_BYTES = 4 * 2**30
 """Of a checkpoint's tensors in memory at once."""
@@ -40,14 +41,15 @@ MAX_GROUP_BYTES = 4 * 2**30
 @click.option("--json", "as_json", is_flag=True, help="Print {target, checkpoint, step, num_parameters, tokenizer}.")
 def command(source: Path, target: Path, dtype: str, directory: str, as_json: bool) -> int:
     """Writes the newest whole checkpoint of SOURCE, a run's name or folder, or the checkpoint SOURCE, as the Hugging Face folder
-    TARGET."""
+    TARGET, or as a GGUF file for llama.cpp where TARGET ends in .gguf."""
     from orchestrator.models.architecture import num_parameters
     from orchestrator.training.manifest import CheckpointRefused
 
+    gguf = target.suffix == ".gguf"
     ref = find_checkpoint(source, directory)
     try:
-        arch = _architecture(ref)
-        _write(ref, arch, target, dtype)
+        arch, tokenizer = _architecture(ref), _kept_tokenizer(ref)
+        (_write_gguf if gguf else _write)(ref, arch, target, dtype, tokenizer)
     except (CheckpointRefused, ValueError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:
@@ -57,15 +59,16 @@ def command(source: Path, target: Path, dtype: str, directory: str, as_json: boo
         "checkpoint": str(ref.path),
         "step": ref.step,
         "num_parameters": num_parameters(arch),
-        "tokenizer": _add_tokenizer(ref, target),
+        "tokenizer": None if tokenizer is None else target.name if gguf else "tokenizer.json",
     }
     if as_json:
         click.echo(json.dumps(told, indent=1))
         return ExitCode.DONE
+    read = f"transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})"
     click.echo(
         f"{target}: {told['num_parameters']:,} parameters of step {ref.step} in {dtype}\n"
-        f"  read it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})\n"
-        f"  tokenizer  {told['tokenizer'] or 'none: the run kept none, or its tokens are bytes'}"
+        f"  read it with {f'llama-cli -m {target}' if gguf else read}\n"
+        f"  tokenizer  {told['tokenizer'] or 'none: the run kept none'}"
     )
     return ExitCode.DONE
 
@@ -98,61 +101,96 @@ def find_checkpoint(source: Path, directory: str) -> CheckpointRef:
     return ref
 
 
-def _job(ref: CheckpointRef) -> Job:
-    """The job that wrote it; a Hugging Face folder that it names is looked for from the current folder."""
-    from orchestrator.spec import parse_job
-
-    return parse_job(dict(ref.manifest["job"]), directory=Path.cwd())
-
-
 def _architecture(ref: CheckpointRef) -> Architecture:
-    return _job(ref).architecture
+    from orchestrator.models.architecture import Architecture
+
+    return Architecture(**ref.manifest["architecture"])
 
 
-def _write(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str) -> None:
+def _write(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+    """Writes the folder; with a tokenizer its files, and what it and the weights that training started from say of special
+    tokens: without them transformers takes a family's own, and ends a model of bytes at byte 2."""
+    from orchestrator.models.weights import GENERATION, config_of_tokens, write_folder
+    from orchestrator.training.tokenizer import kept_of_weights
+
+    if tokenizer is None:
+        write_folder(target, arch, _weights(ref, arch, dtype))
+        return
+    config, generation = config_of_tokens(tokenizer.special_ids, kept_of_weights(_run_of(ref)))
+
+    def beside(folder: Path) -> None:
+        tokenizer.export(folder, arch.max_position)
+        (folder / GENERATION).write_text(json.dumps(generation, indent=1), encoding="utf-8")
+
+    write_folder(target, arch, _weights(ref, arch, dtype), config=config, beside=beside)
+
+
+def _weights(ref: CheckpointRef, arch: Architecture, dtype: str) -> Iterator[tuple[str, Tensor]]:
+    """The model's parameters in the module's order, some of them in memory at a time."""
     import torch
 
     from orchestrator.models.decoder import Decoder
-    from orchestrator.models.weights import write_folder
     from orchestrator.training.checkpoint import Reader
 
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Decoder(arch).named_parameters()}
-
     reader = Reader(ref)  # find_checkpoint verified it: its files are not hashed again for each group
-
-    def weights() -> Iterator[tuple[str, Tensor]]:
-        names = list(shapes)
-        while names:
-            group: dict[str, Any] = {}
-            size = 0
-            while names and (not group or size < MAX_GROUP_BYTES):
-                name = names.pop(0)
-                group[f"model.{name}"] = torch.empty(shapes[name], dtype=torch.float32)
-                size += group[f"model.{name}"].nbytes
-            reader.fill(group)
-            for name, tensor in group.items():
-                yield name.removeprefix("model."), tensor.to(getattr(torch, dtype))
-
-    write_folder(target, arch, weights())
+    names = list(shapes)
+    while names:
+        group: dict[str, Any] = {}
+        size = 0
+        while names and (not group or size < MAX_GROUP_BYTES):
+            name = names.pop(0)
+            group[f"model.{name}"] = torch.empty(shapes[name], dtype=torch.float32)
+            size += group[f"model.{name}"].nbytes
+        reader.fill(group)
+        for name, tensor in group.items():
+            yield name.removeprefix("model."), tensor.to(getattr(torch, dtype))
 
 
-def _add_tokenizer(ref: CheckpointRef, target: Path) -> str | None:
-    """The tokenizer that the run kept beside its checkpoints; bytes have no file."""
+def _write_gguf(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
+    """Writes the file, its tokenizer in it. ValueError where llama.cpp does not run the model, or has no such tokenizer."""
+    from importlib.util import find_spec
+
+    from orchestrator.models import gguf_file
+    from orchestrator.training.tokenizer import HuggingFaceTokenizer
+
+    if find_spec("gguf") is None:
+        raise CommandError("the package gguf is not installed", fix="pip install 'shardwise[gguf]'")
+    if target.exists():
+        raise ValueError(f"{target} is there already: name another, or delete it")
+    if dtype == "bfloat16":
+        raise ValueError("a GGUF file is written in float32 or float16: say --dtype float16")
+    gguf_file.refuse(arch)
+    if tokenizer is None:
+        raise ValueError("a GGUF file holds the tokenizer, and the run kept none")
+
+    def vocabulary(writer: Any) -> None:
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            described = json.loads(tokenizer.inner.to_str())
+            gguf_file.merged_vocabulary(writer, described, arch.vocab_size, tokenizer.end_of_text)
+        else:
+            gguf_file.byte_vocabulary(writer, arch.vocab_size)
+
+    partial = target.with_name(target.name + ".partial")
+    try:
+        gguf_file.write_file(partial, arch, _weights(ref, arch, dtype), vocabulary, name=_run_of(ref).name)
+        publish(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _kept_tokenizer(ref: CheckpointRef) -> Tokenizer | None:
+    """The tokenizer that the run keeps beside its checkpoints."""
     from orchestrator.training.data import DataError
-    from orchestrator.training.tokenizer import FILE, HuggingFaceTokenizer, kept_tokenizer
+    from orchestrator.training.tokenizer import kept_tokenizer
 
     try:
-        tokenizer = kept_tokenizer(ref.path.parent.parent)
-    except DataError:
+        return kept_tokenizer(_run_of(ref))
+    except DataError as error:
+        click.echo(f"without a tokenizer: {error}", err=True)
         return None
-    if not isinstance(tokenizer, HuggingFaceTokenizer):
-        return None
-    tokenizer.save(target)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": tokenizer.inner.id_to_token(tokenizer.end_of_text),
-        "model_max_length": _job(ref).architecture.max_position,
-    }
-    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
-    return FILE
+
+
+def _run_of(ref: CheckpointRef) -> Path:
+    return ref.path.absolute().parent.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import sys
 import tempfile
@@ -49,7 +50,8 @@ def show(message: str, *, where: str = "", fix: str = "") -> None:
     if fix:
         first, *rest = fix.splitlines()
         lines += [f"  to fix: {first}", *(f"    {line.strip()}" for line in rest)]
-    print("\n".join(lines), file=sys.stderr)
+    with contextlib.suppress(OSError):  # the terminal was closed; the exit code still tells
+        print("\n".join(lines), file=sys.stderr)
 
 
 def answer(error: BaseException) -> int:

@@ -17,7 +17,7 @@ from orchestrator.cli.runs import directory_option, run_folder
 @click.option("--ray", is_flag=True, help="In place of a rank's: what the process that holds Ray printed.")
 @click.option("-n", "--lines", type=click.IntRange(1), help="Only the last lines.")
 def command(run: str, directory: str, rank: int, ray: bool, lines: int | None) -> int:
-    """Shows the log of one rank of RUN, a name or a run folder."""
+    """Shows the log of one rank of RUN, a name or a run folder: its start, events, steps now and then, errors."""
     folder = run_folder(run, directory)
     path = folder.logs / ("ray.log" if ray else f"rank-{rank:04d}.log")
     if not path.exists():
@@ -26,6 +26,9 @@ def command(run: str, directory: str, rank: int, ray: bool, lines: int | None) -
             f"there is no log {path.name}", f"known: {known or 'none'}", ExitCode.NOT_FOUND, where=str(folder.logs)
         )
     with path.open(encoding="utf-8", errors="replace") as file:
-        for line in deque(file, maxlen=lines):
-            click.echo(line, nl=False)
+        shown = deque(file, maxlen=lines)
+    for line in shown:
+        click.echo(line, nl=False)
+    if not shown:
+        click.echo(f"{path.name} is empty: nothing was printed", err=True)
     return ExitCode.DONE

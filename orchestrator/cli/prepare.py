@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def command(job: str, as_json: bool) -> int:
     """Tokenizes the text of JOB. What is prepared already is used as it is; an attempt cut short goes on."""
     from orchestrator.training.data import DataError
+    from orchestrator.training.inputs import notes, request_of, versions
     from orchestrator.training.prepare import prepare_job
 
     loaded = load_job(job)
@@ -40,6 +41,7 @@ def command(job: str, as_json: bool) -> int:
         "validation_tokens": index.num_tokens("validation"),
         "unigram_entropy": index.unigram_entropy,
         "fingerprint": index.fingerprint,
+        "notes": notes(request_of(loaded), index),
     }
     if as_json:
         click.echo(json.dumps(told, indent=1))
@@ -53,6 +55,12 @@ def command(job: str, as_json: bool) -> int:
     )
     if empty := [source.path for source in index.sources if not source.num_documents]:
         click.echo(f"  no text in {', '.join(empty[:3])}" + (f" and {len(empty) - 3} more" if len(empty) > 3 else ""))
+    if older := [str(folder) for folder in versions(request_of(loaded).directory) if folder != index.directory]:
+        click.echo(
+            f"  before     {', '.join(older)}: the text as it was; delete it when no run that began with it goes on"
+        )
+    for note in told["notes"]:
+        click.echo(f"  {note}")
     return ExitCode.DONE
 
 

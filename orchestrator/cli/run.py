@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; the progress goes to standard error.")
 def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_json: bool) -> int:
-    """Trains JOB on this machine, or goes on where it stopped. Ctrl-C: checkpoint and stop; twice: stop now."""
+    """Trains JOB on this machine, or goes on where it stopped. Ctrl-C: checkpoint and stop; twice: stop now.
+
+    Exit codes: 0 the last step is done; 1 the job failed; 2 it was refused before anything started; 3 the plan does not fit this
+    machine; 4 Ray was lost for good; 5 it was stopped (the same command goes on)."""
     from orchestrator.cli.outlet import silence
     from orchestrator.cli.screen import Screen
     from orchestrator.control.folder import RunRefused

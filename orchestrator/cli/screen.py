@@ -33,7 +33,7 @@ TOLD = {
     "stopping": "yellow",
     "lost": "red",
     "not_ended": "red",
-    "disk_full": "red",
+    "disk": "red",
     "records_delayed": "yellow",
     "records_missing": "yellow",
     "report_failed": "yellow",
@@ -58,7 +58,7 @@ class Screen(View):
         self.progress: Progress | None = None
         self.task: TaskID | None = None
         self.predicted = 0.0
-        self.num_gpus = 1
+        self.num_gpus, self.unit = 1, "GPU"
         self.recent: deque[StepReport] = deque(maxlen=SPEED_WINDOW)
         self.said_at = 0.0
 
@@ -87,9 +87,10 @@ class Screen(View):
     def planned(self, plan: Plan, folder: RunFolder, done: int) -> None:
         memory, speed = plan.price.memory, plan.tokens_per_second_per_gpu
         self.predicted, self.num_gpus = speed, plan.strategy.num_gpus
+        self.unit = "worker" if plan.cluster.accelerator.kind == "cpu" else "GPU"
         self.note(f"plan      {strategy_told(plan.strategy)}")
         told = f"{bytes_told(memory.peak_bytes)} of {bytes_told(memory.usable_bytes)} on each of {self.num_gpus}"
-        self.note(f"promise   {speed:,.0f} tokens/s/GPU, {told}")
+        self.note(f"promise   {speed:,.0f} tokens/s/{self.unit}, {told}")
         for row in judged(plan.job, plan.solution, plan.cost):
             if not row["met"]:
                 wanted, got = target_told(row["name"], row["wanted"]), target_told(row["name"], row["got"])
@@ -150,6 +151,6 @@ class Screen(View):
         wanted = self.job.targets.tokens_per_second_per_gpu
         against += [f"target {per_gpu / wanted:.0%}"] if wanted else []
         left = seconds_told((self.num_steps - report.step) * seconds / len(self.recent))
-        per = f"{per_gpu:,.0f}/GPU" + (f" ({', '.join(against)})" if against else "")
+        per = f"{per_gpu:,.0f}/{self.unit}" + (f" ({', '.join(against)})" if against else "")
         at = f"{report.step:,}/{self.num_steps:,}  " if self.progress is not None else ""
         return f"{at}loss {report.loss:.4f}  {speed:,.0f} tokens/s  {per}  {left} left"

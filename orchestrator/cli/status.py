@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -13,6 +14,10 @@ from orchestrator.cli.runs import directory_option, run_folder, run_folders
 
 if TYPE_CHECKING:
     from orchestrator.control.folder import RunFolder
+
+
+WIDE = 200
+"""Columns where there is no terminal: a program that reads lines gets one a run."""
 
 
 @click.command("status")
@@ -29,22 +34,40 @@ def command(run: str | None, directory: str, as_json: bool) -> int:
     if not rows:
         click.echo(f"no run in {directory}")
         return ExitCode.DONE
+    print_table(rows, width=None if sys.stdout.isatty() else WIDE)
+    return ExitCode.DONE
+
+
+def print_table(rows: list[dict[str, Any]], *, width: int | None = None) -> None:
+    """A line a run, in so many columns, or in those of the terminal; where they do not suffice, names go on in a second line."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for name, right in [("run", False), ("state", False), ("step", True), ("loss", True), ("tokens/s/GPU", True)]:
-        table.add_column(name, justify="right" if right else "left", header_style="dim")
-    table.add_column("last step", header_style="dim")
+    each = "worker" if all(row["on_cpu"] for row in rows) else "GPU"
+    cells = []
     for row in rows:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
         speed = "" if row["tokens_per_second_per_gpu"] is None else f"{row['tokens_per_second_per_gpu']:,.0f}"
         steps = f"{row['step']:,}" + (f" / {row['steps']:,}" if row["steps"] else "")
         at = row["last_step_unix_s"]
-        when = "" if at is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-        table.add_row(row["name"], row["state"], steps, loss, speed, when)
-    Console(highlight=False).print(table)
-    return ExitCode.DONE
+        cells.append((row["name"], row["state"], steps, loss, speed, "" if at is None else ago(time.time() - at)))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("run", header_style="dim", overflow="fold")  # the one that gives way
+    for index, name in enumerate(("state", "step", "loss", f"tokens/s/{each}", "ago"), start=1):
+        needed = max(len(name), *(len(line[index]) for line in cells))
+        justify: Literal["left", "right"] = "left" if name == "state" else "right"
+        table.add_column(name, justify=justify, header_style="dim", no_wrap=True, min_width=needed)
+    for line in cells:
+        table.add_row(*line)
+    Console(highlight=False, width=width).print(table)
+
+
+def ago(seconds: float) -> str:
+    """How long ago the last step was, in the largest unit that fits."""
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
 
 
 def status(folder: RunFolder) -> dict[str, Any]:
@@ -71,5 +94,6 @@ def status(folder: RunFolder) -> dict[str, Any]:
         "last_step_unix_s": last.time_unix_s if last else None,
         "restarts": sum(event.kind == "restart" for event in events),
         "process": pid,
+        "on_cpu": plan.get("cluster", {}).get("gpu") == "cpu",
         "directory": str(folder.path.resolve()),
     }

@@ -9,7 +9,8 @@ import click
 from orchestrator.cli.errors import ExitCode
 from orchestrator.spec import Job, SpecError, load_job
 from orchestrator.spec.acting import unbuilt
-from orchestrator.spec.errors import place
+from orchestrator.spec.errors import ErrorEntry, place
+from orchestrator.spec.files import missing
 
 
 @click.command("validate")
@@ -22,7 +23,7 @@ from orchestrator.spec.errors import place
 )
 def command(job: str, as_json: bool) -> int:
     """Checks JOB, a YAML file, and shows all of its faults at once. Nothing is planned or started. A note tells what can be
-    planned and not run; it leaves the exit code 0."""
+    planned and not run, such as text that is not here; it leaves the exit code 0."""
     if not as_json:
         loaded = load_job(job)
         click.echo("\n".join([_summary(loaded), *_notes(loaded)]))
@@ -32,15 +33,20 @@ def command(job: str, as_json: bool) -> int:
     except SpecError as error:
         click.echo(json.dumps({"valid": False, "name": None, "errors": error.errors, "notes": []}, indent=1))
         return error.exit_code
-    told = {"valid": True, "name": loaded.name, "errors": [], "notes": unbuilt(loaded)}
+    told = {"valid": True, "name": loaded.name, "errors": [], "notes": notes(loaded)}
     click.echo(json.dumps(told, indent=1))
     return ExitCode.DONE
+
+
+def notes(job: Job) -> list[ErrorEntry]:
+    """What keeps a valid job from running: settings that nothing acts on yet, and files that are not here."""
+    return [*unbuilt(job), *missing(job)]
 
 
 def _notes(job: Job) -> list[str]:
     return [
         f"note: {entry['message']}; `run` refuses it\n  {place(entry)}\n  to fix: {entry['fix']}"
-        for entry in unbuilt(job)
+        for entry in notes(job)
     ]
 
 

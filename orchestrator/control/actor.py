@@ -76,9 +76,11 @@ class TrainingWorker:
     def _train(self, mapping: Mapping[str, Any]) -> dict[str, Any]:
         from orchestrator.telemetry.journal import Journal
         from orchestrator.telemetry.records import Event
+        from orchestrator.training import rank_log
         from orchestrator.training.assignment import Assignment
         from orchestrator.training.worker import train
 
+        rank_log.begin()
         assignment = Assignment.from_mapping(mapping)
         self._pulse = Pulse()
         # Straight to the disk: a step that is in a checkpoint is in the file, whoever dies next.
@@ -103,4 +105,7 @@ class TrainingWorker:
         return None if self._pulse is None else self._pulse.sign().to_mapping()
 
     def stop(self, cause: str) -> None:
+        from orchestrator.training.rank_log import LOG
+
+        LOG.info("asked to stop: %s", cause)
         self._stop_cause = cause

@@ -36,28 +36,32 @@ class DiskWatch:
         self.folder, self.now = folder, now
         self._looked: float | None = None
         self._told = False
+        self._news: str | None = None
 
     def look(self) -> str | None:
-        """What a person is to be told, if there is something new; looks every few seconds."""
+        """What a person is to be told, once; looks at the disk every few seconds."""
         now = self.now()
-        if self._looked is not None and now - self._looked < LOOK_EVERY_S:
-            return None
-        self._looked = now
+        if self._looked is None or now - self._looked >= LOOK_EVERY_S:
+            self._looked = now
+            self._look_at_room()
+        news, self._news = self._news, None
+        return news
+
+    def _look_at_room(self) -> None:
         try:
             full = room(self.folder)[0] < LOW_BYTES
         except OSError:
-            return None  # the next write says more
-        if not full:
+            return  # the next write says more
+        if full:
+            self.refused("the disk is full")
+        else:
             self._told = False
-            return None
-        return self.refused("the disk is full")
 
-    def refused(self, why: str) -> str | None:
-        """The same for a write that was refused."""
-        if self._told:
-            return None
-        self._told = True
-        return (
-            f"{why}: {room_told(self.folder)}; training goes on, its records wait in memory and checkpoints fail until there "
-            "is room: delete what is not needed there"
-        )
+    def refused(self, why: str) -> None:
+        """A write was refused; the next look tells it."""
+        if not self._told:
+            self._told = True
+            self._news = (
+                f"{why}: {room_told(self.folder)}; training goes on, its records wait in memory and checkpoints fail until "
+                "the disk takes them: delete what is not needed there, or look at that disk"
+            )

@@ -6,6 +6,7 @@ one's id does not bear it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -60,6 +61,23 @@ def end(pids: list[int], *, within_s: float = 5.0) -> None:
         except psutil.Error:
             continue
     psutil.wait_procs(processes, timeout=within_s)
+
+
+def gone(pids: list[int], *, within_s: float) -> bool:
+    """Waits until none of these processes is left; False where one still is."""
+    processes = []
+    for pid in pids:
+        with contextlib.suppress(psutil.Error):
+            processes.append(psutil.Process(pid))
+    return not psutil.wait_procs(processes, timeout=within_s)[1]
+
+
+def is_stopped(pid: int) -> bool:
+    """By a signal, or by a debugger."""
+    try:
+        return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
+    except psutil.Error:
+        return False
 
 
 def session_folder(run_directory: Path) -> Path:

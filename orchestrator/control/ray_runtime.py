@@ -30,11 +30,13 @@ from typing import Any
 from clusters.calibration.measure import WORKER_ENVIRONMENT
 from orchestrator.control import ray_private
 from orchestrator.control.actor import TrainingWorker
-from orchestrator.control.processes import MARK, end, end_marked
+from orchestrator.control.processes import MARK, end, end_marked, gone, is_stopped
 from orchestrator.training.limits import Limits
 
 LOOK_S = 1.0
 """Between two looks at what the workers are doing."""
+LEAVE_S = 2.0
+"""For a worker that Ray was told to end; a healthy one takes milliseconds. Then it is killed."""
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing travels through Ray's object store; this is about the least that Ray takes."""
 QUIET = {
@@ -83,6 +85,11 @@ class Runtime:
             mark = time.perf_counter()
             self._place(num_workers, num_gpus)
             phases["placement_s"] = time.perf_counter() - mark
+        elif stopped := [kind for kind, process in ray_private.processes() if is_stopped(process.pid)]:
+            # Training goes on without them; a new group would wait for them until its limit.
+            raise Failed(
+                "ray_lost", f"Ray's {' and '.join(stopped)} is stopped (SIGSTOP), so that no worker can be started"
+            )
         mark = time.perf_counter()
         port = self._start_workers(num_workers, num_gpus)
         phases["workers_s"] = time.perf_counter() - mark
@@ -232,6 +239,8 @@ class Runtime:
                 self.ray.kill(worker, no_restart=True)
             except Exception as error:
                 _log(f"ray.kill: {error}")
+        # Workers that Ray ends at its own word are no deaths that it reports, at length, into ray.log.
+        gone(self.pids, within_s=LEAVE_S)
         end(self.pids)
         self.actors, self.pids, self.running, self.asked = [], [], {}, {}
 

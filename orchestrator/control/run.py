@@ -187,14 +187,17 @@ def _run(
         ending = Ending(kind="finished", step=done, cause="there was nothing left to do")
         return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=None)
     from orchestrator.control import text
+    from orchestrator.training.inputs import notes, request_of
 
     reads = text.text_of(job, folder, resume)
     if change := text.told(reads):
-        view.note(change)
+        view.note(f"text      {change}")
     with contextlib.ExitStack() as stack:
         stack.callback(supervisor.close)
         supervisor.begin()
         index = text.prepared(job, folder, reads, resume, view.preparing)
+        for note in notes(request_of(job), index):
+            view.note(f"tokens    {note}")
         clock.lap("prepare_s")
         folder.write_job(job)
         folder.write_plan(document)

@@ -88,9 +88,7 @@ class Supervisor:
     def __post_init__(self) -> None:
         self._host: Host | None = None
         self._disk = DiskWatch(self.folder.path)
-        self.journal = Journal(
-            self.folder.path, on_refusal=lambda error: self._tell_of_disk(self._disk.refused(told(error)))
-        )
+        self.journal = Journal(self.folder.path, on_refusal=lambda error: self._disk.refused(told(error)))
         self._steps: Tail[StepReport] = Tail(self.folder.metrics, StepReport, from_end=True)
         self._events: Tail[Event] = Tail(self.folder.events, Event, from_end=True)
         self._step = 0
@@ -205,7 +203,6 @@ class Supervisor:
         assert self._host is not None
         message = self._host.hear(TICK_S)
         self._watch.look(time.monotonic())
-        self._tell_of_disk(self._disk.look())
         self._catch_up()
         if message is not None and message["kind"] == "garbled":
             cause = f"the process that holds Ray said what is not JSON, which was skipped: {message['line']!r}"
@@ -231,7 +228,9 @@ class Supervisor:
         return cause
 
     def _catch_up(self) -> None:
-        """What the workers wrote since the last look goes to the watchers."""
+        """What the workers wrote since the last look goes to the watchers, and what is to be told of the disk."""
+        if (cause := self._disk.look()) is not None:
+            self._tell_watchers(Event(time_unix_s=time.time(), kind="disk", step=self._step, cause=cause))
         for event in self._events.new():
             if event.kind == "worker_started":
                 self.phases |= {f"worker_{name}": seconds for name, seconds in event.details.items()}
@@ -307,11 +306,6 @@ class Supervisor:
 
     def _write(self, kind: str, cause: str, details: Mapping[str, Any] | None = None) -> None:
         self._append(Event(time_unix_s=time.time(), kind=kind, step=self._step, cause=cause, details=details or {}))
-
-    def _tell_of_disk(self, cause: str | None) -> None:
-        """To the watchers alone: the disk is what takes no event."""
-        if cause is not None:
-            self._tell_watchers(Event(time_unix_s=time.time(), kind="disk_full", step=self._step, cause=cause))
 
     def _append(self, event: Event) -> None:
         """Into the file; the watchers hear of it with the next look."""

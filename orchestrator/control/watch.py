@@ -65,8 +65,10 @@ def allowed_s(phase: str | None, pace: Pace, limits: Limits) -> float:
             return limits.setup_s + limits.for_bytes(pace.checkpoint_bytes)
         case "evaluation":
             return max(step_s, limits.evaluation_steps * limits.progress_steps * (pace.step_s or 0.0))
-        case "checkpoint" | "end":
-            return limits.save(num_bytes=pace.checkpoint_bytes, longest_s=pace.longest_save_s)
+        case (
+            "checkpoint" | "end"
+        ):  # one is copied, another may be on its way: the worker gives up on each by itself, before
+            return 2 * limits.save(num_bytes=pace.checkpoint_bytes, longest_s=pace.longest_save_s)
         case _:
             return step_s
 
@@ -74,7 +76,7 @@ def allowed_s(phase: str | None, pace: Pace, limits: Limits) -> float:
 def stop_s(pace: Pace, limits: Limits) -> float:
     """Longest time from a stop that was asked for to its end: the step in flight, a checkpoint that is being written already,
     and the last one."""
-    return allowed_s("step", pace, limits) + 2 * allowed_s("checkpoint", pace, limits)
+    return allowed_s("step", pace, limits) + allowed_s("checkpoint", pace, limits)
 
 
 def hang(ranks: Mapping[int, Rank], *, host_silent_s: float, quiet_s: float, pace: Pace, limits: Limits) -> str | None:

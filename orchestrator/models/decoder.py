@@ -54,16 +54,35 @@ def make_norm(arch: Architecture) -> nn.Module:
     return nn.LayerNorm(arch.hidden_size, eps=arch.norm_epsilon, bias=arch.traits.norm_bias)
 
 
-class Packed(NamedTuple):
-    """What embedding and attention need to know where several samples share a row."""
+class Cache:
+    """Keys and values of the tokens before, by layer, so that a new token costs one token's forward pass.
+
+    Memory: 2 x layers x B x K x D x tokens elements."""
+
+    def __init__(self) -> None:
+        self._held: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds those of new tokens. Returns those of all tokens."""
+        if layer in self._held:
+            before_k, before_v = self._held[layer]
+            k_BKSD, v_BKSD = torch.cat([before_k, k_BKSD], 2), torch.cat([before_v, v_BKSD], 2)
+        self._held[layer] = k_BKSD, v_BKSD
+        return k_BKSD, v_BKSD
+
+
+class Context(NamedTuple):
+    """What embedding and attention need to know where a row is not simply one sample from its first token on."""
 
     positions_BS: Tensor
     """Place of each token within its sample."""
-    seen_B1SS: Tensor
+    seen_B1QS: Tensor
     """True where a query may see a key: not later, and of the same sample."""
+    cache: Cache | None = None
+    """Where the keys begin with those of tokens computed before; the queries are the last of them."""
 
 
-def packed(segment_ids_BS: Tensor) -> Packed:
+def packed(segment_ids_BS: Tensor) -> Context:
     """Positions and mask of packed rows. Samples of a row are runs of equal ids: attention never crosses from one to another."""
     sequence = segment_ids_BS.shape[1]
     places_S = torch.arange(sequence, device=segment_ids_BS.device)
@@ -72,7 +91,7 @@ def packed(segment_ids_BS: Tensor) -> Packed:
     starts_BS = torch.where(first_BS, places_S, 0).cummax(1).values
     same_BSS = starts_BS[:, :, None] == starts_BS[:, None, :]
     seen_BSS = same_BSS & ~_future(sequence, segment_ids_BS.device)
-    return Packed(places_S - starts_BS, seen_BSS[:, None])
+    return Context(places_S - starts_BS, seen_BSS[:, None])
 
 
 def rotated(x_BASD: Tensor, theta: float, positions_BS: Tensor | None = None) -> Tensor:
@@ -103,8 +122,9 @@ def alibi_slopes(num_heads: int) -> list[float]:
 class Attention(nn.Module):
     """Causal self-attention, x_BSH -> x_BSH."""
 
-    def __init__(self, arch: Architecture, kind: str) -> None:
+    def __init__(self, arch: Architecture, kind: str, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         hidden, bias = arch.hidden_size, arch.traits.bias
         self.head_dim, self.num_heads, self.kind = arch.head_dim, arch.num_heads, kind
         self.positions, self.theta = arch.traits.positions, arch.rope_theta
@@ -115,20 +135,22 @@ class Attention(nn.Module):
         self.out = nn.Linear(hidden, hidden, bias=bias)
         self.region = WHOLE
 
-    def forward(self, x_BSH: Tensor, context: Packed | None = None) -> Tensor:
+    def forward(self, x_BSH: Tensor, context: Context | None = None) -> Tensor:
         columns = self.region.columns(x_BSH, self.q, self.k, self.v)
         batch, sequence, _ = columns[0].shape  # whole, where x_BSH may be split by sequence
         q_BASD, k_BKSD, v_BKSD = (y.view(batch, sequence, -1, self.head_dim).transpose(1, 2) for y in columns)
         if self.positions == "rotary":
             positions_BS = None if context is None else context.positions_BS
             q_BASD, k_BKSD = (rotated(x, self.theta, positions_BS) for x in (q_BASD, k_BKSD))
+        if context is not None and context.cache is not None:
+            k_BKSD, v_BKSD = context.cache.extend(self.layer, k_BKSD, v_BKSD)
         if (group := q_BASD.shape[1] // k_BKSD.shape[1]) > 1:  # grouped-query heads (arXiv:2305.13245)
             k_BKSD, v_BKSD = k_BKSD.repeat_interleave(group, 1), v_BKSD.repeat_interleave(group, 1)
         # None, true where a key is seen, or what is added to the scores.
-        mask = None if context is None else context.seen_B1SS
+        mask = None if context is None else context.seen_B1QS
         if self.positions == "alibi":
             seen = ~_future(sequence, x_BSH.device) if mask is None else mask
-            mask = self._alibi(q_BASD).masked_fill(~seen, float("-inf"))
+            mask = self._alibi(q_BASD, k_BKSD.shape[2]).masked_fill(~seen, float("-inf"))
         if self.kind == "flash":
             y_BASD = F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None)
         else:
@@ -141,15 +163,16 @@ class Attention(nn.Module):
             y_BASD = scores.softmax(-1) @ v_BKSD
         return self.region.row(y_BASD.transpose(1, 2).reshape(batch, sequence, -1), self.out)
 
-    def _alibi(self, q_BASD: Tensor) -> Tensor:
-        """What ALiBi adds to the scores of this rank's heads, [A, S, S]: slope x (key - query)."""
+    def _alibi(self, q_BASD: Tensor, num_keys: int) -> Tensor:
+        """What ALiBi adds to the scores of this rank's heads, [A, Q, S]: slope x (key - query). The queries are the last of the
+        keys' tokens."""
         heads, sequence = q_BASD.shape[1:3]
         first = self.region.rank * heads
         slopes = alibi_slopes(self.num_heads)[first : first + heads]
         slopes_A = torch.tensor(slopes, device=q_BASD.device, dtype=q_BASD.dtype)
-        positions_S = torch.arange(sequence, device=q_BASD.device)
-        distance_SS = (positions_S[None, :] - positions_S[:, None]).to(q_BASD.dtype)
-        return slopes_A[:, None, None] * distance_SS
+        keys_S = torch.arange(num_keys, device=q_BASD.device)
+        distance_QS = (keys_S[None, :] - keys_S[num_keys - sequence :, None]).to(q_BASD.dtype)
+        return slopes_A[:, None, None] * distance_QS
 
 
 def _future(sequence: int, device: torch.device) -> Tensor:
@@ -194,15 +217,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Block(nn.Module):
     """One layer; the norm stands before each half, or behind its residual (OPT-350M)."""
 
-    def __init__(self, arch: Architecture, kind: str) -> None:
+    def __init__(self, arch: Architecture, kind: str, layer: int) -> None:
         super().__init__()
         self.post_norm = arch.post_norm
         self.attention_norm = make_norm(arch)
-        self.attention = Attention(arch, kind)
+        self.attention = Attention(arch, kind, layer)
         self.mlp_norm = make_norm(arch)
         self.mlp = MLP(arch)
 
-    def forward(self, x_BSH: Tensor, *context: Packed) -> Tensor:
+    def forward(self, x_BSH: Tensor, *context: Context) -> Tensor:
         if self.post_norm:
             x_BSH = self.attention_norm(x_BSH + self.attention(x_BSH, *context))
             y: Tensor = self.mlp_norm(x_BSH + self.mlp(x_BSH))
@@ -227,7 +250,7 @@ class Embed(nn.Module):
         self.norm = make_norm(arch) if arch.traits.embedding_norm else None
         self.region = WHOLE
 
-    def forward(self, input_ids_BS: Tensor, context: Packed | None = None) -> Tensor:
+    def forward(self, input_ids_BS: Tensor, context: Context | None = None) -> Tensor:
         sequence = input_ids_BS.shape[1]
         if self.positions is not None and sequence > self.max_position:
             raise ValueError(f"a sequence of {sequence} tokens is longer than max_position {self.max_position}")
@@ -298,7 +321,7 @@ class Decoder(nn.Module):
         if attention not in ATTENTION:
             raise ValueError(f"attention {attention!r} is not known: choose one of {', '.join(ATTENTION)}")
         self.embed = Embed(arch)
-        self.blocks = nn.ModuleList(Block(arch, attention) for _ in range(arch.num_layers))
+        self.blocks = nn.ModuleList(Block(arch, attention, layer) for layer in range(arch.num_layers))
         self.head = ValueHead(arch) if values else Head(arch, self.embed)
         self.hidden_size, self.arch = arch.hidden_size, arch
         self.divides = {"num_heads": arch.num_heads, "num_kv_heads": arch.num_kv_heads}
@@ -314,11 +337,11 @@ class Decoder(nn.Module):
             raise ValueError(f"a model of family {self.arch.family} is not split by Hugging Face's modules; opt is")
         return config_of_architecture(self.arch), FORMATS["opt"].key
 
-    def context(self, *, segment_ids_BS: Tensor) -> Packed:
+    def context(self, *, segment_ids_BS: Tensor) -> Context:
         """What `forward` takes where rows hold several samples; made once for all blocks."""
         return packed(segment_ids_BS)
 
-    def forward(self, input_ids_BS: Tensor, *context: Packed) -> Tensor:
+    def forward(self, input_ids_BS: Tensor, *context: Context) -> Tensor:
         x_BSH = self.embed(input_ids_BS, *context)
         for block in self.blocks:
             x_BSH = block(x_BSH, *context)

@@ -20,6 +20,7 @@ from orchestrator.models.formats import FORMATS, Format, config_of_architecture
 
 MAX_SHARD_BYTES = 5 * 10**9
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+GENERATION = "generation_config.json"
 
 # Dropout is the job's own, whatever the folder was trained with.
 _OF_TRAINING = (
@@ -147,8 +148,48 @@ def _where(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder / WEIGHTS} cannot be read ({error}): download the file again") from None
 
 
-def write_folder(folder: Path, arch: Architecture, weights: Iterable[tuple[str, Tensor]]) -> None:
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def spoken_of(folder: Path) -> dict[str, Any]:
+    """What a folder says of its special tokens and of generating: the ids in config.json, and generation_config.json."""
+    config = _json(folder / CONFIG)
+    told: dict[str, Any] = {word: config[word] for word in SPECIAL_IDS if word in config}
+    if (folder / GENERATION).is_file():
+        told["generation_config"] = dict(_json(folder / GENERATION))
+    return told
+
+
+def config_of_tokens(
+    special_ids: Mapping[str, int | None], of_weights: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what config.json says of special tokens, generation_config.json) for a model that was trained with a tokenizer.
+
+    Args:
+        special_ids: of the tokenizer.
+        of_weights: spoken_of the folder that training started from. It holds where its end of a text is the tokenizer's.
+    """
+    ends = of_weights.get("eos_token_id")
+    if special_ids["eos_token_id"] not in (ends if isinstance(ends, list) else [ends]):
+        of_weights = {}
+    ids = {**special_ids, **{word: of_weights[word] for word in SPECIAL_IDS if word in of_weights}}
+    known = {word: value for word, value in ids.items() if value is not None}
+    return ids, dict(of_weights.get("generation_config", known))
+
+
+def write_folder(
+    folder: Path,
+    arch: Architecture,
+    weights: Iterable[tuple[str, Tensor]],
+    *,
+    config: Mapping[str, Any] | None = None,
+    beside: Callable[[Path], None] = lambda partial: None,
+) -> None:
     """Writes config.json and safetensors that transformers loads, in shards of at most MAX_SHARD_BYTES.
+
+    Args:
+        config: more of config.json.
+        beside: writes what else belongs into the folder, which has another name until it is whole.
 
     The folder appears when it is whole; ValueError where something else stands there."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -158,8 +199,9 @@ def write_folder(folder: Path, arch: Architecture, weights: Iterable[tuple[str, 
     partial.mkdir(parents=True)
     try:
         dtype = _write_shards(partial, arch, weights)
-        config = config_of_architecture(arch) | {"torch_dtype": dtype}
-        (partial / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+        whole = config_of_architecture(arch) | dict(config or {}) | {"torch_dtype": dtype}
+        (partial / CONFIG).write_text(json.dumps(whole, indent=1), encoding="utf-8")
+        beside(partial)
         if folder.exists():
             folder.rmdir()
         publish(partial, folder)

@@ -158,6 +158,14 @@ UNBUILT: tuple[Unbuilt, ...] = (
         fix="sequence_parallel: false, or a sequence_length that the degree divides",
     ),
     Unbuilt(
+        keys=("strategy", "num_checkpointed_layers_per_stage"),
+        asked=lambda job: (
+            bool(job.strategy.num_checkpointed_layers_per_stage) and job.strategy.activation_checkpointing == "none"
+        ),
+        told="activation_checkpointing is none: no layer would be computed again",
+        fix="activation_checkpointing: full or selective, or leave the number out",
+    ),
+    Unbuilt(
         keys=("strategy", "reduce"),
         asked=lambda job: (
             job.strategy.reduce == "per_micro_batch"

@@ -8,9 +8,17 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from orchestrator.models.architecture import Architecture
-from orchestrator.spec.errors import Fault
+from orchestrator.spec.errors import Fault, Keys
 from orchestrator.spec.resolve import NEEDED, SHAPE
-from orchestrator.spec.sections import BatchSpec, ClusterSpec, DataSpec, ModelSpec, StrategySpec, TrainingSpec
+from orchestrator.spec.sections import (
+    BatchSpec,
+    BpeTokenizer,
+    ClusterSpec,
+    DataSpec,
+    ModelSpec,
+    StrategySpec,
+    TrainingSpec,
+)
 from strategies.strategy import MESH_ORDER
 
 if TYPE_CHECKING:
@@ -57,6 +65,39 @@ def check_data(data: DataSpec) -> Iterator[Fault]:
             path=("data", "validation"),
             message=f"`data.validation` holds {both}, which is trained on: its loss would say nothing",
             fix="name other files, or a fraction such as 0.005",
+        )
+
+
+BYTE_TOKENS = 257
+"""The 256 bytes and the end of a text."""
+_BPE: Keys = ("data", "tokenizer", "bpe")
+
+
+def check_vocabulary(data: DataSpec, model: ModelSpec, shape: Architecture) -> Iterator[Fault]:
+    """Tokens that the model has no row for, as far as the job tells them: a folder's tokenizer is looked at when it is read."""
+    tokenizer, written = data.tokenizer, data.wrote("tokenizer")
+    if not written and model.path is not None:
+        return
+    if isinstance(tokenizer, BpeTokenizer):
+        needed, path = tokenizer.bpe, _BPE
+        said = f"`data.tokenizer` learns {needed} tokens"
+    elif tokenizer == "byte":
+        needed, path = BYTE_TOKENS, _BPE[:2] if written else _BPE[:1]
+        said = f"`data.tokenizer` is byte{'' if written else ' where the job does not say it'}, {needed} tokens"
+    else:
+        return
+    smaller = f", or a tokenizer of {shape.vocab_size} tokens or fewer" if shape.vocab_size >= BYTE_TOKENS else ""
+    if needed > shape.vocab_size:
+        yield Fault(
+            path=path,
+            message=f"{said}, but the model's vocabulary has {shape.vocab_size}; the rest would have no row",
+            fix=f"a model with vocab_size {-(-needed // 8) * 8} or more{smaller}",
+        )
+    elif needed < BYTE_TOKENS:
+        yield Fault(
+            path=path,
+            message=f"{said}; a byte-level vocabulary begins with the {BYTE_TOKENS - 1} bytes and the end of a text",
+            fix=f"write `bpe: {BYTE_TOKENS}` or more",
         )
 
 

@@ -152,6 +152,11 @@ class Job(Section):
     def initializes_from_weights(self) -> bool:
         return self.model.path is not None and self.model.initialize != "random"
 
+    @property
+    def uses_tokenizer_of_weights(self) -> bool:
+        """True where the job names no tokenizer and starts from weights: they know no ids but those of their own."""
+        return self.data is not None and not self.data.wrote("tokenizer") and self.initializes_from_weights
+
     def to_mapping(self) -> dict[str, Any]:
         """What the job says, as plain values: parse_job(job.to_mapping()) == job."""
         mapping = self.model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -182,6 +187,8 @@ def _trajectory(job: Job) -> dict[str, Any]:
     if job.initializes_from_weights:
         model["path"] = job.model.path
     data = job.data.model_dump() if job.data else {}
+    if job.uses_tokenizer_of_weights:
+        data["tokenizer"] = job.model.path
     return {"task": job.task, "model": model, "data": data, "batch": job.batch.model_dump(), "training": training}
 
 

@@ -81,6 +81,8 @@ def _checks(sections: dict[str, Any], directory: Path, shaky: set[str]) -> Itera
     where: Cluster | None = yield from _cluster(sections, directory)
     if data is not None:
         yield from checks.check_data(data)
+        if shape is not None:
+            yield from checks.check_vocabulary(data, sections["model"], shape)
     if training is not None:
         yield from checks.check_training(training)
         if where is not None:

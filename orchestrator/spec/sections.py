@@ -113,7 +113,8 @@ class DataSpec(Section):
         Annotated[str, Tag(TEXT), Field(min_length=1)] | Annotated[BpeTokenizer, Tag(KEYS)],
         Discriminator(kind),
     ] = Field(default="byte", examples=["byte"])
-    """`byte` (256 tokens), the path of a Hugging Face tokenizer relative to the job file, or `{bpe: 8192}`: train one."""
+    """`byte` (256 tokens), the path of a Hugging Face tokenizer relative to the job file, or `{bpe: 8192}`: train one. Absent
+    where training starts from the weights of `model.path`: the tokenizer in that folder."""
 
 
 class BatchSpec(Section):

@@ -87,6 +87,7 @@ def data_of(history: History) -> dict[str, Any]:
         "lead": lead(plan, steps, state, cause, speed, predicted, len(restarts)),
         "tiles": tiles(plan, steps, validation, speed, predicted, memory, ledger),
         "series": series(steps),
+        "unit": unit_of(plan),
         "validation": [[step, finite(loss)] for step, loss in validation],
         "restarts": restarts,
         "predicted_speed": predicted,
@@ -99,7 +100,7 @@ def data_of(history: History) -> dict[str, Any]:
             "parts": list(ledger.totals.items()),
             "total_s": sum(ledger.totals.values()) or 1.0,
             "hint": f"{told_s(sum(ledger.totals.values()))} of wall time, from the command to its end, on "
-            f"{plan['strategy']['num_gpus']} GPUs; restarts included.",
+            f"{plan['strategy']['num_gpus']} {unit_of(plan)}s; restarts included.",
         },
         "plan": plan_rows(plan),
         "plan_hint": f"{plan['confidence']['source']}",
@@ -121,6 +122,11 @@ def state_of(events: Sequence[Event]) -> tuple[str, str]:
         if event.kind == "run":
             break
     return "running", ""
+
+
+def unit_of(plan: Mapping[str, Any]) -> str:
+    """What a worker trains on, as a person calls it: on a machine without GPUs, the worker itself."""
+    return "worker" if plan["cluster"].get("gpu") == "cpu" else "GPU"
 
 
 def settled(steps: Steps, events: Sequence[Event]) -> Steps:
@@ -179,7 +185,7 @@ def tiles(
             "note": held_out if len(steps) else "no step yet",
         },
         {
-            "label": "Tokens/s/GPU",
+            "label": f"Tokens/s/{unit_of(plan)}",
             "value": f"{speed:,.0f}" if speed else "–",
             "note": f"plan {predicted:,.0f}" + ("" if mfu is None else f", MFU {mfu:.0%}"),
         },
@@ -231,7 +237,7 @@ def memory_of(plan: Mapping[str, Any], events: Sequence[Event], steps: Steps) ->
     ]
     peak = None if measured is None else int(measured["peak_bytes"])
     rows.append({"name": "all tensors", "predicted": int(stage["tensor_peak_bytes"]), "measured": peak})
-    hint = f"Fullest GPU at its peak ({stage['peak_phase']}), measured / plan."
+    hint = f"Fullest {unit_of(plan)} at its peak ({stage['peak_phase']}), measured / plan."
     if peak is not None and stage["tensor_peak_bytes"]:
         hint += f" All tensors: {peak / stage['tensor_peak_bytes'] - 1:+.1%} against the plan."
     if len(steps):
@@ -293,7 +299,8 @@ def plan_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("attention", strategy["attention"].replace("_", " ")),
         (
             "promise",
-            f"{plan['throughput']['tokens_per_second_per_gpu']:,.0f} tokens/s/GPU, within {error['throughput_error']:.0%}",
+            f"{plan['throughput']['tokens_per_second_per_gpu']:,.0f} tokens/s/{unit_of(plan)}, "
+            f"within {error['throughput_error']:.0%}",
         ),
         (
             "memory",

@@ -1,7 +1,7 @@
 """Text from a checkpoint: the weights in one process, one token after the other.
 
-Every token costs a whole forward pass over what is in the window; keys and values are not kept. Good for looking at what a
-model learned, not for serving it.
+Keys and values are kept, so a token costs a forward pass over itself alone, until the text is longer than the model's positions:
+from there on each costs one over the whole window. Good for looking at what a model learned, not for serving it.
 S sequence, V vocabulary.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from orchestrator.models.architecture import Architecture
-from orchestrator.models.decoder import Decoder
+from orchestrator.models.decoder import Cache, Context, Decoder
 from orchestrator.training.checkpoint import read_into
 from orchestrator.training.manifest import CheckpointRef
 
@@ -53,14 +53,26 @@ def generate(
         raise ValueError("the prompt holds no token; give at least one character")
     window = model.arch.max_position
     generator = torch.Generator().manual_seed(seed)
-    tokens = list(prompt)
+    tokens, cache, cached = list(prompt), Cache(), 0
     for _ in range(max_tokens):
-        logits_V = model(torch.tensor([tokens[-window:]]))[0, -1, :vocab_size]
-        token = choose(logits_V, temperature=temperature, top_p=top_p, generator=generator)
+        if len(tokens) > window:  # the window moves on, and with it every position
+            logits_BSV = model(torch.tensor([tokens[-window:]]))
+        else:
+            new = torch.tensor([tokens[cached:]])
+            logits_BSV = model(new, after(cached, new.shape[1], cache))
+            cached = len(tokens)
+        token = choose(logits_BSV[0, -1, :vocab_size], temperature=temperature, top_p=top_p, generator=generator)
         if token == end_of_text:
             return
         tokens.append(token)
         yield token
+
+
+def after(num_cached: int, num_new: int, cache: Cache) -> Context:
+    """The context of new tokens that follow those in a cache, for rows without padding."""
+    places_S = torch.arange(num_cached + num_new)
+    new_Q = places_S[num_cached:]
+    return Context(new_Q[None], (places_S[None, :] <= new_Q[:, None])[None, None], cache)
 
 
 def choose(logits_V: Tensor, *, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from orchestrator.training import corpus
 from orchestrator.training.data import INDEX, DataError, DataIndex, Source
-from orchestrator.training.tokenizer import load_tokenizer
+from orchestrator.training.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, unfilled
 
 if TYPE_CHECKING:
     from orchestrator.spec.job import Job
@@ -29,6 +29,8 @@ class Request:
     """Files, or the fraction of train that is held out."""
     tokenizer: str | int = "byte"
     """byte, a path, or the size of a BPE to train."""
+    tokenizer_of_weights: bool = False
+    """The path is that of the weights, and the job does not name it as a tokenizer."""
     vocab_size: int | None = None
     """Of the model; None where it does not matter."""
 
@@ -51,14 +53,46 @@ def request_of(job: Job) -> Request:
     """DataError where the job has no data."""
     if job.data is None:
         raise DataError(f"job {job.name} has no data: add `data: {{train: [corpus/*.txt]}}`")
-    validation, tokenizer = job.data.validation, job.data.tokenizer
+    validation = job.data.validation
+    tokenizer = str(job.model.path) if job.uses_tokenizer_of_weights else job.data.tokenizer
     return Request(
         base=Path(job.directory),
         train=tuple(job.data.train),
         validation=float(validation) if isinstance(validation, float | int) else tuple(validation),
         tokenizer=tokenizer if isinstance(tokenizer, str) else int(tokenizer.bpe),
+        tokenizer_of_weights=job.uses_tokenizer_of_weights,
         vocab_size=job.architecture.vocab_size,
     )
+
+
+def given_tokenizer(request: Request) -> Tokenizer | None:
+    """The tokenizer that the request names; None where it is to be trained. DataError where it cannot be used."""
+    if isinstance(request.tokenizer, int):
+        if request.vocab_size is not None:
+            check_vocabulary(request.tokenizer, request.vocab_size)
+        return None
+    try:
+        tokenizer = load_tokenizer(request.tokenizer, request.base)
+    except DataError as error:
+        if not request.tokenizer_of_weights:
+            raise
+        raise DataError(
+            f"data.tokenizer is absent, so the tokenizer of the weights in model.path is wanted, and "
+            f"{str(error).removeprefix('data.tokenizer: ')}. Or name it: data.tokenizer: FOLDER"
+        ) from None
+    if request.vocab_size is not None:
+        check_vocabulary(tokenizer.vocab_size, request.vocab_size)
+    return tokenizer
+
+
+def notes(request: Request, index: DataIndex) -> list[str]:
+    """What a person should know of the tokenizer before training."""
+    told = []
+    if request.tokenizer_of_weights:
+        told.append(f"data.tokenizer is absent: the text is tokenized with that of the weights, in {request.tokenizer}")
+    if request.vocab_size is not None and (warning := unfilled(index.vocab_size, request.vocab_size)):
+        told.append(f"warning: {warning}")
+    return told
 
 
 def files_of(request: Request) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
@@ -113,11 +147,12 @@ def changes(request: Request, index: DataIndex) -> list[str]:
             told.append(f"{_name(source, request)} {change}")
     if isinstance(request.tokenizer, str):
         try:
-            same = load_tokenizer(request.tokenizer, request.base).fingerprint == index.tokenizer["fingerprint"]
+            tokenizer = given_tokenizer(request)
         except DataError as error:
             told.append(str(error))
         else:
-            told += [] if same else [f"data.tokenizer: {request.tokenizer} is another tokenizer than it was"]
+            if tokenizer is not None and tokenizer.fingerprint != index.tokenizer["fingerprint"]:
+                told.append(f"data.tokenizer: {request.tokenizer} is another tokenizer than it was")
     return told
 
 

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 from clusters.files import publish
 from orchestrator.training import corpus, shard
 from orchestrator.training.data import INDEX, DataError, DataIndex, Source, Split, read_index, unigram_entropy
-from orchestrator.training.inputs import Request, few, files_of, is_unchanged, request_of, versions
-from orchestrator.training.tokenizer import Tokenizer, check_vocabulary, load_saved, load_tokenizer, train_bpe
+from orchestrator.training.inputs import Request, few, files_of, given_tokenizer, is_unchanged, request_of, versions
+from orchestrator.training.tokenizer import Tokenizer, load_saved, train_bpe
 
 if TYPE_CHECKING:
     from orchestrator.spec.job import Job
@@ -65,7 +65,7 @@ def prepare(
 
     Raises DataError: text or tokenizer that cannot be used, or a disk that is full."""
     stem = request.directory if directory is None else directory
-    tokenizer = _given_tokenizer(request)
+    tokenizer = given_tokenizer(request)
     train, held_out = files_of(request)
     try:
         with _alone(stem):
@@ -80,18 +80,6 @@ def prepare(
             ) from None
         raise DataError(f"{error.filename or stem} cannot be written: {error.strerror or error}") from None
     return index
-
-
-def _given_tokenizer(request: Request) -> Tokenizer | None:
-    """None where it is yet to be trained."""
-    if isinstance(request.tokenizer, int):
-        if request.vocab_size is not None:
-            check_vocabulary(request.tokenizer, request.vocab_size)
-        return None
-    tokenizer = load_tokenizer(request.tokenizer, request.base)
-    if request.vocab_size is not None:
-        check_vocabulary(tokenizer.vocab_size, request.vocab_size)
-    return tokenizer
 
 
 @contextmanager

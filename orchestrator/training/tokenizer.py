@@ -16,7 +16,8 @@ from clusters.files import publish, write_atomically
 from orchestrator.training.data import DataError, DataIndex
 
 END_OF_TEXT = "<|endoftext|>"
-FILE, DESCRIPTION = "tokenizer.json", "description.json"
+FILE, CONFIG, DESCRIPTION = "tokenizer.json", "tokenizer_config.json", "description.json"
+MAX_CONFIG_BYTES = 2**24
 KEPT = "tokenizer"
 """Folder in a run's folder."""
 # In this order, where tokenizer_config.json names none: GPT-2, OPT and LLaMA, LLaMA 3, Gemma, GLM.
@@ -34,6 +35,8 @@ class Tokenizer(ABC):
     """Stands after every document."""
     fingerprint: str
     """Two tokenizers with the same one give the same ids."""
+    special_ids: Mapping[str, int | None]
+    """bos_token_id, eos_token_id, pad_token_id, as a model's config.json has them."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
@@ -46,6 +49,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def save(self, directory: Path) -> None:
         """Leaves in a folder what load_saved needs besides describe()."""
+
+    @abstractmethod
+    def export(self, directory: Path, model_max_length: int) -> None:
+        """Writes into a folder what transformers' AutoTokenizer reads."""
 
     def encode(self, text: str) -> list[int]:
         return [int(token) for token in self.encode_batch([text])[0]]
@@ -60,9 +67,12 @@ class Tokenizer(ABC):
 
 
 class ByteTokenizer(Tokenizer):
-    """Ids 0 to 255 are the bytes of UTF-8, 256 the end of a text."""
+    """Ids 0 to 255 are the bytes of UTF-8, 256 the end of a text.
+
+    256 stands between the texts of a stream, so it is the beginning of a text too, as in GPT-2; there is no padding."""
 
     kind, vocab_size, end_of_text, fingerprint = "byte", 257, 256, "byte-1"
+    special_ids: Mapping[str, int | None] = {"bos_token_id": 256, "eos_token_id": 256, "pad_token_id": None}
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         return [np.frombuffer(text.encode("utf-8"), dtype=np.uint8) for text in texts]
@@ -73,19 +83,43 @@ class ByteTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         """Nothing to keep."""
 
+    def export(self, directory: Path, model_max_length: int) -> None:
+        """Writes a byte-level BPE without merges, whose characters for bytes have the bytes as ids."""
+        import tokenizers
+
+        inner = _byte_level(tokenizers.models.BPE(vocab=_characters_of_bytes(), merges=[]))
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        inner.add_special_tokens([END_OF_TEXT])
+        HuggingFaceTokenizer(inner, self.end_of_text).export(directory, model_max_length)
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer of the `tokenizers` library."""
 
     kind = "hugging_face"
 
-    def __init__(self, inner: Any, end_of_text: int) -> None:
-        self.inner, self.end_of_text = inner, end_of_text
+    def __init__(self, inner: Any, end_of_text: int, config: Mapping[str, Any] | None = None) -> None:
+        """Args:
+        config: the tokenizer_config.json that came with it.
+        """
+        self.inner, self.end_of_text, self.config = inner, end_of_text, dict(config or {})
         inner.no_truncation()
         inner.no_padding()
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         digest = hashlib.sha256(f"{inner.to_str()}\n{end_of_text}".encode())
         self.fingerprint = digest.hexdigest()
+        bos, pad = self._named("bos_token"), self._named("pad_token")
+        # Where no token begins a text, the one that ended the text before it does.
+        self.special_ids = {
+            "bos_token_id": end_of_text if bos is None else bos,
+            "eos_token_id": end_of_text,
+            "pad_token_id": pad,
+        }
+
+    def _named(self, word: str) -> int | None:
+        """The id of a token that the configuration names."""
+        token = _content(self.config.get(word))
+        return None if token is None else self.inner.token_to_id(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
         encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -98,6 +132,17 @@ class HuggingFaceTokenizer(Tokenizer):
         partial = directory / f"{FILE}.partial"
         self.inner.save(str(partial))
         publish(partial, directory / FILE)
+        if self.config:
+            write_atomically(directory / CONFIG, json.dumps(self.config, indent=1))
+
+    def export(self, directory: Path, model_max_length: int) -> None:
+        ours = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model_max_length}
+        named = {
+            f"{word}_token": self.inner.id_to_token(token)
+            for word in ("bos", "eos", "pad")
+            if (token := self.special_ids[f"{word}_token_id"]) is not None
+        }
+        HuggingFaceTokenizer(self.inner, self.end_of_text, {**ours, **self.config, **named}).save(directory)
 
 
 def load_tokenizer(name: str, base: Path) -> Tokenizer:
@@ -124,7 +169,8 @@ def load_tokenizer(name: str, base: Path) -> Tokenizer:
         raise
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"data.tokenizer: {file} is no tokenizer that `tokenizers` can read: {error}") from None
-    return HuggingFaceTokenizer(inner, _end_of_text(inner, folder))
+    config = _config(folder)
+    return HuggingFaceTokenizer(inner, _end_of_text(inner, folder, config), config)
 
 
 def load_saved(directory: Path, description: Mapping[str, Any]) -> Tokenizer:
@@ -137,28 +183,41 @@ def load_saved(directory: Path, description: Mapping[str, Any]) -> Tokenizer:
         inner = tokenizers.Tokenizer.from_file(str(directory / FILE))
     except Exception as error:
         raise DataError(f"{directory / FILE} cannot be read: {error}; run `shardwise prepare` again") from None
-    tokenizer = HuggingFaceTokenizer(inner, int(description["end_of_text"]))
+    tokenizer = HuggingFaceTokenizer(inner, int(description["end_of_text"]), _config(directory))
     if tokenizer.fingerprint != description["fingerprint"]:
         raise DataError(f"{directory / FILE} was altered after the text was tokenized; run `shardwise prepare` again")
     return tokenizer
 
 
-def keep_tokenizer(index: DataIndex, run_directory: Path) -> None:
-    """Leaves in a run's folder the tokenizer that its tokens are of: a sample needs it when the tokens are long gone."""
+def keep_tokenizer(index: DataIndex, run_directory: Path, of_weights: Mapping[str, Any] | None = None) -> None:
+    """Leaves in a run's folder the tokenizer that its tokens are of: a sample needs it when the tokens are long gone.
+
+    Args:
+        of_weights: what the folder that training started from says of special ids and of generating (weights.spoken_of).
+    """
     folder = run_directory / KEPT
     folder.mkdir(parents=True, exist_ok=True)
     load_saved(index.directory, index.tokenizer).save(folder)
-    write_atomically(folder / DESCRIPTION, json.dumps(dict(index.tokenizer)))
+    write_atomically(folder / DESCRIPTION, json.dumps({**index.tokenizer, "of_weights": dict(of_weights or {})}))
 
 
 def kept_tokenizer(run_directory: Path) -> Tokenizer:
     """What keep_tokenizer left. DataError where it left nothing."""
+    return load_saved(run_directory / KEPT, _description(run_directory))
+
+
+def kept_of_weights(run_directory: Path) -> dict[str, Any]:
+    """What keep_tokenizer was told of the weights that the run started from. Empty: nothing."""
+    return dict(_description(run_directory).get("of_weights", {}))
+
+
+def _description(run_directory: Path) -> dict[str, Any]:
     folder = run_directory / KEPT
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise DataError(f"{folder} holds no tokenizer: a run keeps its own there when it starts") from None
-    return load_saved(folder, description)
+    return description
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -190,6 +249,24 @@ def check_vocabulary(tokenizer_vocab_size: int, model_vocab_size: int) -> None:
         )
 
 
+def unfilled(tokenizer_vocab_size: int, model_vocab_size: int) -> str:
+    """A warning where the model has many more rows than the tokenizer has tokens. Empty: it has about as many."""
+    if model_vocab_size <= tokenizer_vocab_size + max(128, tokenizer_vocab_size // 10):  # what padding adds
+        return ""
+    return (
+        f"the tokenizer has {tokenizer_vocab_size:,} tokens and the model's vocab_size is {model_vocab_size:,}: "
+        f"{model_vocab_size - tokenizer_vocab_size:,} rows of its embedding stand for nothing. Choose the tokenizer that the "
+        "model was made for, a larger one (data.tokenizer: {bpe: N}), or a smaller model.vocab_size"
+    )
+
+
+def _characters_of_bytes() -> dict[str, int]:
+    """The printable character that stands for a byte in byte-level tokenizers (GPT-2's table) -> the byte."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(256 + number): byte for number, byte in enumerate(others)}
+
+
 def _byte_level(model: Any) -> Any:
     import tokenizers
 
@@ -199,17 +276,37 @@ def _byte_level(model: Any) -> Any:
     return inner
 
 
-def _end_of_text(inner: Any, folder: Path) -> int:
-    """The id that ends a document: what the folder's configuration names, else a name that is known."""
-    named = []
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        try:
-            token = json.loads((folder / file).read_text(encoding="utf-8")).get("eos_token")
-        except (OSError, ValueError, AttributeError):
+def _config(folder: Path) -> dict[str, Any]:
+    """What tokenizer_config.json says, completed by special_tokens_map.json; without what names code to be run."""
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", CONFIG):
+        file = folder / name
+        if not file.is_file():
             continue
-        named.append(token["content"] if isinstance(token, dict) and "content" in token else token)
-    for token in (*named, *_KNOWN_ENDS):
-        if isinstance(token, str) and (found := inner.token_to_id(token)) is not None:
+        try:
+            if file.stat().st_size > MAX_CONFIG_BYTES:
+                raise DataError(
+                    f"data.tokenizer: {file} is larger than {MAX_CONFIG_BYTES} bytes: this is no configuration"
+                )
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise DataError(f"data.tokenizer: {file} cannot be read: {error}") from None
+        if not isinstance(found, dict):
+            raise DataError(f"data.tokenizer: {file} holds no keys")
+        config |= found
+    return {word: value for word, value in config.items() if word not in ("auto_map", "custom_pipelines")}
+
+
+def _content(token: Any) -> str | None:
+    """The text of a token, which a configuration gives as it is or in an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _end_of_text(inner: Any, folder: Path, config: Mapping[str, Any]) -> int:
+    """The id that ends a document: what the folder's configuration names, else a name that is known."""
+    for token in (_content(config.get("eos_token")), *_KNOWN_ENDS):
+        if token is not None and (found := inner.token_to_id(token)) is not None:
             return int(found)
     raise DataError(
         f"data.tokenizer: {folder} names no end of a text: put its token into tokenizer_config.json as eos_token"

@@ -29,7 +29,7 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.models.decoder import Decoder, initial_weights
-from orchestrator.models.weights import read_folder
+from orchestrator.models.weights import read_folder, spoken_of
 from orchestrator.models.workloads import workload
 from orchestrator.spec import parse_job
 from orchestrator.spec.job import Job
@@ -44,6 +44,7 @@ from orchestrator.training.data import open_datasets
 from orchestrator.training.loop import Groups, Loop, Reporter, Settings
 from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, before, read_manifest, refusal
 from orchestrator.training.pulse import Pulse
+from orchestrator.training.rank_log import LOG, Logged
 from orchestrator.training.schedule import CheckpointEvery, learning_rate
 from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
 from strategies.engines.engine import OptimizerSettings, Session
@@ -84,6 +85,7 @@ def train(
     device = torch.device(assignment.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    LOG.info("%s: process %d on %s, threads: %d", assignment.tag, os.getpid(), device, assignment.num_threads)
     join(assignment, device, listener)
     clock.lap("join_s")
     loop: Loop | None = None
@@ -91,7 +93,10 @@ def train(
     try:
         pulse.enter("setup")
         world = Groups()
-        reporter = Reporter(report, sync, pulse) if world.rank == 0 else Reporter(lambda record: None, pulse=pulse)
+        if world.rank == 0:
+            reporter = Reporter(Logged(report), sync, pulse)
+        else:
+            reporter = Reporter(Logged(lambda record: None), pulse=pulse)
         try:
             loop = set_up(assignment, job, device, world, clock, reporter, should_stop)
         except (
@@ -101,6 +106,7 @@ def train(
             returned = True
             return Outcome(kind="failed", step=0, cause=str(error), checkpoint=assignment.resume_from)
         outcome = loop.run()
+        LOG.info("%s at step %d%s", outcome.kind, outcome.step, f": {outcome.cause}" if outcome.cause else "")
         returned = True
         return outcome
     finally:
@@ -131,8 +137,9 @@ def set_up(
     )
     ref = None if assignment.resume_from is None else resumable(Path(assignment.resume_from), job, info)
     settings = settings_of(assignment, job, info)
+    of_weights = spoken_of(job.directory / str(job.model.path)) if job.initializes_from_weights else None
     if world.rank == 0:
-        keep_tokenizer(train_set.index, Path(assignment.run_directory))
+        keep_tokenizer(train_set.index, Path(assignment.run_directory), of_weights)
         checkpoint.sweep(settings.checkpoint_directory)
     clock.lap("data_s")
     session = build(assignment, job, device)
@@ -382,6 +389,7 @@ class Phases:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._mark = now - self._mark, now
+        LOG.info("%-5s  %.2f s", name.removesuffix("_s"), self.laps[name])
 
 
 def main(arguments: list[str]) -> int:
@@ -394,7 +402,8 @@ def main(arguments: list[str]) -> int:
     run_directory.mkdir(parents=True, exist_ok=True)
     asked: list[str] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, _: asked.append(signal.Signals(received).name))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # a shell ignores Ctrl-C for what it runs behind
+            signal.signal(number, lambda received, _: asked.append(signal.Signals(received).name))
 
     journal = Journal(run_directory)
     outcome = train(

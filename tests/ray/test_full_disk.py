@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -73,14 +74,14 @@ def test_a_disk_that_was_full_for_a_while_costs_no_step_and_no_record(small_disk
     fill(small_disk)
     held_at = chaos.last_step(folder)
     said = ""
-    while "disk full " not in said:  # a line comes, or the run ends
+    while "disk      step" not in said:  # a line comes, or the run ends
         said += (line := run.stdout.readline())
         assert line, said
     assert chaos.last_step(folder) <= held_at + 12  # what fits into the last block of the file
     (small_disk / "filler").unlink()
     said += run.communicate(timeout=180)[0]
     assert run.returncode == 0, said
-    assert said.count("disk full ") == 1, said
+    assert said.count("disk      step") == 1, said
     assert f"free under {folder}" in said
     assert "fault of shardwise" not in said
     assert "Traceback" not in said
@@ -119,3 +120,54 @@ def test_a_disk_that_is_full_from_the_start_is_told_before_anything_runs(small_d
     assert f"free under {small_disk}" in said
     assert "fault of shardwise" not in said
     assert "Traceback" not in said
+
+
+# A broken disk -------------------------------------------------------------------------------------------------------
+
+BROKEN = """
+import errno, os, sys
+names = os.environ["BROKEN"].split(",")
+def refuse(event, arguments):
+    if event == "open" and isinstance(arguments[0], str) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        if any(name in os.path.basename(arguments[0]) for name in names):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), arguments[0])
+sys.addaudithook(refuse)
+"""
+"""Python imports it in every process of a run: opening a file of one of these names to write is an error of the disk."""
+
+
+def run_on_broken(tmp_path, names: str, steps: int):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "sitecustomize.py").write_text(BROKEN)
+    path = f"{tmp_path / 'broken'}:{os.environ.get('PYTHONPATH', '')}"
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator.cli", "run", str(job(tmp_path, steps))],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"BROKEN": names, "PYTHONPATH": path},
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", [".small.lock", "ray.log", "job.yaml", "plan.json"])
+def test_a_disk_that_refuses_what_a_run_needs_to_begin_is_told_as_that(tmp_path, name):
+    done = run_on_broken(tmp_path, name, 5)
+    assert done.returncode in (1, 2), done.stderr
+    assert "Input/output error" in done.stderr
+    assert str(tmp_path / "runs") in done.stderr
+    assert "fault of shardwise" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_disk_that_takes_no_record_no_report_and_no_log_stops_no_training(tmp_path):
+    done = run_on_broken(tmp_path, "metrics.jsonl,events.jsonl,report.html,rank-", 12)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert "done      step 12 of 12" in said
+    assert "disk      step" in said
+    assert "records are in memory alone: events.jsonl: Input/output error" in said
+    assert "report    could not be written: report.html: Input/output error" in said
+    assert "fault of shardwise" not in said
+    assert "Traceback" not in said
+    assert (tmp_path / "runs" / "small" / "checkpoints" / "step-00000012" / "manifest.json").exists()

@@ -64,6 +64,11 @@ def test_a_run_is_stopped_by_ctrl_c_and_goes_on_to_its_end(workspace):
     stopped_at = steps(folder / "metrics.jsonl")[-1].step
     assert stopped_at >= 3
     assert (folder / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").exists()
+    for rank in (0, 1):
+        log = (folder / "logs" / f"rank-{rank:04d}.log").read_text()
+        for told in (f"rank {rank} of 2: process ", "join ", "step 1  loss ", f"stopped at step {stopped_at}: Ctrl-C"):
+            assert told in log, log
+    assert (folder / "logs" / "ray.log").read_text() == ""  # nothing went wrong
 
     with_steps(file, stopped_at + 8)
     again = run_to_its_end(file)

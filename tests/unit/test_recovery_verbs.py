@@ -7,6 +7,7 @@ import json
 import pytest
 
 from orchestrator.cli import main
+from orchestrator.cli.status import ago, print_table
 from orchestrator.control.folder import RunFolder, held
 from orchestrator.telemetry.records import Event, append
 from tests.unit.test_telemetry import REPORT
@@ -67,3 +68,29 @@ def test_logs_are_shown_by_rank(folder, capsys):
 def test_what_is_not_there_is_exit_code_6_with_what_is(folder, capsys, arguments, told):
     assert main(arguments) == 6
     assert told in capsys.readouterr().err
+
+
+ROW = {"state": "stopped", "step": 4646, "steps": 100_000, "loss": 0.97841, "tokens_per_second_per_gpu": 782.4}
+
+
+@pytest.mark.parametrize("width", [75, 80, 250])
+def test_a_narrow_terminal_wraps_the_names_and_no_number(width, capsys):
+    rows = [ROW | {"name": name, "on_cpu": True, "last_step_unix_s": 0.0} for name in ("a", 40 * "long")]
+    print_table(rows, width=width)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line.rstrip()) <= width for line in lines)
+    assert sum("stopped  4,646 / 100,000  0.9784              782" in line for line in lines) == 2
+    assert "".join(line.split()[0] for line in lines[2:]) == 40 * "long"
+
+
+@pytest.mark.parametrize(("on_cpu", "unit"), [(True, "tokens/s/worker"), (False, "tokens/s/GPU")])
+def test_runs_on_cores_alone_are_not_told_in_gpus(on_cpu, unit, capsys):
+    print_table([ROW | {"name": "a", "on_cpu": on_cpu, "last_step_unix_s": None}])
+    assert unit in capsys.readouterr().out.split()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(-3, "0 s"), (59.4, "59 s"), (150, "2 m"), (7200, "2 h"), (172800, "2 d")]
+)
+def test_a_time_ago_is_told_in_one_unit(seconds, told):
+    assert ago(seconds) == told

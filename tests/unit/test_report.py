@@ -29,7 +29,7 @@ STAGE = {
 PLAN = {
     "job": {"name": "opt <b>&", "steps": 4, "global_batch_size": 8, "sequence_length": 8, "precision": "fp32"},
     "model": {"name": "opt-tiny", "num_parameters": 1000},
-    "cluster": {"name": "cpu-1x2"},
+    "cluster": {"name": "cpu-1x2", "gpu": "cpu"},
     "strategy": {
         "num_gpus": 2,
         "engine": "native",
@@ -113,6 +113,16 @@ def test_the_page_is_one_file_that_asks_for_nothing(folder):
     text = report.write(folder).read_text(encoding="utf-8")
     assert not re.search(r"""(src|href)\s*=|@import|url\(|fetch\(|XMLHttpRequest""", text)
     assert re.findall(r"https?://[^\s\"'<]+", text) == ["http://www.w3.org/2000/svg"]  # a name, never opened
+
+
+@pytest.mark.parametrize(("gpu", "spoken", "unspoken"), [("cpu", "worker", "GPU"), ("a100-80gb", "GPU", "worker")])
+def test_the_page_speaks_of_gpus_where_there_are_some(folder, gpu, spoken, unspoken):
+    (folder / "plan.json").write_text(json.dumps(PLAN | {"notes": [], "cluster": {"name": "mine", "gpu": gpu}}))
+    data = data_of(folder)
+    data.pop("events")
+    assert f"Tokens/s/{spoken}" in json.dumps(data)
+    assert not re.search(rf"\b{unspoken}s?\b", json.dumps(data))
+    assert (folder / "plan.json").exists()
 
 
 def test_text_of_a_run_cannot_become_markup(folder):

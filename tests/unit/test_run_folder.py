@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -13,7 +15,7 @@ from clusters.catalog import load_cluster
 from orchestrator.cli import main
 from orchestrator.control.disk import DiskWatch
 from orchestrator.control.folder import RunFolder, RunRefused, held, holder, refused_lock
-from orchestrator.control.processes import end_marked, marked, marked_environment
+from orchestrator.control.processes import end_marked, is_stopped, marked, marked_environment
 from orchestrator.control.run import refuse_elsewhere
 from orchestrator.spec import parse_job
 
@@ -167,6 +169,10 @@ def test_processes_are_found_by_their_mark_and_ended():
     other = subprocess.Popen(sleeper, env=marked_environment("/runs/mine2"))
     try:
         assert [process.pid for process in marked("/runs/mine")] == [mine.pid]
+        mine.send_signal(signal.SIGSTOP)
+        while not is_stopped(mine.pid):
+            time.sleep(0.01)
+        assert not is_stopped(other.pid)
         assert end_marked("/runs/mine") == []
         assert mine.poll() is not None
         assert marked("/runs/mine") == []

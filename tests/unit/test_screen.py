@@ -11,7 +11,8 @@ import time
 
 import pytest
 
-from orchestrator.cli.outlet import Outlet
+from orchestrator.cli import main
+from orchestrator.cli.outlet import Outlet, silence
 from orchestrator.cli.run import interrupts
 from orchestrator.cli.screen import Screen
 from orchestrator.control.supervisor import Stop
@@ -102,6 +103,15 @@ def test_a_process_whose_output_is_closed_exits_as_it_would_have():
     assert run.stderr is not None
     assert run.stderr.read() == b""
     run.stderr.close()
+
+
+def test_an_error_that_nobody_can_read_keeps_its_exit_code(pipe, monkeypatch):
+    reading, stream = pipe
+    os.close(reading)
+    stream.reconfigure(line_buffering=True)
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert main(["no-such-verb"]) == 2
+    silence(stream)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])

@@ -34,6 +34,49 @@ data: {train: [job.yaml]}
 LENGTH = "training: {steps: 3, precision: fp32}\n"
 
 
+MISSING = [
+    ("data: {train: [nowhere.txt]}", "`data.train`: {}/nowhere.txt does not exist", "correct the path"),
+    ("data: {train: [job.yaml, 'texts/*.txt']}", "`data.train`: {}/texts/*.txt matches no file", "correct the path"),
+    ("data: {train: [job.yaml], validation: [held]}", "`data.validation`: {}/held does not exist", "correct the path"),
+    ("data: {train: [job.yaml], tokenizer: bite}", "`data.tokenizer`: {}/bite does not exist", "write byte or {bpe"),
+    ("data: {train: [job.yaml], tokenizer: byte}\nmodel: {path: hub}", "{}/hub holds no model.safetensors", "random"),
+    (
+        "data: {train: [job.yaml]}\nmodel: {path: whole}",
+        "{}/whole holds no tokenizer, and",
+        "data: {tokenizer: FOLDER}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("text", "message", "fix"), MISSING)
+def test_validate_notes_what_the_job_names_and_is_not_here(tmp_path, monkeypatch, capsys, text, message, fix):
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 264}
+    for name in ("hub", "whole"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "opt", **shape}))
+    (tmp_path / "whole" / "model.safetensors").write_bytes(b"")
+    named = {line.partition(":")[0] for line in text.splitlines()}
+    base = "".join(line + "\n" for line in JOB.splitlines() if line.partition(":")[0] not in named)
+    (tmp_path / "job.yaml").write_text(base + text + "\n")
+    monkeypatch.chdir(tmp_path)
+    assert main(["validate", "job.yaml", "--json"]) == 0
+    (note,) = json.loads(capsys.readouterr().out)["notes"]
+    assert message.format(tmp_path) in note["message"]
+    assert fix in note["fix"]
+    assert (base + text).splitlines()[note["line"] - 1] in text.splitlines()
+    assert main(["validate", "job.yaml"]) == 0
+    assert f"note: {note['message']}; `run` refuses it" in capsys.readouterr().out
+
+
+def test_validate_notes_nothing_where_all_is_here(tmp_path, capsys):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "a.txt").write_text("a text")
+    text = "data: {train: ['deep/**/*.txt', deep], validation: [job.yaml]}\n"
+    (tmp_path / "job.yaml").write_text(JOB.replace("data: {train: [job.yaml]}\n", text))
+    assert main(["validate", str(tmp_path / "job.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"] == []
+
+
 def fields() -> Iterator[str]:
     """Every field that is not a section alone."""
     for path, section in all_sections():
@@ -86,6 +129,10 @@ ASKED = {
     "a family that is not split there": (
         LENGTH + "strategy: {engine: colossalai, tensor_parallel_degree: 2, attention: math}\n",
         "8:20", "splits Hugging Face's modules, and only that of family opt", "engine: native",
+    ),
+    "layers of no recompute": (
+        LENGTH + "strategy: {activation_checkpointing: none, num_checkpointed_layers_per_stage: 1}\n",
+        "8:79", "no layer would be computed again", "activation_checkpointing: full",
     ),
     "a reduction that is not run": (
         LENGTH + "strategy: {zero_stage: 1, reduce: per_micro_batch}\n", "8:35", "gradients once a step", "reduce: per_step",
@@ -146,7 +193,7 @@ def test_run_refuses_what_nothing_acts_on_before_anything_starts(
     assert f"job.yaml:{place}\n" in told
     assert message in told
     assert fix in told
-    assert "checkpoint" not in told
+    assert "newest checkpoint" not in told
     assert [path.name for path in tmp_path.iterdir()] == ["job.yaml"], "nothing is left behind"
 
 

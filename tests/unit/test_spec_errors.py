@@ -195,6 +195,20 @@ ONE_FAULT = {
         GOOD + "cluster: a100-80gb-1x4\nstrategy: {micro_batch_size: 1, gradient_accumulation_steps: 1}\n",
         "6:62", "needs 8 replicas on 8 GPUs, and there are 4", "delete `gradient_accumulation_steps`",
     ),
+    "bytes without rows": (
+        with_model("{family: opt, num_layers: 2, hidden_size: 8, num_heads: 2, vocab_size: 256}")
+        + "data: {train: [a.txt], tokenizer: byte}\n",
+        "5:35", "257 tokens, but the model's vocabulary has 256", "vocab_size 264 or more",
+    ),
+    "bytes by default without rows": (
+        with_model("{family: opt, num_layers: 2, hidden_size: 8, num_heads: 2, vocab_size: 256}") + "data: {train: [a.txt]}\n",
+        "5:1", "byte where the job does not say it, 257 tokens", "vocab_size 264 or more",
+    ),
+    "pieces without rows": (
+        GOOD + "data: {train: [a.txt], tokenizer: {bpe: 60000}}\n",
+        "5:41", "learns 60000 tokens, but the model's vocabulary has 50272", "or a tokenizer of 50272 tokens or fewer",
+    ),
+    "too few pieces": (GOOD + "data: {train: [a], tokenizer: {bpe: 100}}\n", "5:37", "begins with the 256 bytes", "`bpe: 257`"),
     "validation that is trained on": (
         GOOD + "data: {train: [a.txt], validation: [a.txt]}\n", "5:36", "a.txt, which is trained on", "name other files",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 import urllib.request
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from orchestrator.telemetry.goodput import BUCKETS, Ledger, ledger_of
 from orchestrator.telemetry.journal import Journal
-from orchestrator.telemetry.metrics import Metrics
+from orchestrator.telemetry.metrics import CHECKPOINT_SECONDS, STEP_SECONDS, Metrics
 from orchestrator.telemetry.records import Event, StepReport, Tail, append, encode, read, recent, steps
+from orchestrator.training.rank_log import Logged
 
 REPORT = StepReport(
     step=1,
@@ -36,6 +39,9 @@ REPORT = StepReport(
     engine_s=1.4,
 )
 PLAN = {
+    "job": {"name": "small-1"},
+    "model": {"name": "opt-125m"},
+    "cluster": {"gpu": "cpu"},
     "wanted": 20.0,
     "throughput": {"tokens_per_second_per_gpu": 18.0},
     "memory": {
@@ -234,6 +240,21 @@ journal.write(replace(REPORT, step=3))
     assert [report.step for report in read(tmp_path / "metrics.jsonl", StepReport)] == [1, 2, 3]
 
 
+def test_a_rank_writes_its_events_and_a_few_of_its_steps_into_its_log(caplog):
+    clock = iter(float(second) for second in range(100))
+    passed: list[object] = []
+    with caplog.at_level(logging.INFO, logger="shardwise.rank"):
+        logged = Logged(passed.append, now=lambda: next(clock))
+        for step in range(1, 31):
+            logged(replace(REPORT, step=step))
+        logged(event("evaluation", 3.0))
+    said = [record.message for record in caplog.records]
+    assert [int(line.split()[1]) for line in said[:5]] == [1, 2, 3, 4, 5]
+    assert 6 <= len(said) <= 9  # then every ten seconds
+    assert said[-1].endswith("evaluation: ")
+    assert len(passed) == 31
+
+
 # The ledger ----------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +360,7 @@ def served():
 def test_the_names_of_the_metrics_are_a_contract(served):
     families = {family.name: family.type for family in text_string_to_metric_families(served[1])}
     assert families == {
+        "shardwise_run_info": "gauge",
         "shardwise_tokens_per_second": "gauge",
         "shardwise_tokens_per_second_per_gpu": "gauge",
         "shardwise_target_tokens_per_second_per_gpu": "gauge",
@@ -360,7 +382,7 @@ def test_the_names_of_the_metrics_are_a_contract(served):
         "shardwise_recoveries": "counter",
         "shardwise_gpu_seconds": "counter",
         "shardwise_jobs": "gauge",
-    } | {name: "gauge" for name in families if name.endswith("_created")}
+    }
 
 
 def test_the_metrics_have_the_values_of_the_records(served):
@@ -393,6 +415,19 @@ def test_the_metrics_have_the_values_of_the_records(served):
     assert {name: samples[name] for name in expected} == pytest.approx(expected)
 
 
+def test_a_run_is_known_by_its_name_and_by_no_label_of_prometheus_own(served):
+    samples = [sample for family in text_string_to_metric_families(served[1]) for sample in family.samples]
+    (run,) = [sample.labels for sample in samples if sample.name == "shardwise_run_info"]
+    assert run == {"name": "small-1", "model": "opt-125m", "accelerator": "cpu", "accelerators": "2"}
+    assert not [sample for sample in samples if {"job", "instance"} & set(sample.labels)]
+
+
+@pytest.mark.parametrize("bounds", [STEP_SECONDS, CHECKPOINT_SECONDS])
+def test_a_histogram_has_three_buckets_or_more_in_each_decade(bounds):
+    assert list(bounds) == sorted(bounds)
+    assert max(after / before for before, after in pairwise(bounds)) <= 2.5 + 1e-9
+
+
 def test_the_endpoint_is_on_loopback(served):
     assert served[0].startswith("http://127.0.0.1:")
 
@@ -410,4 +445,4 @@ def test_every_metric_is_in_the_reference(served):
     documented = {line.split("`")[1].split("{")[0] for line in text.splitlines() if line.startswith("| `")}
     families = text_string_to_metric_families(served[1])
     names = {family.name + ("_total" if family.type == "counter" else "") for family in families}
-    assert documented == {name for name in names if not name.endswith("_created")}
+    assert documented == names

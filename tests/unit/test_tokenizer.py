@@ -6,9 +6,11 @@ import json
 
 import pytest
 
+from orchestrator.cli import main
+from orchestrator.spec import parse_job
 from orchestrator.training.data import DataError
 from orchestrator.training.inputs import Request
-from orchestrator.training.prepare import prepare
+from orchestrator.training.prepare import prepare, prepare_job
 from orchestrator.training.tokenizer import (
     ByteTokenizer,
     check_vocabulary,
@@ -17,6 +19,7 @@ from orchestrator.training.tokenizer import (
     load_saved,
     load_tokenizer,
     train_bpe,
+    unfilled,
 )
 
 TEXT = "def naïve(x):\n    return 'żółć'  # 漢字 🙂\n"
@@ -86,6 +89,81 @@ def test_a_vocabulary_larger_than_the_models_is_refused_with_a_number_that_works
         check_vocabulary(257, 256)
     with pytest.raises(DataError, match="bpe is 256; it needs at least 257"):
         train_bpe(iter([TEXT]), 256)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "warned"),
+    [
+        (257, 264, False),
+        (257, 384, False),
+        (257, 512, True),
+        (257, 50272, True),
+        (50265, 50272, False),
+        (50257, 51200, False),
+        (32000, 50272, True),
+    ],
+)
+def test_a_vocabulary_that_the_tokenizer_does_not_nearly_fill_is_warned_of_with_both_numbers(tokens, rows, warned):
+    told = unfilled(tokens, rows)
+    assert (
+        (f"the tokenizer has {tokens:,} tokens and the model's vocab_size is {rows:,}" in told) is bool(told) is warned
+    )
+
+
+@pytest.fixture
+def folder_of_weights(tmp_path, bpe):
+    """A Hugging Face folder, of which `prepare` reads the configuration and the tokenizer alone."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 1000}
+    (folder / "config.json").write_text(json.dumps({"model_type": "opt", **shape}))
+    bpe.save(folder)
+    (tmp_path / "a.txt").write_text(TEXT * 50)
+    return folder
+
+
+def job(folder, model, **data):
+    mapping = {"version": 1, "name": "tuned", "model": model, "data": {"train": ["a.txt"], "validation": 0, **data}}
+    return parse_job({**mapping, "batch": {"global_batch_size": 2, "sequence_length": 16}}, directory=folder)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "kind", "notes"),
+    [
+        ({"path": "hub"}, {}, "hugging_face", ["that of the weights, in hub", "1,000: 700 rows"]),
+        ({"path": "hub"}, {"tokenizer": "byte"}, "byte", ["1,000: 743 rows"]),
+        ({"path": "hub", "initialize": "random"}, {}, "byte", ["1,000: 743 rows"]),
+        ("opt-125m", {"tokenizer": "hub"}, "hugging_face", ["50,272: 49,972 rows"]),
+    ],
+)
+def test_weights_get_their_own_tokenizer_where_the_job_names_none(
+    folder_of_weights, tmp_path, monkeypatch, capsys, model, data, kind, notes
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    asked = job(tmp_path, model, **data)
+    (tmp_path / "job.yaml").write_text(asked.to_yaml())
+    assert main(["prepare", str(tmp_path / "job.yaml"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["tokenizer"] == kind
+    for note, part in zip(told["notes"], notes, strict=True):
+        assert part in note
+
+
+def test_weights_without_a_tokenizer_are_refused_and_never_given_bytes(folder_of_weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (folder_of_weights / "tokenizer.json").unlink()
+    told = (
+        r"data\.tokenizer is absent, .* \S*hub holds neither tokenizer\.json nor .* Or name it: data\.tokenizer: FOLDER"
+    )
+    with pytest.raises(DataError, match=told):
+        prepare_job(job(tmp_path, {"path": "hub"}))
+    assert not (tmp_path / "cache" / "shardwise" / "data").exists()
+
+
+def test_the_tokenizer_of_the_weights_is_part_of_the_trajectory(folder_of_weights, tmp_path):
+    absent, byte = job(tmp_path, {"path": "hub"}), job(tmp_path, {"path": "hub"}, tokenizer="byte")
+    assert absent.trajectory_difference(byte) == ["data.tokenizer"]
+    assert absent.trajectory_difference(parse_job(absent.to_mapping(), directory=tmp_path)) == []
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", 300])

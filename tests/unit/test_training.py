@@ -279,7 +279,7 @@ def test_a_checkpoint_of_other_data_is_refused(assignment, tmp_path, what, told)
     ("changes", "told"),
     [
         ({"job": job(training={"steps": None})}, "training.steps"),
-        ({"job": job(model={"vocab_size": 64})}, "the tokenizer has 257 tokens"),
+        ({"job": job(model={"vocab_size": 64}, data={"tokenizer": "a-folder"})}, "the tokenizer has 257 tokens"),
         ({"job": job(batch={"sequence_length": 5000}, model={"max_position": 5000})}, "add text"),
         ({"strategy": Strategy(pipeline_parallel_degree=2, states="full")}, "pipeline_parallel_degree"),
     ],
@@ -418,3 +418,13 @@ def test_as_a_program_it_writes_what_the_supervisor_would(assignment, tmp_path, 
     assert [report.step for report in steps(folder / "metrics.jsonl")] == list(range(1, NUM_STEPS + 1))
     assert "checkpoint" in kinds(read(folder / "events.jsonl", Event))
     assert main([]) == 2
+
+
+@pytest.mark.usefixtures("signals")
+def test_as_a_program_it_leaves_a_signal_ignored_that_was_ignored(assignment, tmp_path):
+    file = tmp_path / "assignment.json"
+    file.write_text(json.dumps(assignment.to_mapping()))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert main([str(file)]) == 0
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL

@@ -13,6 +13,7 @@ import torch
 from orchestrator.cli import main
 from orchestrator.training.generate import choose, generate, load_model
 from orchestrator.training.manifest import latest
+from tests.unit.test_models import every_model, filled
 from tests.unit.test_training import assignment, run
 
 __all__ = ["assignment"]
@@ -56,6 +57,16 @@ def test_the_verb_goes_on_from_a_prompt_and_repeats_itself_by_seed(assignment, c
     assert len(tokens) == 40
     assert max(tokens) < 61
     assert main(["generate", outcome.checkpoint, "--max-tokens", "3"]) == 0, "without a prompt: the start of a text"
+
+
+@every_model
+def test_keys_and_values_that_are_kept_change_no_token(arch):
+    model = filled(arch).requires_grad_(False)
+    prompt = [5, 61, 17]
+    tokens = list(prompt)
+    for _ in range(30):  # beyond the 24 positions too
+        tokens.append(int(model(torch.tensor([tokens[-24:]]))[0, -1].argmax()))
+    assert list(generate(model, prompt, max_tokens=30, vocab_size=96, temperature=0)) == tokens[3:]
 
 
 def test_the_verb_takes_the_name_that_status_takes(assignment, capsys):

@@ -28,9 +28,9 @@ def rank(phase, *, step=12, silent_s=0.0, unanswered_s=1.0, waits=False):
         ("step", Pace(recent_steps_s=(90.0, 60.0, 60.0)), 900),
         ("evaluation", Pace(recent_steps_s=(90.0, 60.0, 60.0)), 16 * 900),
         # What moves a checkpoint's bytes is given the time that they take.
-        ("checkpoint", SETTLED, 900),
-        ("checkpoint", Pace(checkpoint_bytes=2e12), 20_000),
-        ("checkpoint", Pace(checkpoint_bytes=2e12, longest_save_s=1000.0), 5000),
+        ("checkpoint", SETTLED, 2 * 900),
+        ("checkpoint", Pace(checkpoint_bytes=2e12), 2 * 20_000),
+        ("checkpoint", Pace(checkpoint_bytes=2e12, longest_save_s=1000.0), 2 * 5000),
         ("setup", Pace(checkpoint_bytes=2e12), 21_800),
         ("rendezvous", NEW, 900),
         (None, NEW, 900),
@@ -54,7 +54,7 @@ def test_a_stop_may_take_a_step_the_save_that_is_on_its_way_and_the_last_one():
     [
         (["step", "step", "step"], 299.0, SETTLED),
         (["step", "step", "step"], 1700.0, NEW),
-        (["step", "step", "checkpoint"], 899.0, SETTLED),  # two wait for one that writes
+        (["step", "step", "checkpoint"], 1799.0, SETTLED),  # two wait for one that writes
         (["step", "step", "step"], 890.0, Pace(recent_steps_s=(10.0, 90.0, 10.0))),
         (["setup", "rendezvous", "setup"], 1799.0, NEW),
         ([], 899.0, NEW),

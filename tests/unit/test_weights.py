@@ -16,12 +16,12 @@ from orchestrator.models import weights
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.decoder import Decoder, initialize
 from orchestrator.models.formats import FORMATS
-from orchestrator.models.weights import check_config, read_folder, write_folder
+from orchestrator.models.weights import check_config, config_of_tokens, read_folder, spoken_of, write_folder
 from orchestrator.spec import parse_job
 from orchestrator.training import checkpoint
 from orchestrator.training.checkpoint import CheckpointInfo
 from orchestrator.training.prepare import prepare_job
-from orchestrator.training.tokenizer import keep_tokenizer
+from orchestrator.training.tokenizer import keep_tokenizer, kept_tokenizer, load_tokenizer, train_bpe
 
 SHAPE = {"family": "opt", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 300, "max_position": 16}
 ARCH = make_architecture(**SHAPE)
@@ -165,6 +165,10 @@ def test_a_folder_cut_short_does_not_appear(module, tmp_path):
 
 @pytest.fixture
 def run(module, tmp_path, monkeypatch):
+    return trained(tmp_path, monkeypatch, module)
+
+
+def trained(tmp_path, monkeypatch, module, *, tokenizer=None, start_from=None):
     """A run's folder with a checkpoint and a tokenizer, as training leaves it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "corpus.txt").write_text("a text to train on. " * 500)
@@ -172,14 +176,14 @@ def run(module, tmp_path, monkeypatch):
         "version": 1,
         "name": "tiny",
         "model": SHAPE,
-        "data": {"train": ["corpus.txt"], "tokenizer": {"bpe": 280}},
+        "data": {"train": ["corpus.txt"], "tokenizer": tokenizer or {"bpe": 280}},
         "batch": {"global_batch_size": 2, "sequence_length": 16},
         "training": {"steps": 3},
         "cluster": "a100-80gb",
     }
     (tmp_path / "job.yaml").write_text(json.dumps(mapping))
     index = prepare_job(parse_job(mapping, directory=tmp_path))
-    keep_tokenizer(index, tmp_path / "runs" / "tiny")
+    keep_tokenizer(index, tmp_path / "runs" / "tiny", start_from and spoken_of(start_from))
     state = {f"model.{name}": parameter.detach() for name, parameter in module.named_parameters()}
     info = CheckpointInfo(
         job=mapping,
@@ -216,6 +220,86 @@ def test_convert_takes_the_name_that_status_takes(run, tmp_path, capsys, monkeyp
         assert json.loads(capsys.readouterr().out)["step"] == 3
 
 
+def always(module, token: int):
+    """The module, its likeliest token always the same one."""
+    with torch.no_grad():
+        rows = module.embed.tokens.weight
+        rows.div_(rows.norm(dim=1, keepdim=True))
+        module.head.norm.weight.zero_()
+        module.head.norm.bias.copy_(rows[token])
+    return module
+
+
+@pytest.mark.parametrize(("token", "num_new"), [(2, 12), (1, 12), (0, 12), (256, 1)])
+def test_transformers_ends_a_model_of_bytes_at_the_end_of_a_text_and_at_no_byte(
+    module, tmp_path, monkeypatch, token, num_new
+):
+    run = trained(tmp_path, monkeypatch, always(module, token), tokenizer="byte")
+    assert main(["convert", str(run), str(tmp_path / "opt")]) == 0
+    peer, tokenizer = (kind.from_pretrained(tmp_path / "opt") for kind in (OPTForCausalLM, AutoTokenizer))
+    prompt = tokenizer("żó", return_tensors="pt")
+    new = peer.generate(**prompt, max_new_tokens=12, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert new.tolist() == [token] * num_new
+    ids = [peer.config.bos_token_id, peer.config.eos_token_id, peer.config.pad_token_id]
+    assert ids == [256, 256, None]
+    assert peer.generation_config.eos_token_id == tokenizer.eos_token_id == 256
+
+
+def test_the_tokenizer_of_a_model_of_bytes_is_written_as_one_that_gives_the_same_ids(module, tmp_path, monkeypatch):
+    run = trained(tmp_path, monkeypatch, module, tokenizer="byte")
+    main(["convert", str(run), str(tmp_path / "opt")])
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path / "opt"), kept_tokenizer(run)
+    again = load_tokenizer(str(tmp_path / "opt"), tmp_path)
+    for text in ("", " ", "it's  12 o'clock\n\tnow ", "żółć 漢字 🙂\r\n\0", "".join(map(chr, range(1, 700)))):
+        assert theirs(text)["input_ids"] == again.encode(text) == ours.encode(text)
+        assert theirs.decode(theirs(text)["input_ids"], clean_up_tokenization_spaces=False) == text
+        assert again.decode([*again.encode(text), 256]) == text
+    assert (again.end_of_text, again.vocab_size) == (256, 257)
+
+
+def test_convert_keeps_the_special_tokens_and_the_generation_config_of_the_weights(module, tmp_path, monkeypatch):
+    hub = tmp_path / "hub"
+    write_folder(hub, ARCH, module.named_parameters(), config={"bos_token_id": 1, "eos_token_id": 0, "pad_token_id": 3})
+    text = ["<|endoftext|><s><unk><pad>", "the words of a text " * 50]
+    train_bpe(iter(text), 290).save(hub)
+    config = {
+        "eos_token": "<|endoftext|>",
+        "pad_token": {"content": "a"},
+        "chat_template": "{{ messages }}",
+        "auto_map": "x",
+    }
+    (hub / "tokenizer_config.json").write_text(json.dumps(config))
+    (hub / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, 5], "repetition_penalty": 1.5}))
+    run = trained(tmp_path, monkeypatch, module, tokenizer=str(hub), start_from=hub)
+    assert main(["convert", str(run), str(tmp_path / "opt")]) == 0
+    peer, tokenizer = (kind.from_pretrained(tmp_path / "opt") for kind in (OPTForCausalLM, AutoTokenizer))
+    assert [peer.config.bos_token_id, peer.config.eos_token_id, peer.config.pad_token_id] == [1, 0, 3]
+    assert (peer.generation_config.eos_token_id, peer.generation_config.repetition_penalty) == ([0, 5], 1.5)
+    assert (tokenizer.chat_template, tokenizer.pad_token) == ("{{ messages }}", "a")
+    assert "auto_map" not in json.loads((tmp_path / "opt" / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("of_weights", "config", "generation"),
+    [
+        ({}, (7, 9, None), {"bos_token_id": 7, "eos_token_id": 9}),
+        ({"eos_token_id": 9, "pad_token_id": 1}, (7, 9, 1), {"bos_token_id": 7, "eos_token_id": 9, "pad_token_id": 1}),
+        ({"eos_token_id": [8, 9], "generation_config": {"top_k": 5}}, (7, [8, 9], None), {"top_k": 5}),
+        # Another tokenizer than that of the weights: what they say of ids is not true of it.
+        (
+            {"eos_token_id": 2, "pad_token_id": 1, "generation_config": {"top_k": 5}},
+            (7, 9, None),
+            {"bos_token_id": 7, "eos_token_id": 9},
+        ),
+    ],
+)
+def test_what_the_weights_say_of_tokens_holds_where_they_end_a_text_as_the_tokenizer_does(
+    of_weights, config, generation
+):
+    ids, told = config_of_tokens({"bos_token_id": 7, "eos_token_id": 9, "pad_token_id": None}, of_weights)
+    assert (tuple(ids.values()), told) == (config, generation)
+
+
 def test_convert_says_what_it_cannot_take(run, tmp_path, capsys):
     main(["convert", str(run / "checkpoints" / "step-00000003"), str(tmp_path / "opt"), "--dtype", "bfloat16"])
     cases = [
@@ -240,3 +324,9 @@ def test_prepare_tells_what_it_made_and_where(run, tmp_path, capsys):
     (tmp_path / "corpus.txt").write_bytes(b"\xff")
     assert main(["prepare", str(tmp_path / "job.yaml")]) == 2
     assert "is not UTF-8: byte 0 is 0xff" in capsys.readouterr().err
+
+
+def test_convert_writes_a_gguf_file_where_llama_cpp_has_the_family(run, tmp_path, capsys):
+    assert main(["convert", str(run), str(tmp_path / "tiny.gguf")]) == 2
+    assert "llama.cpp has no architecture for family opt" in capsys.readouterr().err
+    assert not list(tmp_path.glob("tiny.gguf*"))
