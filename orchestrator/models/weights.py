@@ -155,6 +155,10 @@ def spoken_of(folder: Path) -> dict[str, Any]:
     """What a folder says of its special tokens and of generating: the ids in config.json, and generation_config.json."""
     config = _json(folder / CONFIG)
     told: dict[str, Any] = {word: config[word] for word in SPECIAL_IDS if word in config}
+    for word, value in told.items():
+        ids = value if isinstance(value, list) else [value]
+        if any(token is not None and (not isinstance(token, int) or isinstance(token, bool)) for token in ids):
+            raise ValueError(f"{folder / CONFIG}: {word} is {value!r:.60}, not the id of a token")
     if (folder / GENERATION).is_file():
         told["generation_config"] = dict(_json(folder / GENERATION))
     return told

@@ -10,6 +10,8 @@ from typing import Any
 from orchestrator.models.architecture import Architecture, make_architecture
 
 MAX_CONFIG_BYTES = 2**20
+MAX_SIZE = 2**31
+"""Of any number in a shape: beyond, nothing could be counted."""
 
 _LLAMA = {
     "num_layers": "num_hidden_layers",
@@ -88,7 +90,7 @@ def read_architecture(folder: Path) -> Architecture:
 def architecture_of(config: Mapping[str, Any], *, where: str, name: str = "") -> Architecture:
     """The shape of a parsed config.json."""
     kind = config.get("model_type")
-    if kind not in _TYPES:
+    if not isinstance(kind, str) or kind not in _TYPES:
         raise ValueError(f"{where} is of model_type {kind!r}; known are {', '.join(_TYPES)}")
     family, words = _TYPES[kind]
     shape: dict[str, Any] = {word: config[theirs] for word, theirs in words.items() if config.get(theirs) is not None}
@@ -96,18 +98,24 @@ def architecture_of(config: Mapping[str, Any], *, where: str, name: str = "") ->
         if word not in shape:
             raise ValueError(f"{where} has no {words[word]}")
     for word, value in shape.items():
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"{where}: {words[word]} is {value!r}, not a whole number")
+        _whole(value, words[word], where)
     if isinstance(config.get("tie_word_embeddings"), bool):
         shape["tied_embeddings"] = config["tie_word_embeddings"]
     if kind == "opt":
-        width = config.get("word_embed_proj_dim", shape["hidden_size"])
+        width = _whole(config.get("word_embed_proj_dim", shape["hidden_size"]), "word_embed_proj_dim", where)
         shape["word_embedding_size"] = None if width == shape["hidden_size"] else width
         shape["post_norm"] = not config.get("do_layer_norm_before", True)
     if kind == "mpt":
-        shape["ffn_size"] = int(config.get("expansion_ratio", 4) * shape["hidden_size"])
+        ratio = config.get("expansion_ratio", 4)
+        if not isinstance(ratio, (int, float)) or not 0 < ratio < MAX_SIZE:
+            raise ValueError(f"{where}: expansion_ratio is {ratio!r:.60}, not a number above 0")
+        shape["ffn_size"] = int(ratio * shape["hidden_size"])
     head_dim = config.get("head_dim")
-    if family == "llama" and head_dim is not None and head_dim * shape["num_heads"] != shape["hidden_size"]:
+    if (
+        family == "llama"
+        and head_dim is not None
+        and _whole(head_dim, "head_dim", where) * shape["num_heads"] != shape["hidden_size"]
+    ):
         raise ValueError(
             f"{where}: {shape['num_heads']} heads of head_dim {head_dim} are not hidden_size {shape['hidden_size']} wide; "
             "our llama has no such variant"
@@ -123,3 +131,12 @@ def architecture_of(config: Mapping[str, Any], *, where: str, name: str = "") ->
             raise ValueError(f"{where}: {word} is {value!r}, not a number")
         shape[word] = float(value)
     return make_architecture(family=family, name=name, **shape)
+
+
+def _whole(value: Any, word: str, where: str) -> int:
+    """The value, if it is a whole number that a shape may have."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{where}: {word} is {value!r:.60}, not a whole number")
+    if not 0 < value < MAX_SIZE:
+        raise ValueError(f"{where}: {word} is {value:.3g}, not from 1 to {MAX_SIZE - 1}")
+    return value

@@ -8,8 +8,10 @@ B micro batch, S sequence.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -91,7 +93,8 @@ class DataIndex:
     def to_mapping(self) -> dict[str, Any]:
         mapping = asdict(self)
         del mapping["directory"]
-        return {"format": FORMAT, **mapping}
+        plain = json.loads(json.dumps(mapping))
+        return {"format": FORMAT, "checksum": _checksum(plain), **plain}
 
 
 def read_index(directory: Path) -> DataIndex:
@@ -105,7 +108,7 @@ def read_index(directory: Path) -> DataIndex:
         raise DataError(f"{directory} holds no prepared tokens: run `shardwise prepare JOB`") from None
     except OSError as error:
         raise DataError(f"{directory / INDEX} cannot be read ({error.strerror})") from None
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         raise DataError(f"{directory / INDEX} is damaged: {advice}") from None
     width = np.dtype(index.dtype).itemsize
     for name, num_tokens in (file for split in SPLITS for file in index.files[split]):
@@ -116,16 +119,31 @@ def read_index(directory: Path) -> DataIndex:
 
 
 def index_of(mapping: dict[str, Any], directory: Path) -> DataIndex:
-    """The inverse of DataIndex.to_mapping, through JSON too. DataError for a format that is not known, KeyError, TypeError or
-    AttributeError for what is no index."""
+    """The inverse of DataIndex.to_mapping, through JSON too. DataError for a format that is not known, KeyError, TypeError,
+    AttributeError or another ValueError for what is no index, or was altered."""
     written = mapping.pop("format")
     if written not in (1, FORMAT):
         raise DataError(f"{directory} was prepared by another version of shardwise")
     if written == 1:
         _from_format_1(mapping)
+    elif mapping.pop("checksum") != _checksum(mapping):
+        raise ValueError("altered")
     mapping["sources"] = tuple(Source(**source) for source in mapping["sources"])
-    mapping["files"] = {split: tuple((str(n), int(t)) for n, t in mapping["files"][split]) for split in SPLITS}
-    return DataIndex(directory=directory, **mapping)
+    mapping["files"] = {split: tuple((_plain_name(n), int(t)) for n, t in mapping["files"][split]) for split in SPLITS}
+    index = DataIndex(directory=directory, **mapping)
+    if index.dtype not in ("uint16", "uint32") or not {"kind", "vocab_size", "fingerprint"} <= index.tokenizer.keys():
+        raise ValueError("no index")
+    return index
+
+
+def _checksum(mapping: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(mapping, sort_keys=True).encode()).hexdigest()
+
+
+def _plain_name(name: str) -> str:
+    if name != os.path.basename(name) or len(name) > 100:
+        raise ValueError("a file outside the folder")
+    return name
 
 
 def _from_format_1(mapping: dict[str, Any]) -> None:

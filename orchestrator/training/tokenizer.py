@@ -122,7 +122,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return None if token is None else self.inner.token_to_id(token)
 
     def encode_batch(self, texts: Sequence[str]) -> list[NDArray[Any]]:
-        encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            raise DataError(f"the tokenizer cannot encode the text: {_fault_of_the_library(error)}") from None
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -167,8 +170,9 @@ def load_tokenizer(name: str, base: Path) -> Tokenizer:
             )
     except DataError:
         raise
-    except Exception as error:  # the library raises bare Exception
-        raise DataError(f"data.tokenizer: {file} is no tokenizer that `tokenizers` can read: {error}") from None
+    except BaseException as error:
+        told = _fault_of_the_library(error)
+        raise DataError(f"data.tokenizer: {file} is no tokenizer that `tokenizers` can read: {told}") from None
     config = _config(folder)
     return HuggingFaceTokenizer(inner, _end_of_text(inner, folder, config), config)
 
@@ -181,8 +185,9 @@ def load_saved(directory: Path, description: Mapping[str, Any]) -> Tokenizer:
 
     try:
         inner = tokenizers.Tokenizer.from_file(str(directory / FILE))
-    except Exception as error:
-        raise DataError(f"{directory / FILE} cannot be read: {error}; run `shardwise prepare` again") from None
+    except BaseException as error:
+        told = _fault_of_the_library(error)
+        raise DataError(f"{directory / FILE} cannot be read: {told}; run `shardwise prepare` again") from None
     tokenizer = HuggingFaceTokenizer(inner, int(description["end_of_text"]), _config(directory))
     if tokenizer.fingerprint != description["fingerprint"]:
         raise DataError(f"{directory / FILE} was altered after the text was tokenized; run `shardwise prepare` again")
@@ -218,6 +223,14 @@ def _description(run_directory: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise DataError(f"{folder} holds no tokenizer: a run keeps its own there when it starts") from None
     return description
+
+
+def _fault_of_the_library(error: BaseException) -> str:
+    """What `tokenizers` says of an error of its own: it raises bare Exception, and a panic of its Rust code is not even one.
+    Raises all else again."""
+    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        return str(error)
+    raise error
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -289,7 +302,8 @@ def _config(folder: Path) -> dict[str, Any]:
                     f"data.tokenizer: {file} is larger than {MAX_CONFIG_BYTES} bytes: this is no configuration"
                 )
             found = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            json.dumps(found, ensure_ascii=False).encode("utf-8")  # JSON may spell half a character, which is no text
+        except (OSError, json.JSONDecodeError, UnicodeError, RecursionError) as error:
             raise DataError(f"data.tokenizer: {file} cannot be read: {error}") from None
         if not isinstance(found, dict):
             raise DataError(f"data.tokenizer: {file} holds no keys")

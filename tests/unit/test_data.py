@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ from orchestrator.training.data import (
 )
 from orchestrator.training.inputs import Request, versions
 from orchestrator.training.prepare import prepare
+from tests.mutations import mutated, mutated_bytes
 
 DOCUMENTS = [f"document {number}: " + "words and more words. " * (number % 7) for number in range(300)]
 END = 256
@@ -402,6 +404,28 @@ def test_a_folder_that_is_missing_torn_or_too_small_is_refused_with_advice(tmp_p
     (folder / "index.json").write_text("{")
     with pytest.raises(DataError, match="is damaged"):
         read_index(folder)
+
+
+def test_an_altered_index_is_refused_and_the_folder_made_again(tmp_path):
+    corpus(tmp_path)
+    index = prepare(request(tmp_path), directory=tmp_path / "tokens")
+    file, rng = index.directory / "index.json", random.Random(1)
+    whole = file.read_bytes()
+    for number in range(100):
+        altered = json.dumps(mutated(json.loads(whole), rng)).encode() if number % 3 else mutated_bytes(whole, rng)
+        file.write_bytes(altered)
+        if json_of(altered) == json_of(whole):
+            continue
+        with pytest.raises(DataError, match=r"is damaged|by another version"):
+            read_index(index.directory)
+    assert prepare(request(tmp_path), directory=tmp_path / "tokens") == index
+
+
+def json_of(raw: bytes):
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return None
 
 
 # Sequences and their order -----------------------------------------------------------------------------------------------

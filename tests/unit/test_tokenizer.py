@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
+from collections import Counter
 
 import pytest
 
 from orchestrator.cli import main
 from orchestrator.spec import parse_job
 from orchestrator.training.data import DataError
+from orchestrator.training.examples import Message
 from orchestrator.training.inputs import Request
 from orchestrator.training.prepare import prepare, prepare_job
+from orchestrator.training.templates import chat_template_of
 from orchestrator.training.tokenizer import (
     ByteTokenizer,
     check_vocabulary,
@@ -21,6 +26,7 @@ from orchestrator.training.tokenizer import (
     train_bpe,
     unfilled,
 )
+from tests.mutations import mutated, mutated_bytes
 
 TEXT = "def naïve(x):\n    return 'żółć'  # 漢字 🙂\n"
 
@@ -187,3 +193,53 @@ def test_a_tokenizer_altered_after_the_text_was_tokenized_is_refused(tmp_path, b
     bpe.save(index.directory)
     with pytest.raises(DataError, match="was altered after the text was tokenized"):
         load_saved(index.directory, index.tokenizer)
+
+
+# Folders of strangers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_an_altered_folder_gives_a_tokenizer_or_an_error_in_a_sentence_and_runs_nothing(tmp_path, bpe, count):
+    whole, altered, exported = (tmp_path / name for name in ("whole", "altered", "exported"))
+    whole.mkdir()
+    exported.mkdir()
+    bpe.save(whole)
+    bpe.inner.model.save(str(whole))
+    config = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": "a", "chat_template": "{{ messages[0].content }}"}
+    (whole / "tokenizer_config.json").write_text(json.dumps(config))
+    (whole / "special_tokens_map.json").write_text(json.dumps({"pad_token": "b"}))
+    rng = random.Random(count)
+    outcomes = Counter()
+    for _ in range(count):
+        shutil.rmtree(altered, ignore_errors=True)
+        shutil.copytree(whole, altered)
+        if rng.random() < 0.3:
+            (altered / "tokenizer.json").unlink()
+        file = rng.choice(sorted(altered.iterdir()))
+        if file.suffix == ".json" and rng.random() < 0.6:
+            file.write_text(json.dumps(mutated(json.loads(file.read_text()), rng)))
+        else:
+            file.write_bytes(mutated_bytes(file.read_bytes(), rng))
+        for load in (lambda: load_tokenizer(str(altered), altered), lambda: load_saved(altered, bpe.describe())):
+            try:
+                tokenizer = load()
+                tokenizer.decode(tokenizer.encode(TEXT))
+                tokenizer.export(exported, 16)
+                if "chat_template" in tokenizer.config:
+                    chat_template_of(tokenizer).pieces((Message(role="user", content="q"),))
+                outcomes["used"] += 1
+            except DataError:
+                outcomes["refused"] += 1
+    assert min(outcomes["used"], outcomes["refused"]) > count // 2
+
+
+def test_a_panic_of_the_library_is_an_error_in_a_sentence(tmp_path, bpe):
+    bpe.save(tmp_path)
+    inner = json.loads((tmp_path / "tokenizer.json").read_text())
+    first, second = inner["model"]["merges"][0]
+    inner["model"]["vocab"][first + second] = inner["model"]["vocab"].pop(first + second)
+    inner["pre_tokenizer"] = inner["decoder"] = None
+    inner["model"]["continuing_subword_prefix"] = "x" * 1000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(inner))
+    with pytest.raises(DataError, match="is no tokenizer that `tokenizers` can read: range"):
+        load_tokenizer(str(tmp_path), tmp_path)

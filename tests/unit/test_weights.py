@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from copy import deepcopy
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -15,13 +17,15 @@ from orchestrator.cli import main
 from orchestrator.models import weights
 from orchestrator.models.architecture import make_architecture
 from orchestrator.models.decoder import Decoder, initialize
-from orchestrator.models.formats import FORMATS
+from orchestrator.models.formats import FORMATS, config_of_architecture
 from orchestrator.models.weights import check_config, config_of_tokens, read_folder, spoken_of, write_folder
 from orchestrator.spec import parse_job
+from orchestrator.spec.hugging_face import read_architecture
 from orchestrator.training import checkpoint
 from orchestrator.training.checkpoint import CheckpointInfo
 from orchestrator.training.prepare import prepare_job
-from orchestrator.training.tokenizer import keep_tokenizer, kept_tokenizer, load_tokenizer, train_bpe
+from orchestrator.training.tokenizer import ByteTokenizer, keep_tokenizer, kept_tokenizer, load_tokenizer, train_bpe
+from tests.mutations import mutated, mutated_bytes
 
 SHAPE = {"family": "opt", "num_layers": 2, "hidden_size": 32, "num_heads": 4, "vocab_size": 300, "max_position": 16}
 ARCH = make_architecture(**SHAPE)
@@ -158,6 +162,28 @@ def test_a_folder_cut_short_does_not_appear(module, tmp_path):
     with pytest.raises(OSError, match="the disk is full"):
         write_folder(tmp_path / "opt", ARCH, torn())
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.slow)])
+def test_an_altered_configuration_is_used_or_refused_in_a_sentence(tmp_path, count):
+    rng, file, refused = random.Random(count), tmp_path / "config.json", 0
+    configs = [
+        config_of_architecture(make_architecture(**{**SHAPE, "family": family}))
+        | {"bos_token_id": 1, "eos_token_id": 2}
+        for family in FORMATS
+    ]
+    for _ in range(count):
+        config = deepcopy(rng.choice(configs))
+        if rng.random() < 0.7:
+            file.write_text(json.dumps(mutated(config, rng)))
+        else:
+            file.write_bytes(mutated_bytes(json.dumps(config).encode(), rng))
+        try:
+            check_config(tmp_path, read_architecture(tmp_path))
+            config_of_tokens(ByteTokenizer.special_ids, spoken_of(tmp_path))
+        except ValueError:
+            refused += 1
+    assert count // 3 < refused < count
 
 
 # The verbs -------------------------------------------------------------------------------------------------------------
