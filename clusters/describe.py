@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from clusters.catalog import rows
+import clusters.catalog.rows as rows
 from clusters.cluster import Cluster
 from clusters.hardware import Accelerator, Calibration, Host, Link
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import clusters.catalog.rows as rows
 from clusters.calibration.measure import Say, collective, cpu_calibration
-from clusters.catalog import rows
 from clusters.cluster import Cluster
 from clusters.hardware import Accelerator, Calibration, Host, Link
 from clusters.inventory import scratch

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import clusters.catalog.rows as rows
 from clusters.calibration.measure import Say
-from clusters.catalog import rows
 from clusters.cluster import Cluster
 from clusters.inventory.local import cpu_cluster
 

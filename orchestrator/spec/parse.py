@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from orchestrator.spec import checks
+import orchestrator.spec.checks as checks
 from orchestrator.spec.errors import MAPPING, ErrorEntry, Fault, SpecError
 from orchestrator.spec.job import Job
 from orchestrator.spec.resolve import SHAPE, resolve_cluster, resolve_model

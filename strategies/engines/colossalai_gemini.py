@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from strategies.engines.colossalai import Boosted, Stepped
+from strategies.engines.colossalai_boosted import Boosted, Stepped
 from strategies.engines.engine import Build
 from strategies.engines.held import Place
 from strategies.engines.installed import engine_module

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from strategies.engines.colossalai import BoosterRunner, LowLevelZero
+from strategies.engines.colossalai_boosted import BoosterRunner, LowLevelZero
 from strategies.engines.engine import Build, Layout, MicroBatch
 from strategies.engines.held import Place
 from strategies.engines.installed import engine_module

@@ -18,7 +18,7 @@ LOSS_BYTES = 64
 that it counts and is here, its largest logit and partition function and what the loss's backward pass makes of them, the mean
 and deviation of the last norm."""
 CHUNK_ELEMENTS = 2**22
-"""Logits that the project's own loss widens at once (strategies/engines/loss.py, which imports torch)."""
+"""Logits that the project's own loss widens at once (strategies/engines/token_losses.py, which imports torch)."""
 VOCABULARY_PARALLEL = ("mixed_fp32_accumulators", "mixed_fp32_gradients")
 """States of the stacks whose loss never gathers logits: Megatron and nanotron. A tied table is theirs too."""
 

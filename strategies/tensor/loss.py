@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from strategies.engines.loss import IGNORED, backward_weights, chunks
+from strategies.engines.token_losses import IGNORED, backward_weights, chunks
 
 
 def vocabulary_parallel_losses(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from strategies.engines.collectives import all_gather, reduce_scatter
-from strategies.engines.loss import token_losses
+from strategies.engines.token_losses import token_losses
 
 Pending = list[tuple[nn.Parameter, Tensor, Tensor]]
 """(weight, gradient of the output, input) of products whose weight gradient is still to be computed."""
@@ -70,7 +70,7 @@ class Region:
         return x_BS
 
     def token_losses(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-        """See engines/loss.py."""
+        """See engines/token_losses.py."""
         return token_losses(logits_NV, targets_N)
 
     def _linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from clusters.cluster import Cluster
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.links import Links, Message, all_reduce_s, half_s
+from strategies.model.cost import num_tables
 from strategies.price.roofline import Roofline
 from strategies.rank import (
     MicroBatchBytes,
@@ -29,7 +30,28 @@ from strategies.strategy import Strategy
 from strategies.workload import Workload
 from strategies.zero.alive import Rank
 from strategies.zero.peak import least_bytes, native_candidates, published_candidates
-from strategies.zero.state_bytes import BYTES, SHARDING, gathers, gradient_element, padding, state_bytes
+from strategies.zero.state_bytes import BYTES, SHARDING, gathers, gradient_element, state_bytes
+
+
+def padding(work: Workload, split: int, group: int, *, embedding: bool, head: bool) -> Padding:
+    """Return the elements that the fullest rank of a group owns beyond its even part, since rows of a parameter are dealt
+    whole. Buckets and gathered copies hold as many for every rank of the group."""
+    if group == 1:
+        return Padding()
+
+    def uneven(rows: int) -> float:
+        """Part of a row beyond an even part, of so many rows dealt over tensor parallelism."""
+        return -(-rows // group) - rows / group
+
+    hidden, ffn, kv = work.hidden_size, work.ffn_size, work.kv_size
+    tables = num_tables(work, embedding=embedding, head=head)
+    positions = uneven(-(-work.position_rows // split)) * hidden if embedding else 0.0
+    table = uneven(-(-work.vocab_size // split)) * work.embedding_size
+    outside = tables * table + positions + (2 * uneven(hidden) if head else 0.0)
+    columns = uneven(hidden // split) + 2 * uneven(kv // split)
+    matrices = columns * hidden + uneven(hidden) * (hidden + ffn) / split + uneven(-(-ffn // split)) * hidden
+    vectors = columns + 6 * uneven(hidden) + uneven(-(-ffn // split))
+    return Padding(outside, matrices + vectors)
 
 
 def messages(

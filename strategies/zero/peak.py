@@ -1,9 +1,9 @@
 """The moments of a step at which a rank may hold its most, in bytes beyond its parameters, master weights and optimizer states.
 
 Gradients, buckets and gathered parameters decide them, so they stand in ZeRO's room. For families built here they follow the
-code tensor by tensor (apply.py, buckets.py, torch's FSDP2, engines/loss.py), and benchmarks.trace holds them against the traced
-step; waiting.py has those of gradients that wait for the end of a pipeline's step. The others hold what the stacks that
-published them held."""
+code tensor by tensor (apply.py, buckets.py, torch's FSDP2, engines/token_losses.py), and benchmarks.trace holds them against
+the traced step; waiting.py has those of gradients that wait for the end of a pipeline's step. The others hold what the stacks
+that published them held."""
 
 from __future__ import annotations
 

@@ -6,10 +6,8 @@ from __future__ import annotations
 
 from strategies.catalog import ENGINES
 from strategies.engines.engine import BUCKET_BYTES
-from strategies.model.cost import num_tables
-from strategies.rank import Padding, StateBytes
+from strategies.rank import StateBytes
 from strategies.strategy import Strategy
-from strategies.workload import Workload
 
 BYTES: dict[str, tuple[int, int, int, int]] = {
     "mixed": (2, 2, 4, 8),
@@ -38,27 +36,6 @@ def model_state_bytes(
         states=states,  # type: ignore[arg-type]
     )
     return sum(state_bytes(num_parameters, strategy, "bf16"))
-
-
-def padding(work: Workload, split: int, group: int, *, embedding: bool, head: bool) -> Padding:
-    """Return the elements that the fullest rank of a group owns beyond its even part, since rows of a parameter are dealt
-    whole. Buckets and gathered copies hold as many for every rank of the group."""
-    if group == 1:
-        return Padding()
-
-    def uneven(rows: int) -> float:
-        """Part of a row beyond an even part, of so many rows dealt over tensor parallelism."""
-        return -(-rows // group) - rows / group
-
-    hidden, ffn, kv = work.hidden_size, work.ffn_size, work.kv_size
-    tables = num_tables(work, embedding=embedding, head=head)
-    positions = uneven(-(-work.position_rows // split)) * hidden if embedding else 0.0
-    table = uneven(-(-work.vocab_size // split)) * work.embedding_size
-    outside = tables * table + positions + (2 * uneven(hidden) if head else 0.0)
-    columns = uneven(hidden // split) + 2 * uneven(kv // split)
-    matrices = columns * hidden + uneven(hidden) * (hidden + ffn) / split + uneven(-(-ffn // split)) * hidden
-    vectors = columns + 6 * uneven(hidden) + uneven(-(-ffn // split))
-    return Padding(outside, matrices + vectors)
 
 
 def state_bytes(num_parameters: float, strategy: Strategy, precision: str, padding: float = 0.0) -> StateBytes:

@@ -421,7 +421,7 @@ def test_a_price_takes_a_tenth_of_a_millisecond():
 
 
 def test_the_loss_widens_as_many_logits_as_the_memory_model_says():
-    from strategies.engines import loss
+    from strategies.engines import token_losses
     from strategies.model import cost as model
 
-    assert model.CHUNK_ELEMENTS == loss.CHUNK_ELEMENTS
+    assert model.CHUNK_ELEMENTS == token_losses.CHUNK_ELEMENTS

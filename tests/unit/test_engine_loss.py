@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from strategies.engines import loss
+from strategies.engines import token_losses as loss
 from strategies.engines.engine import MicroBatch
-from strategies.engines.loss import TokenLoss, token_losses
+from strategies.engines.loss import TokenLoss
+from strategies.engines.token_losses import token_losses
 from strategies.tensor.region import WHOLE
 
 

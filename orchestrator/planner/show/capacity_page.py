@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from orchestrator.planner.capacity import WISHES, Capacity, Cell, size_told, tokens_told
 from orchestrator.planner.reasons.confidence import confidence, error_of
 from orchestrator.planner.show import charts
-from orchestrator.planner.show.page import both, html_document, number, section
+from orchestrator.planner.show.charts import WIDE, rect, svg, text
+from orchestrator.planner.show.frame import both, html_document, number, section
 from orchestrator.planner.show.words import bytes_told, length_told, rate_told, strategy_told
 
 COLUMNS = ("model", "GPUs", "tokens/s/GPU", "error", "MFU", "time", "dollars", "strategy")
@@ -90,7 +92,7 @@ def _heat(table: Capacity) -> str:
         legend.append('<span class="key k-offloaded"></span> only with offload')
     if table.question.has_target:
         legend.append('<span class="key k-met"></span> meets the target')
-    chart = both(lambda width: charts.heat_map(table.cells, width=width))
+    chart = both(lambda width: heat_map(table.cells, width=width))
     return section(
         "Tokens per second and GPU",
         f'<p class="legend soft">{" ".join(f"<span>{item}</span>" for item in legend)}</p>{chart}',
@@ -161,3 +163,52 @@ def _row(cell: Cell) -> str:
 
 def _usd(cell: Cell) -> str:
     return "–" if cell.usd is None else f"${cell.usd:,.0f}"
+
+
+def heat_map(cells: Sequence[Cell], *, width: float = WIDE) -> str:
+    """Models down, GPUs across: the darker, the larger the part of the peak that is used; what does not fit is crossed out."""
+    models, sizes = list(dict.fromkeys(c.model for c in cells)), list(dict.fromkeys(c.num_gpus for c in cells))
+    left, top, each = 84.0, 26.0, 46.0
+    wide = (width - left) / len(sizes)
+    most = max((cell.mfu or 0.0 for cell in cells), default=0.0) or 1.0
+    body = [
+        text(left + (i + 0.5) * wide, 16, f"{size:,}" + (" GPU" + "s" * (size > 1) if i == 0 else ""), "axis", "middle")
+        for i, size in enumerate(sizes)
+    ]
+    for cell in cells:
+        x, y = left + sizes.index(cell.num_gpus) * wide, top + models.index(cell.model) * each
+        body += _heat_cell(cell, x, y, wide, each, max(1, round((cell.mfu or 0.0) / most * 5)))
+    for i, model in enumerate(models):
+        body.append(text(left - 8, top + (i + 0.5) * each + 4, model, "axis strong", "end"))
+    height = top + len(models) * each + 4
+    return svg(height, "".join(body), "tokens per second and GPU, by model and number of GPUs", width)
+
+
+def _heat_cell(cell: Cell, x: float, y: float, wide: float, each: float, level: int) -> list[str]:
+    """A cell's colour, its speed, and how long the training takes, or else its part of the peak."""
+    where = f"{cell.model} on {cell.num_gpus}"
+    if cell.mfu is None:
+        why = cell.refused.reason if cell.refused else "does not fit"
+        cross = text(x + wide / 2, y + each / 2 + 4, "does not fit" if wide > 76 else "–", "axis", "middle")
+        return [rect(x + 1, y + 1, wide - 2, each - 2, "cold", f"{where}: {why}"), cross]
+    tip = (
+        f"{where}: {cell.tokens_per_second_per_gpu:,.0f} tokens/s/GPU ± {cell.throughput_error:.0%}, MFU {cell.mfu:.1%}"
+        + ("" if cell.plain else ", only with offload")
+    )
+    css = f"heat{level}" + ("" if cell.plain else " offloaded")
+    css += " met" if cell.question.has_target and cell.meets else ""
+    told = length_told(cell.wall_s) if cell.wall_s is not None else f"{cell.mfu:.0%}"
+    if wide < 6 * len(told) and cell.wall_s is not None:
+        told = f"{cell.wall_s / 86400:,.0f} d" if not cell.is_long else told.replace(" years", " y")
+    body = [
+        rect(x + 1.5, y + 1.5, wide - 3, each - 3, css, tip),
+        text(x + wide / 2, y + 20, f"{cell.tokens_per_second_per_gpu:,.0f}", f"on{level}", "middle"),
+    ]
+    if not cell.is_long:
+        return [*body, text(x + wide / 2, y + 36, told, f"tiny on{level}", "middle")]
+    plate = min(wide - 8, 6.0 * len(told) + 8)
+    return [
+        *body,
+        rect(x + (wide - plate) / 2, y + 26, plate, 14, "plate", tip),
+        text(x + wide / 2, y + 36.5, told, "tiny long", "middle"),
+    ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 
 from orchestrator.planner.plan import Plan
 from orchestrator.planner.show import charts
 from orchestrator.planner.show.formulas import headline_formulas, memory_formulas, time_formulas
+from orchestrator.planner.show.frame import both, formula_list, html_document, number, section
 from orchestrator.planner.show.words import (
     COMPONENTS,
     TIMES,
@@ -52,19 +52,6 @@ COLOURS = dict(
         strict=True,
     )
 )
-SCRIPT = """
-const root = document.documentElement, dark = matchMedia('(prefers-color-scheme: dark)');
-document.getElementById('theme').onclick = () => {
-  const now = root.dataset.theme || (dark.matches ? 'dark' : 'light');
-  root.dataset.theme = now === 'dark' ? 'light' : 'dark';
-};
-document.getElementById('all').onclick = event => {
-  const open = event.target.dataset.open !== 'yes';
-  document.querySelectorAll('details').forEach(d => { d.open = open; });
-  event.target.dataset.open = open ? 'yes' : 'no';
-  event.target.textContent = open ? 'hide formulas' : 'all formulas';
-};
-"""
 
 
 def write_page(plan: Plan, path: str | Path) -> None:
@@ -95,45 +82,6 @@ def page(plan: Plan) -> str:
     ]
     heading = f"{escape(plan.job.name)}: {escape(name)} on {escape(where)} {verdict}"
     return html_document(f"{plan.job.name}: plan", heading, "".join(part for part in sections if part))
-
-
-def html_document(title: str, heading: str, body: str) -> str:
-    css = (Path(__file__).with_name("page.css")).read_text(encoding="utf-8")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{css}</style></head><body><main>"
-        f'<header><h1>{heading}</h1><span class="buttons"><button id="all">all formulas</button> '
-        '<button id="theme">theme</button></span></header>'
-        f"{body}</main><script>{SCRIPT}</script></body></html>\n"
-    )
-
-
-def section(title: str, body: str, soft: str = "") -> str:
-    note = f'<p class="soft">{escape(soft)}</p>' if soft else ""
-    return f"<section><h2>{escape(title)}</h2>{note}{body}</section>"
-
-
-def both(draw: Callable[[float], str]) -> str:
-    """A drawing for a wide screen, and one for a phone."""
-    return f'<div class="wide">{draw(charts.WIDE)}</div><div class="narrow">{draw(charts.NARROW)}</div>'
-
-
-def number(value: str, name: str, formula: str) -> str:
-    return (
-        f'<details><summary><span class="value">{escape(value)}</span><span class="soft name">{escape(name)}</span></summary>'
-        f'<div class="formula">{escape(formula)}</div></details>'
-    )
-
-
-def _parts(rows: Iterable[tuple[str, str, str, str]]) -> str:
-    """(css colour, name, value, formula) as a list, each with its formula a click away."""
-    items = [
-        f'<li><details><summary><span class="key f-{css}"></span><span class="name">{escape(name)}</span>'
-        f'<span class="num">{escape(value)}</span></summary><div class="formula">{escape(formula)}</div></details></li>'
-        for css, name, value, formula in rows
-    ]
-    return f'<ul class="parts">{"".join(items)}</ul>'
 
 
 def _summary(plan: Plan) -> str:
@@ -191,7 +139,7 @@ def _memory(plan: Plan) -> str:
             width=width,
         )
     )
-    listed = _parts(
+    listed = formula_list(
         (COLOURS[name], name.replace("_", " "), bytes_told(getattr(fullest, name)), formulas[name])
         for name, _ in COMPONENTS
         if getattr(fullest, name)
@@ -212,7 +160,7 @@ def _time(plan: Plan) -> str:
     rows = [(name, label, getattr(time, name)) for name, label, _ in TIMES if getattr(time, name) > 0]
     parts = [(label, value, f"f-{COLOURS[name]}", f"{label}: {seconds_told(value)}") for name, label, value in rows]
     bar = both(lambda width: charts.one_bar(parts, label="the parts of a step", width=width))
-    listed = _parts(
+    listed = formula_list(
         (COLOURS[name], label, f"{seconds_told(value)} · {value / time.step_s:.1%}", formulas[name])
         for name, label, value in rows
     )
