@@ -37,10 +37,6 @@ if TYPE_CHECKING:
     from orchestrator.telemetry.metrics import Metrics
 
 
-MAX_CHANGES = 100
-"""Files in one event."""
-
-
 class DoesNotFit(Exception):
     """The plan does not fit the machine; `.plan` says by how much and what would."""
 
@@ -187,24 +183,19 @@ def _run(
         ending = Ending(kind="finished", step=done, cause="there was nothing left to do")
         return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=None)
     from orchestrator.control import text
-    from orchestrator.training.inputs import notes, request_of
 
-    reads = text.text_of(job, folder, resume)
-    if change := text.told(reads):
-        view.note(f"text      {change}")
+    reads = text.text_of(job, folder, resume, note=view.note)
     with contextlib.ExitStack() as stack:
         stack.callback(supervisor.close)
         supervisor.begin()
-        index = text.prepared(job, folder, reads, resume, view.preparing)
-        for note in notes(request_of(job), index):
-            view.note(f"tokens    {note}")
+        index = text.prepared(job, folder, reads, resume, view.preparing, note=view.note)
         clock.lap("prepare_s")
         folder.write_job(job)
         folder.write_plan(document)
         supervisor.assign = assigner(job, planned, folder, str(index.directory), limits, on_gpus=on_gpus)
         supervisor.journal.write(_begun(job, planned, done))
-        if change:
-            supervisor.journal.write(_event("text_changed", change, done, changes=list(reads.changes[:MAX_CHANGES])))
+        if reads.changes:
+            supervisor.journal.write(text.changed_event(reads, done))
         metrics = Metrics(document, num_gpus=num_gpus)
         live = LiveReport(folder, supervisor.journal)
         stack.callback(metrics.close)

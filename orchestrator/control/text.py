@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clusters.files import write_atomically
 from orchestrator.control.folder import RunFolder, RunRefused
+from orchestrator.telemetry.records import Event
 from orchestrator.training.data import DataError, DataIndex, index_of, read_index
-from orchestrator.training.inputs import Request, changes, few, files_of, request_of, versions
+from orchestrator.training.inputs import Request, changes, few, files_of, notes, request_of, versions
 
 if TYPE_CHECKING:
     from orchestrator.spec import Job
     from orchestrator.training.manifest import CheckpointRef
     from orchestrator.training.prepare import Progress
 
+MAX_CHANGES = 100
+"""Files in one event."""
 PINNED = "data.json"
 """In a run's folder: the index of its tokens, and where they are."""
 
@@ -35,9 +40,19 @@ class Text:
     """What is different from when the run began, file by file."""
 
 
-def text_of(job: Job, folder: RunFolder, resume: CheckpointRef | None) -> Text:
-    """Decides what the run reads; nothing is tokenized. Raises DataError where there is no text, and RunRefused where the
-    checkpoint is of a text that is gone."""
+def text_of(
+    job: Job, folder: RunFolder, resume: CheckpointRef | None, *, note: Callable[[str], None] = lambda line: None
+) -> Text:
+    """Decides what the run reads, and notes it where the text changed; nothing is tokenized.
+
+    Raises DataError where there is no text, and RunRefused where the checkpoint is of a text that is gone."""
+    text = _decided(job, folder, resume)
+    if text.changes:
+        note(f"text      {told(text)}")
+    return text
+
+
+def _decided(job: Job, folder: RunFolder, resume: CheckpointRef | None) -> Text:
     request = request_of(job)
     pinned = read_pinned(folder) or _found(request, resume)
     if pinned is None or not (resume or has_stepped(folder)):
@@ -56,10 +71,25 @@ def text_of(job: Job, folder: RunFolder, resume: CheckpointRef | None) -> Text:
     return Text(index=None, changes=changed)
 
 
-def prepared(job: Job, folder: RunFolder, text: Text, resume: CheckpointRef | None, progress: Progress) -> DataIndex:
-    """The tokens of the run, made now unless they are there, and pinned. RunRefused where they are not the checkpoint's."""
-    if text.index is not None:
-        return text.index
+def prepared(
+    job: Job,
+    folder: RunFolder,
+    text: Text,
+    resume: CheckpointRef | None,
+    progress: Progress,
+    *,
+    note: Callable[[str], None] = lambda line: None,
+) -> DataIndex:
+    """The tokens of the run, made now unless they are there, and pinned; what a person should know of them is noted.
+
+    Raises RunRefused where they are not the checkpoint's."""
+    index = text.index or _prepared(job, folder, resume, progress)
+    for line in notes(request_of(job), index):
+        note(f"tokens    {line}")
+    return index
+
+
+def _prepared(job: Job, folder: RunFolder, resume: CheckpointRef | None, progress: Progress) -> DataIndex:
     from orchestrator.training.prepare import prepare_job
 
     index = prepare_job(job, progress=progress)
@@ -82,6 +112,12 @@ def told(text: Text) -> str:
         f"{changed}; the run goes on with the tokens that it began with. To train on the text as it is now: --fresh, "
         "or another name"
     )
+
+
+def changed_event(text: Text, step: int) -> Event:
+    """The event of a run whose text changed, with the first of the files."""
+    details = {"changes": list(text.changes[:MAX_CHANGES])}
+    return Event(time_unix_s=time.time(), kind="text_changed", step=step, cause=told(text), details=details)
 
 
 def has_stepped(folder: RunFolder) -> bool:

@@ -156,6 +156,24 @@ def test_a_run_from_before_text_was_pinned_finds_its_tokens_by_the_checkpoint(jo
         begin(job, folder, saved(folder, before))
 
 
+def test_the_change_is_noted_and_an_event_names_the_files(job, folder):
+    index, _ = begin(job, folder)
+    add(job)
+    noted = []
+    reads = text.text_of(job, folder, saved(folder, index), note=noted.append)
+    assert noted == [f"text      {text.told(reads)}"]
+    event = text.changed_event(reads, 5)
+    assert (event.kind, event.step, event.details) == ("text_changed", 5, {"changes": ["texts/c.txt was added"]})
+
+
+def test_prepare_lists_the_tokens_of_the_text_as_it_was(job, tmp_path, capsys):
+    (tmp_path / "job.yaml").write_text(job.to_yaml())
+    before = prepare_job(job)
+    add(job)
+    assert main(["prepare", str(tmp_path / "job.yaml")]) == 0
+    assert f"before     {before.directory}: the text as it was; delete it when" in capsys.readouterr().out
+
+
 def test_a_tokenizer_that_changed_is_told(tmp_path, job):
     with_tokenizer = parse_job(
         {**JOB, "data": {"train": ["texts/b.txt"], "tokenizer": "tokenizer", "validation": 0}}, directory=tmp_path
