@@ -82,7 +82,7 @@ def _base(
 
 
 def _overridden(base: Cluster, mapping: Mapping[str, Any], where: str) -> Cluster:
-    """What the mapping says beyond its base."""
+    """Return what the mapping says beyond its base."""
     changes: dict[str, Any] = {}
     if "inter_node_gbps" in mapping and "inter_node_measured_gbps" in mapping:
         raise ValueError(f"{where}: inter_node_gbps (line rate) and inter_node_measured_gbps exclude each other")
@@ -111,7 +111,7 @@ def _overridden(base: Cluster, mapping: Mapping[str, Any], where: str) -> Cluste
 
 
 def to_mapping(cluster: Cluster) -> dict[str, Any]:
-    """What `parse` reads back as an equal cluster."""
+    """Return what `parse` reads back as an equal cluster."""
     mapping: dict[str, Any] = {
         "version": 1,
         "name": cluster.name,

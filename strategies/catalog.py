@@ -1,4 +1,4 @@
-"""What each engine can do. Core: it names no module of an engine."""
+"""The table of what each engine can do. Core: it names no module of an engine."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ class Limit:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Capability:
-    """What an engine is built to do; what no limit names, it does."""
+    """The abilities of an engine; what no limit names, it does."""
 
     semantics: str
-    """Whose cost doors price it."""
+    """The engine whose cost doors price it."""
     states: tuple[States, ...] = ()
-    """What it keeps in 16-bit precision, by ZeRO stage."""
+    """Formats of the states that the engine keeps in 16-bit precision, by ZeRO stage."""
     whole_until: int = 1
     """The last ZeRO stage whose parameters stand whole on every rank."""
     buckets: bool = True
-    """At ZeRO 0 to 2 it holds what it reduces in buckets as large as native's; False: in small ones, which no price counts."""
+    """The engine holds what it reduces at ZeRO 0 to 2 in buckets as large as native's; False: in small ones, which no price
+    counts."""
     gathers_ahead: bool = True
-    """At ZeRO 3 it fetches a block while the one before is at work."""
+    """The engine fetches a block at ZeRO 3 while the one before is at work."""
     plans_ahead: bool = False
     """A plan prices what it is not built to do, too."""
     speed_error: float = 0.0
@@ -43,9 +44,9 @@ class Capability:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the Strategy that a job leaves open and the planner does not vary."""
     package: str = ""
-    """What must be installed beside torch."""
+    """Package that must be installed beside torch."""
     precisions: Callable[[Strategy], tuple[str, ...]] = lambda _: PRECISIONS
-    """What it computes in."""
+    """Precisions that the engine computes in."""
     limits: tuple[Limit, ...] = ()
 
 
@@ -60,7 +61,7 @@ NO_FUSED_NORM = Limit(
     reason="no fused norm is built: norms run as torch's own kernel",
 )
 NATIVE_STATES = (("mixed", "mixed_fp32_gradients", "full"), ("sharded_fp32", "full"))
-"""What the native engine keeps at ZeRO 0 and 1, and at 2 and 3."""
+"""Formats of the states that the native engine keeps at ZeRO 0 and 1, and at 2 and 3."""
 
 
 def _hybrid(strategy: Strategy) -> bool:
@@ -313,7 +314,7 @@ def unbuilt(strategy: Strategy, *, field: str | None = None) -> Limit | None:
 
 
 def wrong_precision(strategy: Strategy, precision: str) -> str | None:
-    """What to say where the engine does not compute in a precision; None where it does."""
+    """Return what to say where the engine does not compute in a precision; None where it does."""
     known = ENGINES[strategy.engine].precisions(strategy)
     if precision in known:
         return None

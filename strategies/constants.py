@@ -14,7 +14,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeConstants:
-    """Of the time model on GPUs."""
+    """Constants of the time model on GPUs."""
 
     matmul: float = 0.876
     """Reached by a training step's large products over what a benchmark of single products sustains (SUSTAINED)."""
@@ -28,7 +28,7 @@ class TimeConstants:
     score_bytes: float = 6.39
     """Bytes read and written of each score by a fused masked softmax, forward; plain torch operations: MATH_PASSES times."""
     memory: float = 0.844
-    """Of the datasheet's memory bandwidth, element-wise kernels."""
+    """Part of the datasheet's memory bandwidth that element-wise kernels reach."""
     logit_bytes: float = 51.4
     """Bytes read and written of each logit, forward and backward: casts to fp32, log-softmax, its gradient."""
     layer_launch_s: float = 0.000639
@@ -53,7 +53,7 @@ class TimeConstants:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryConstants:
-    """Of the memory model: what tensors the stacks that published hold beyond theory, and what is no tensor at all."""
+    """Constants of the memory model: what tensors the stacks that published hold beyond theory, and what is no tensor at all."""
 
     score_copies: float = 2.73
     """Copies of the [heads, s, s] scores kept for backward by unfused attention: scores, probabilities, dropout's output."""

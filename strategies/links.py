@@ -1,4 +1,5 @@
-"""What ranks send each other, which link a group of them talks over, and how long a collective takes on it. Pure.
+"""Messages between ranks: what they send each other, which link a group of them talks over, and how long a collective takes on
+it. Pure.
 
 Source: ring algorithms, arXiv:1802.05799 and nccl-tests' notion of bus bandwidth. A ring enters and leaves each node once, so
 a group of r local ranks has the network of r cards; all groups of a node talk at the same time and share it."""
@@ -25,7 +26,7 @@ class Message(NamedTuple):
     element: int
     """Bytes of one element."""
     num_bytes: float
-    """Of all of them: the whole buffer of a reduce-scatter (in) or an all-gather (out), padding included."""
+    """Bytes of all of them: the whole buffer of a reduce-scatter (in) or an all-gather (out), padding included."""
     count: float = 1  # type: ignore[assignment]
 
     def times(self, number: float) -> Message:

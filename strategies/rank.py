@@ -1,4 +1,4 @@
-"""What rooms hand on from one to the next: one rank's share of the work, its bytes, its seconds. Values only. Pure."""
+"""The values that rooms hand on from one to the next: one rank's share of the work, its bytes, its seconds. Values only. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from strategies.workload import Workload
 
 
 class Question(NamedTuple):
-    """What a price needs to know beside the strategy: the model, the length of a sequence, the precision."""
+    """The question of a price beside the strategy: the model, the length of a sequence, the precision."""
 
     work: Workload
     sequence_length: int
@@ -63,16 +63,16 @@ class Padding(NamedTuple):
     """Elements that the fullest rank owns beyond its even part, because rows are dealt whole."""
 
     outside: float = 0.0
-    """Outside the blocks."""
+    """Elements outside the blocks."""
     block: float = 0.0
-    """In one block."""
+    """Elements in one block."""
 
 
 class ModelStates(NamedTuple):
-    """What one rank holds of the model's states, in bytes unless a name says otherwise."""
+    """The model's states that one rank holds, in bytes unless a name says otherwise."""
 
     gpu: StateBytes = StateBytes()
-    """What stays on the accelerator."""
+    """States that stay on the accelerator."""
     parameters: float = 0.0
     """Parameters of the rank, a count; whole, before ZeRO deals them out."""
     block: float = 0.0
@@ -104,23 +104,23 @@ class MicroBatchBytes(NamedTuple):
     hidden: float = 0.0
     """One activation of the residual stream, whole."""
     layer: float = 0.0
-    """What a layer saves for its backward pass where nothing is recomputed."""
+    """Bytes that a layer saves for its backward pass where nothing is recomputed."""
     checkpointed: float = 0.0
-    """What a checkpointed layer saves."""
+    """Bytes that a checkpointed layer saves."""
     logits_at_loss: float = 0.0
     """Logits and what the loss makes of them."""
     logits_copy: float = 0.0
     """One copy of the logits."""
     widened: float = 0.0
-    """What the loss widens of the logits at once."""
+    """Logits that the loss widens at once."""
     working: float = 0.0
-    """What a block's backward pass needs beyond what was saved."""
+    """Bytes that a block's backward pass needs beyond what was saved."""
     recomputed: float = 0.0
-    """What is computed again of a checkpointed layer, alive while it goes backward."""
+    """Activations of a checkpointed layer that are computed again, alive while it goes backward."""
     pending: float = 0.0
-    """What a layer keeps between the halves of a split backward pass."""
+    """Bytes that a layer keeps between the halves of a split backward pass."""
     final: float = 0.0
-    """What the head keeps: the last block's output and its norm's."""
+    """Activations that the head keeps: the last block's output and its norm's."""
     numbers: float = 0.0
     """Ids and positions of the tokens."""
     residual: float = 0.0
@@ -130,9 +130,9 @@ class MicroBatchBytes(NamedTuple):
     attention_end: float = 0.0
     """Gradients alive where a block's attention ends, beside what waits for its weights."""
     wide: float = 0.0
-    """What a block's forward pass is about to let go: the feed-forward's product, and what comes out."""
+    """Activations that a block's forward pass is about to let go: the feed-forward's product, and what comes out."""
     wide_checkpointed: float = 0.0
-    """What a checkpointed block's forward pass is about to let go beside it: all that it does not keep."""
+    """Activations that a checkpointed block's forward pass lets go beside them: all that it does not keep."""
 
     def of(self, share: Share) -> float:
         """Return the bytes that one micro batch leaves in the layers of a rank."""
@@ -140,7 +140,7 @@ class MicroBatchBytes(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """What a pipeline rank keeps at one moment, in whole shares of its layers."""
+    """Micro batches and gradients that a pipeline rank keeps at one moment, in whole shares of its layers."""
 
     forward: float
     """Micro batches between forward and backward."""
@@ -154,39 +154,39 @@ class InFlightMaxima(NamedTuple):
     """The fullest moments of a pipeline rank's step, whatever each part weighs."""
 
     begin: tuple[InFlight, ...]
-    """As a backward pass begins; of a split one, the half over the inputs."""
+    """Moments as a backward pass begins; of a split one, the half over the inputs."""
     end: tuple[InFlight, ...]
-    """As a backward pass ends; of a split one, the half over the weights."""
+    """Moments as a backward pass ends; of a split one, the half over the weights."""
     head: tuple[InFlight, ...]
-    """As the head's backward pass begins."""
+    """Moments as the head's backward pass begins."""
     forward: tuple[InFlight, ...]
-    """As a forward pass ends."""
+    """Moments as a forward pass ends."""
 
 
 class SavedActivations(NamedTuple):
     """Activations of all micro batches in flight on one pipeline rank, in bytes, and how the rank runs its passes."""
 
     before_backward: float = 0.0
-    """As a backward pass begins, at their most."""
+    """The most bytes as a backward pass begins."""
     peak_in_backward: float = 0.0
-    """In a backward pass, at their most."""
+    """The most bytes in a backward pass."""
     freed_by_backward: float = 0.0
-    """What a backward pass adds to them when it ends; negative where it frees more than it keeps for the weights' pass."""
+    """Bytes that a backward pass adds when it ends; negative where it frees more than it keeps for the weights' pass."""
     at_head: float = 0.0
-    """At their most while logits are there, with what the head keeps."""
+    """The most bytes while logits are there, with what the head keeps."""
     final: float = 0.0
-    """Of `at_head`, what the head keeps of one micro batch."""
+    """Part of `at_head` that the head keeps of one micro batch."""
     numbers: float = 0.0
     """Ids and positions that the embedding keeps."""
     one: float = 0.0
-    """Of one micro batch, between forward and backward."""
+    """Bytes of one micro batch between forward and backward."""
     waits: float = 0.0
-    """Of one micro batch, between the halves of a split backward pass."""
+    """Bytes of one micro batch between the halves of a split backward pass."""
     waiting_micro_batches: float = 0.0
-    """What else is kept of micro batches that wait: by the head of gpipe; what came in, where all else is on the host."""
+    """Other bytes of micro batches that wait: kept by the head of gpipe; what came in, where all else is on the host."""
     moments: InFlightMaxima = InFlightMaxima((), (), (), ())
     unreceived_forward: float = 0.0
-    """What other pipeline ranks may not have received yet as a forward pass ends."""
+    """Bytes that other pipeline ranks may not have received yet as a forward pass ends."""
     unreceived_backward: float = 0.0
     """The same as a backward pass begins."""
     boundary: float = 0.0
@@ -246,7 +246,7 @@ class OnceSeconds(NamedTuple):
 
     seconds: float = 0.0
     exposed_s: float = 0.0
-    """Of them, what no compute hides, however long it is."""
+    """Part of `seconds` that no compute hides, however long it is."""
     within_compute: bool = False
     """The rest hides only as far as compute is long enough."""
 
@@ -262,6 +262,6 @@ class SlowestRank(NamedTuple):
     most_borders: int
     """Borders to other pipeline ranks of the rank that has the most."""
     first_share: Share
-    """What the first pipeline rank holds."""
+    """Share of the first pipeline rank."""
     saved_bytes: float
     """Activations of one micro batch that the rank saves."""

@@ -1,4 +1,4 @@
-"""What two or more choices make of each other: combinations that are impossible, and settings that change nothing. Pure."""
+"""Rules between choices: combinations that are impossible, and settings that change nothing. Pure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What each pipeline rank holds, read off a strategy's stages. Pure."""
+"""Shares: what each pipeline rank holds, read off a strategy's stages. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Shares(NamedTuple):
     fullest: tuple[int, ...]
     """The ranks that can hold the most: an earlier rank with no smaller share keeps no fewer micro batches in flight."""
     borders: tuple[int, ...]
-    """Of each rank: borders of its stages that a micro batch crosses to or from another rank, forward and backward."""
+    """Borders by rank: those of its stages that a micro batch crosses to or from another rank, forward and backward."""
     most_borders: int
     latest: tuple[int, ...]
     """The last rank of each share that differs: where backward passes are split, it waits longest for the weights'."""
@@ -75,7 +75,7 @@ def _by_rank(stages: tuple[Stage, ...]) -> tuple[Share, ...]:
 
 
 def _borders(stages: tuple[Stage, ...], degree: int) -> tuple[int, ...]:
-    """By rank."""
+    """Return the borders by rank."""
     ranks = [stage.pipeline_rank for stage in stages]
     touched = Counter(rank for border in pairwise(ranks) if border[0] != border[1] for rank in border)
     return tuple(touched[rank] for rank in range(degree))

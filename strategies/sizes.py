@@ -15,7 +15,7 @@ from strategies.workload import Tensor, Workload
 
 
 class GroupRanks(NamedTuple):
-    """Where a rank stands in its groups; the first of each holds the most."""
+    """The places of a rank in its groups; the first of each holds the most."""
 
     tensor: int = 0
     shard: int = 0
@@ -38,13 +38,13 @@ class Sizes(NamedTuple):
         return layers * self.block + self.outside(work, embedding=embedding, head=head)
 
     def outside(self, work: Workload, *, embedding: bool, head: bool) -> int:
-        """Beside the blocks."""
+        """Return the elements beside the blocks."""
         copied = self.table if head and not embedding and work.tied_embeddings else 0
         return self.embedding * embedding + self.head * head + copied
 
 
 def part(tensor: Tensor, size: int, rank: int) -> Tensor:
-    """What a rank of a tensor group has of a parameter."""
+    """Return what a rank of a tensor group has of a parameter."""
     if tensor.split == "row":
         return tensor._replace(width=_chunk(tensor.width, size, rank))
     if tensor.split in ("column", "vocabulary", "sequence"):
@@ -54,19 +54,20 @@ def part(tensor: Tensor, size: int, rank: int) -> Tensor:
 
 @lru_cache(maxsize=65536)
 def padded(work: Workload, tensor: int, rank: int, shards: int) -> Sizes:
-    """Of all shards of a tensor rank's part together, each as large as the first."""
+    """Return the elements of all shards of a tensor rank's part together, each as large as the first."""
     return _sizes(work, tensor, rank, lambda t: -(-t.rows // shards) * shards * t.width)
 
 
 @lru_cache(maxsize=65536)
 def partial(work: Workload, tensor: int, shards: int, shard: int, sequence_parallel: bool) -> Sizes:
-    """Of one shard, unpadded: parameters that stand whole on each tensor rank, each of which has a part of their gradient."""
+    """Return the elements of one shard, unpadded, of parameters that stand whole on each tensor rank, each of which has a part
+    of their gradient."""
     kinds = ("replicated", "replicated_partial") if sequence_parallel else ("replicated_partial",)
     return _sizes(work, tensor, 0, lambda t: _chunk(t.rows, shards, shard) * t.width if t.split in kinds else 0)
 
 
 def table(work: Workload, tensor: int, shards: int, ranks: GroupRanks) -> int:
-    """Of one shard of the table of tokens, unpadded."""
+    """Return the elements of one shard of the table of tokens, unpadded."""
     mine = part(work.embedding_tensors[0], tensor, ranks.tensor)
     return _chunk(mine.rows, shards, ranks.shard) * mine.width
 

@@ -21,7 +21,7 @@ MESH_ORDER: tuple[Axis, ...] = ("pipeline", "data", "context", "tensor")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Offload:
-    """What leaves the GPU between its uses."""
+    """The offload: what leaves the GPU between its uses."""
 
     optimizer: Place = "none"
     parameters: Place = "none"
@@ -77,7 +77,7 @@ class Strategy:
     fused_norm: bool = False
     compile: bool = False
     stages: tuple[Stage, ...] = ()
-    """In model order; one stage that holds the whole model where there is no pipeline."""
+    """Stages in model order; one stage that holds the whole model where there is no pipeline."""
 
     @property
     def num_gpus(self) -> int:

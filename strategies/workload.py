@@ -1,4 +1,4 @@
-"""What a strategy needs to know of a model. Pure numbers: no family, no framework.
+"""A workload: what a strategy needs to know of a model. Pure numbers: no family, no framework.
 
 Elements and FLOPs are per token and per layer unless a name says otherwise; bytes appear when the precision is known.
 h hidden size, f feed-forward size, k key/value width, V vocabulary.
@@ -55,24 +55,24 @@ class Workload:
     embedding_size: int
     tied_embeddings: bool
     block_parameters: int
-    """Of one block."""
+    """Parameters of one block."""
     block_replicated_parameters: int
-    """Those of them that tensor parallelism does not split: norms and the biases of row-parallel layers."""
+    """Parameters of one block that tensor parallelism does not split: norms and the biases of row-parallel layers."""
     embedding_parameters: int
     """Tokens, positions, projection, norm."""
     position_rows: int
-    """Of the table of learned positions."""
+    """Rows of the table of learned positions."""
     head_parameters: int
     """Final norm and projections, and the output table unless it is the embedding's."""
     embedding_tensors: tuple[Tensor, ...]
     """The parameters themselves, in the module's order; the first is the table of tokens, the head's too where it is tied."""
     block_tensors: tuple[Tensor, ...]
-    """Of one block."""
+    """Parameters of one block, themselves."""
     head_tensors: tuple[Tensor, ...]
     post_norm: bool
     """A block's last act is a norm, whose input is a sum over the tensor group."""
     matmuls: tuple[Matmul, ...]
-    """Of one block."""
+    """Linear layers of one block."""
     saved_whole_elements: int
     """Elements a token leaves for backward in one block that tensor parallelism alone does not split: inputs and outputs of
     the norms, 4 h."""
@@ -81,7 +81,8 @@ class Workload:
     OPT: 4 h + f, 24 sbh bytes a layer with the whole ones in 16 bit: ReLU's output is also the next product's input, so
     34 sbh of arXiv:2205.05198 (GeLU, with dropout's two masks) is not its number."""
     selective_whole_elements: int
-    """What selective checkpointing keeps in their place: the block's input and the outputs of its row-parallel products."""
+    """Elements that selective checkpointing keeps in their place: the block's input and the outputs of its row-parallel
+    products."""
     selective_split_elements: int
     """The split ones: outputs of the products and of attention; the element-wise rest is computed again."""
     traffic_whole_elements: int

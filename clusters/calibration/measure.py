@@ -47,7 +47,7 @@ Say = Callable[[float, str], None]
 def cpu_calibration(
     num_workers: int, *, quick: bool = True, fresh: bool = False, say: Say | None = None
 ) -> Calibration:
-    """What one core does while `num_workers` of them work. Cached by processor, cores, torch and worker environment.
+    """Return what one core does while `num_workers` of them work. Cached by processor, cores, torch and worker environment.
 
     With the errors that finished runs on this machine showed."""
     measured = _measured(num_workers, quick=quick, fresh=fresh, say=say)
@@ -55,7 +55,7 @@ def cpu_calibration(
 
 
 def machine_record(num_workers: int) -> Path:
-    """Where finished runs on this CPU are kept, beside what was measured of it."""
+    """Return where finished runs on this CPU are kept, beside what was measured of it."""
     return _cache_file(num_workers).with_suffix(".runs.yaml")
 
 

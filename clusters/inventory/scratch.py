@@ -12,7 +12,7 @@ PROC_MOUNTS = Path("/proc/self/mounts")
 
 
 def folder() -> Path:
-    """What the variable names, else where Python's temporary files lie (TMPDIR)."""
+    """Return what the variable names, else where Python's temporary files lie (TMPDIR)."""
     return Path(os.environ.get(VARIABLE) or tempfile.gettempdir())
 
 

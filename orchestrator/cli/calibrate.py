@@ -93,7 +93,7 @@ def write(output: Path, cluster: Cluster) -> None:
 
 
 def table(cluster: Cluster) -> Any:
-    """What was measured, for a person."""
+    """Return what was measured, for a person."""
     from rich.table import Table
 
     calibration = cluster.calibration

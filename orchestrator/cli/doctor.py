@@ -97,7 +97,7 @@ def installed(package: str) -> str | None:
 
 
 def probe_torch() -> Mapping[str, object] | str:
-    """What torch says of itself, or what went wrong; in a child process, which a broken build may take down."""
+    """Return what torch says of itself, or what went wrong; in a child process, which a broken build may take down."""
     if installed("torch") is None:
         return "not installed"
     try:

@@ -39,7 +39,7 @@ def command(job: str, as_json: bool) -> int:
 
 
 def notes(job: Job) -> list[ErrorEntry]:
-    """What keeps a valid job from running: settings that nothing acts on yet, and files that are not here."""
+    """Return what keeps a valid job from running: settings that nothing acts on yet, and files that are not here."""
     return [*unbuilt(job), *missing(job)]
 
 

@@ -101,7 +101,7 @@ class TrainingWorker:
         return asdict(outcome)
 
     def sign(self) -> dict[str, Any] | None:
-        """What the training thread is doing; None before it trains."""
+        """Return what the training thread is doing; None before it trains."""
         return None if self._pulse is None else self._pulse.sign().to_mapping()
 
     def stop(self, cause: str) -> None:

@@ -39,7 +39,7 @@ class DiskWatch:
         self._news: str | None = None
 
     def look(self) -> str | None:
-        """What a person is to be told, once; looks at the disk every few seconds."""
+        """Return what a person is to be told, once; looks at the disk every few seconds."""
         now = self.now()
         if self._looked is None or now - self._looked >= LOOK_EVERY_S:
             self._looked = now

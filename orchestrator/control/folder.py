@@ -129,7 +129,7 @@ class RunFolder:
 
 
 def _value(job: Job, key: str) -> object:
-    """What a job has under a dotted key of trajectory_difference; of the model, its resolved shape."""
+    """Return what a job has under a dotted key of trajectory_difference; of the model, its resolved shape."""
     section, *rest = key.split(".")
     value: Any = getattr(job, section, None)
     if section == "model" and rest and hasattr(job.architecture, rest[0]):
@@ -232,7 +232,7 @@ def _locked(path: Path, folder: RunFolder) -> BinaryIO:
 
 
 def refused_lock(error: OSError, folder: RunFolder, process: str) -> RunRefused:
-    """What a refused lock means: another run, or a file system that is not fit for one."""
+    """Return what a refused lock means: another run, or a file system that is not fit for one."""
     if error.errno in (errno.EAGAIN, errno.EACCES):
         return RunRefused(
             f"this job runs already, in process {process}",

@@ -81,7 +81,7 @@ def is_stopped(pid: int) -> bool:
 
 
 def session_folder(run_directory: Path) -> Path:
-    """Where Ray keeps the sockets and logs of a run: one short path per run folder (a socket's path has 107 characters),
+    """Return where Ray keeps the sockets and logs of a run: one short path per run folder (a socket's path has 107 characters),
     inside a folder that only this user may enter."""
     import hashlib
 

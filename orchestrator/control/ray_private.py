@@ -20,7 +20,7 @@ NAMES = (
 
 
 def missing() -> str | None:
-    """What a person is to do where this Ray cannot be embedded; None where it can."""
+    """Return what a person is to do where this Ray cannot be embedded; None where it can."""
     found = version("ray")
     why = [
         f"it lacks {module}.{name}" + f" with {word}" * bool(word)

@@ -111,6 +111,6 @@ def _same_in_a_row(history: Sequence[Failure]) -> int:
 
 
 def _identity(failure: Failure) -> tuple[object, ...]:
-    """What makes a failure the same as another: not the numbers in its text, such as addresses, ports, process ids, bytes, or
-    which of the ranks told of it first."""
+    """Return what makes a failure the same as another: not the numbers in its text, such as addresses, ports, process ids,
+    bytes, or which of the ranks told of it first."""
     return failure.kind, failure.step, re.sub(r"0x[0-9a-f]+|\b[0-9a-f]*[0-9][0-9a-f]*\b", "#", failure.cause.lower())

@@ -102,7 +102,7 @@ def _prepared(job: Job, folder: RunFolder, resume: CheckpointRef | None, progres
 
 
 def told(text: Text) -> str:
-    """What the run does about text that changed since it began. Empty: nothing changed."""
+    """Return what the run does about text that changed since it began. Empty: nothing changed."""
     if not text.changes:
         return ""
     changed = f"the text changed since the run began ({few(text.changes)})"

@@ -164,8 +164,8 @@ class Attention(nn.Module):
         return self.region.row(y_BASD.transpose(1, 2).reshape(batch, sequence, -1), self.out)
 
     def _alibi(self, q_BASD: Tensor, num_keys: int) -> Tensor:
-        """What ALiBi adds to the scores of this rank's heads, [A, Q, S]: slope x (key - query). The queries are the last of the
-        keys' tokens."""
+        """Return what ALiBi adds to the scores of this rank's heads, [A, Q, S]: slope x (key - query). The queries are the last
+        of the keys' tokens."""
         heads, sequence = q_BASD.shape[1:3]
         first = self.region.rank * heads
         slopes = alibi_slopes(self.num_heads)[first : first + heads]
@@ -338,7 +338,7 @@ class Decoder(nn.Module):
         return config_of_architecture(self.arch), FORMATS["opt"].key
 
     def context(self, *, segment_ids_BS: Tensor) -> Context:
-        """What `forward` takes where rows hold several samples; made once for all blocks."""
+        """Return what `forward` takes where rows hold several samples; made once for all blocks."""
         return packed(segment_ids_BS)
 
     def forward(self, input_ids_BS: Tensor, *context: Context) -> Tensor:

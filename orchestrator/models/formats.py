@@ -53,7 +53,7 @@ class Format:
         return f"{self.layer.format(block[1])}{part}.{kind}"
 
     def piece(self, name: str) -> int | None:
-        """Which third of that tensor it is; None: the whole."""
+        """Return which third of that tensor it is; None: the whole."""
         stem = name.rpartition(".")[0].partition(".")[2].partition(".")[2]
         return FUSED.index(stem) if self.fused and stem in FUSED else None
 

@@ -152,7 +152,7 @@ SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def spoken_of(folder: Path) -> dict[str, Any]:
-    """What a folder says of its special tokens and of generating: the ids in config.json, and generation_config.json."""
+    """Return what a folder says of its special tokens and of generating: the ids in config.json, and generation_config.json."""
     config = _json(folder / CONFIG)
     told: dict[str, Any] = {word: config[word] for word in SPECIAL_IDS if word in config}
     for word, value in told.items():

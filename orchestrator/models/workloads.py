@@ -21,7 +21,7 @@ stacks that published them, though some of them train here too."""
 
 @lru_cache(maxsize=256)
 def workload(arch: Architecture) -> Workload:
-    """What the strategies' cost doors see of an architecture."""
+    """Return what the strategies' cost doors see of an architecture."""
     hidden, ffn, kv, traits = arch.hidden_size, arch.ffn_size, arch.kv_size, arch.traits
     num_up = 2 if traits.gated else 1
     # Saved of the feed-forward: ReLU its output; GeLU its input and output; a gate both projections, the activation of one

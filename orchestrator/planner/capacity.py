@@ -20,12 +20,12 @@ from orchestrator.planner.show.words import LONG_S, RED, length_told, painted, s
 ClusterOf = Callable[[int], Cluster]
 """Number of GPUs -> the cluster of that size."""
 WISHES = {"fits": "fits", "fits_without_offload": "fits without offload", "meets_target": "meets every target"}
-"""What the smallest cluster is looked for that does it, by its name in JSON."""
+"""Wishes of which the smallest cluster is looked for, by their names in JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What every cell of the table is asked."""
+    """A question that every cell of the table is asked."""
 
     global_batch_size: int
     sequence_length: int
@@ -159,7 +159,7 @@ class Capacity:
 
     question: Question
     cluster: Cluster
-    """Of the largest size that was asked about."""
+    """The cluster of the largest size that was asked about."""
     cells: tuple[Cell, ...]
     smallest: dict[str, dict[str, Cell | None]]
     """model -> fits, fits_without_offload, meets_target -> the cell of the smallest such cluster."""

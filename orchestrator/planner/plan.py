@@ -34,18 +34,19 @@ class Plan:
     alternatives: list[Alternative]
     """The chosen strategy with each single choice changed, fastest first, each with one reason."""
     sensitivity: list[dict[str, Any]]
-    """What would be picked if a link were 10 % slower: [{link, where, same_choice, strategy, step_s, ...}]. Empty where nothing
-    was searched or nothing fits."""
+    """One row a link says what would be picked if it were 10 % slower: [{link, where, same_choice, strategy, step_s, ...}].
+    Empty where nothing was searched or nothing fits."""
     near: Nearest
-    """Where it does not fit: the changes that would make it fit."""
+    """Changes that would make it fit; empty where it does."""
     targets: list[dict[str, Any]]
     """[{name, wanted, got, met, would_meet, would_meet_alone}]."""
     notes: list[str]
-    """What a reader should know: idle GPUs, padding, settings without effect, what another choice of offload would change."""
+    """Sentences that a reader should know: idle GPUs, padding, settings without effect, what another choice of offload would
+    change."""
     left_out: Plan | None = None
     """A faster plan that the engine is not built to run yet."""
     trace: dict[str, Any] | None = None
-    """What playing the step on fake devices said (trace/child.py), where it was asked for."""
+    """The answer of a step played on fake devices (trace/child.py), where it was asked for."""
 
     @property
     def strategy(self) -> Strategy:
@@ -194,7 +195,7 @@ def _explained(job: Job, solution: Solution, top: int) -> Plan:
 
 
 def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = False) -> Problem:
-    """What the job asks of the planner."""
+    """Return what the job asks of the planner."""
     if cluster is None:
         cluster = job.resolved_cluster
     if cluster is None:

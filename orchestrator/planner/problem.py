@@ -1,4 +1,4 @@
-"""What a planner is asked: a model's work, a cluster, a batch, and the choices that are not free. Pure."""
+"""A problem is what a planner is asked: a model's work, a cluster, a batch, and the choices that are not free. Pure."""
 
 from __future__ import annotations
 
@@ -118,14 +118,15 @@ class Problem:
         return -(-self.global_batch_size // (data * micro))
 
     def key(self, step_s: float, num_gpus: int) -> float:
-        """What the objective makes small."""
+        """Return the number that the objective makes small."""
         if self.objective == "cheapest":
             return step_s * num_gpus
         return step_s + num_gpus * ONE_GPU if self.objective == "fewest_gpus" else step_s
 
     @cached_property
     def states(self) -> tuple[States, ...]:
-        """By ZeRO stage, as the engine keeps them: the bytes table is strategies/zero/cost.py."""
+        """Return the formats of the states by ZeRO stage, as the engine keeps them; strategies/zero/state_bytes.py has their
+        bytes."""
         pinned: States | None = self.pins.get("states")
         if pinned is None and self.precision in ("fp32", "fp64"):
             pinned = "full"

@@ -128,6 +128,6 @@ class Journal:
 
 
 def told(error: OSError) -> str:
-    """What the disk said and about which file, for a person."""
+    """Return what the disk said and about which file, for a person."""
     what = error.strerror or str(error)
     return f"{Path(str(error.filename)).name}: {what}" if error.filename else what

@@ -125,7 +125,7 @@ def state_of(events: Sequence[Event]) -> tuple[str, str]:
 
 
 def unit_of(plan: Mapping[str, Any]) -> str:
-    """What a worker trains on, as a person calls it: on a machine without GPUs, the worker itself."""
+    """Return what a worker trains on, as a person calls it: on a machine without GPUs, the worker itself."""
     return "worker" if plan["cluster"].get("gpu") == "cpu" else "GPU"
 
 

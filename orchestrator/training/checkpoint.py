@@ -92,7 +92,7 @@ def verify_together(ref: CheckpointRef, *, group: dist.ProcessGroup | None = Non
 
 
 def _together(act: Callable[[], T], path: Path, group: dist.ProcessGroup | None) -> T:
-    """What act gives on this rank, where it raises CheckpointRefused on none; else that, on all. No rank waits for one
+    """Return what act gives on this rank, where it raises CheckpointRefused on none; else that, on all. No rank waits for one
     that has left."""
     if not dist.is_initialized():
         return act()

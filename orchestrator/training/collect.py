@@ -52,7 +52,7 @@ class Collected:
     """(where, where the same example stood before)."""
 
     def report(self) -> str:
-        """What was read and what was left out, in a few lines."""
+        """Return what was read and what was left out, in a few lines."""
         lines = [f"{len(self.places):,} examples of {self.num_records:,} records"]
         if self.duplicates:
             where, before = self.duplicates[0]

@@ -68,7 +68,7 @@ class Conversation:
 
     @property
     def prompt(self) -> Messages:
-        """What comes before the first answer."""
+        """Return what comes before the first answer."""
         return self.messages[: next(i for i, message in enumerate(self.messages) if message.role == "assistant")]
 
 

@@ -36,8 +36,8 @@ class Request:
 
     @property
     def directory(self) -> Path:
-        """Where the tokens of this request are kept: in the user's cache, under a name that the request decides. Each state of
-        its files has a folder of its own, whose name goes on with a hyphen and the fingerprint of the tokens."""
+        """Return where the tokens of this request are kept: in the user's cache, under a name that the request decides. Each
+        state of its files has a folder of its own, whose name goes on with a hyphen and the fingerprint of the tokens."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         validation = self.validation if isinstance(self.validation, float | int) else list(self.validation)
         key = json.dumps([str(self.base.resolve()), list(self.train), validation, self.tokenizer])
@@ -86,7 +86,7 @@ def given_tokenizer(request: Request) -> Tokenizer | None:
 
 
 def notes(request: Request, index: DataIndex) -> list[str]:
-    """What a person should know of the tokenizer before training."""
+    """Return what a person should know of the tokenizer before training."""
     told = []
     if request.tokenizer_of_weights:
         told.append(f"data.tokenizer is absent: the text is tokenized with that of the weights, in {request.tokenizer}")
@@ -131,7 +131,7 @@ def is_unchanged(source: Source) -> bool:
 
 
 def changes(request: Request, index: DataIndex) -> list[str]:
-    """What is different now from when the tokens were made, file by file, as a person would say it."""
+    """Return what is different now from when the tokens were made, file by file, as a person would say it."""
     try:
         train, held_out = files_of(request)
     except DataError as error:

@@ -73,7 +73,7 @@ class Limits:
         return max(least, self.progress_steps * (step_s or 0.0))
 
     def for_bytes(self, num_bytes: float) -> float:
-        """What storage is given to move so many bytes, seconds."""
+        """Return what storage is given to move so many bytes, seconds."""
         return num_bytes / self.slowest_storage_bytes_per_s
 
     def save(self, *, num_bytes: float, longest_s: float | None) -> float:

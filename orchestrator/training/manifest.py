@@ -190,7 +190,7 @@ def read_manifest(path: Path) -> CheckpointRef:
 
 
 def _fault(manifest: Mapping[str, Any]) -> str | None:
-    """What in a manifest is not of the type that its readers rely on; someone else may have written it."""
+    """Return what in a manifest is not of the type that its readers rely on; someone else may have written it."""
     types = {
         "step": int,
         "num_steps": int,

@@ -73,8 +73,8 @@ def pack(samples: Sequence[Sample], sequence_length: int, *, together: int = 1, 
 
 
 def _rows(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which go into each row: the longest first, each where the least room is left that is enough. A row's members, and the
-    rows by their first member, are in the order of the samples."""
+    """Return which go into each row: the longest first, each where the least room is left that is enough. A row's members, and
+    the rows by their first member, are in the order of the samples."""
     free: list[tuple[int, int]] = []
     """(room, row), sorted."""
     rows: list[list[int]] = []

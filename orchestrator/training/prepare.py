@@ -186,7 +186,7 @@ def _stat(path: Path) -> tuple[int, int]:
 def _works(
     train: Sequence[Path], held_out: Sequence[Path], tokenizer: Tokenizer, fraction: float
 ) -> tuple[shard.Work, ...]:
-    """What is to be done for each file. The split depends on names, sizes and order, never on where the files lie."""
+    """Return what is to be done for each file. The split depends on names, sizes and order, never on where the files lie."""
     stats = {path: _stat(path) for path in (*train, *held_out)}
     # About eight pieces held out, of 512 to 16384 tokens; a power of two, so that a file more or less changes nothing.
     total = sum(stats[path][0] for path in train)

@@ -114,7 +114,7 @@ def _parts(tensor: Tensor) -> Iterator[tuple[Box, Tensor]]:
 
 
 def overlap(a: Box, b: Box) -> Box | None:
-    """What two boxes have in common; None for nothing."""
+    """Return what two boxes have in common; None for nothing."""
     offsets = tuple(max(x, y) for x, y in zip(a[0], b[0], strict=True))
     ends = [min(x + n, y + m) for x, n, y, m in zip(a[0], a[1], b[0], b[1], strict=True)]
     sizes = tuple(end - offset for end, offset in zip(ends, offsets, strict=True))

@@ -156,7 +156,7 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def _finished(work: Work, directory: Path) -> Source | None:
-    """What an earlier attempt left, if nothing that decides it has changed."""
+    """Return what an earlier attempt left, if nothing that decides it has changed."""
     try:
         note = json.loads((directory / f"{work.stem}.json").read_text(encoding="utf-8"))
         if note["work"] != asdict(work):

@@ -168,7 +168,7 @@ class Written(io.RawIOBase):
 
     @property
     def entry(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """Return what the manifest says of it."""
         return {"bytes": self.num_bytes, "sha256": self.digest.hexdigest()}
 
 

@@ -207,12 +207,12 @@ def keep_tokenizer(index: DataIndex, run_directory: Path, of_weights: Mapping[st
 
 
 def kept_tokenizer(run_directory: Path) -> Tokenizer:
-    """What keep_tokenizer left. DataError where it left nothing."""
+    """Return what keep_tokenizer left. DataError where it left nothing."""
     return load_saved(run_directory / KEPT, _description(run_directory))
 
 
 def kept_of_weights(run_directory: Path) -> dict[str, Any]:
-    """What keep_tokenizer was told of the weights that the run started from. Empty: nothing."""
+    """Return what keep_tokenizer was told of the weights that the run started from. Empty: nothing."""
     return dict(_description(run_directory).get("of_weights", {}))
 
 
@@ -226,8 +226,8 @@ def _description(run_directory: Path) -> dict[str, Any]:
 
 
 def _fault_of_the_library(error: BaseException) -> str:
-    """What `tokenizers` says of an error of its own: it raises bare Exception, and a panic of its Rust code is not even one.
-    Raises all else again."""
+    """Return what `tokenizers` says of an error of its own: it raises bare Exception, and a panic of its Rust code is not even
+    one. Raises all else again."""
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return str(error)
     raise error
@@ -290,7 +290,7 @@ def _byte_level(model: Any) -> Any:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What tokenizer_config.json says, completed by special_tokens_map.json; without what names code to be run."""
+    """Return what tokenizer_config.json says, completed by special_tokens_map.json; without what names code to be run."""
     config: dict[str, Any] = {}
     for name in ("special_tokens_map.json", CONFIG):
         file = folder / name

@@ -177,5 +177,6 @@ class _Unpickler(_Interpreter):  # type: ignore[misc]
 
 
 def unpickle(data: bytes, names: Names) -> Any:
-    """What a pickle describes, made of plain values and of what `names` makes. Raises any exception on any other pickle."""
+    """Return what a pickle describes, made of plain values and of what `names` makes. Raises any exception on any other
+    pickle."""
     return _Unpickler(data, names).load()

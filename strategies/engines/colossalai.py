@@ -38,7 +38,7 @@ def build_session(
     deterministic: bool = False,
     loss: Loss = TOKEN_LOSS,
 ) -> HeldSession:
-    """As native.build_session. Raises ValueError, with the field's name, for what ColossalAI cannot do."""
+    """Build a session as native.build_session does. Raises ValueError, with the field's name, for what ColossalAI cannot do."""
     _refuse(strategy, precision, deterministic)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # colossalai imports it, and it asks for GPU kernels
     engine_module("colossalai", "colossalai")

@@ -87,7 +87,7 @@ class Boosted(Held):
         return self.build.module
 
     def _named(self) -> dict[str, nn.Parameter]:
-        """Those of this rank, boosted."""
+        """Return this rank's parameters, boosted."""
         return self.filled
 
     @abstractmethod
@@ -96,7 +96,7 @@ class Boosted(Held):
 
     @abstractmethod
     def _shard(self, stepped: Tensor) -> Shard:
-        """What this rank steps of a parameter that the library hands to the optimizer."""
+        """Return what this rank steps of a parameter that the library hands to the optimizer."""
 
     @torch.no_grad()
     def _widen(self, weights: Weights) -> None:
@@ -128,7 +128,7 @@ class Boosted(Held):
 
     @abstractmethod
     def gradients(self) -> dict[str, Tensor]:
-        """Of this rank's shards, by name."""
+        """Return the gradients of this rank's shards, by name."""
 
     @abstractmethod
     def loaded(self, step: int) -> None:

@@ -1,5 +1,5 @@
-"""What ColossalAI 0.5.0 needs to run without a GPU: an accelerator that answers for CUDA's streams, and the gates that ask for
-its name. Installed only in a worker that runs ColossalAI on a CPU; no file of the package is changed."""
+"""The parts that ColossalAI 0.5.0 needs to run without a GPU: an accelerator that answers for CUDA's streams, and the gates
+that ask for its name. Installed only in a worker that runs ColossalAI on a CPU; no file of the package is changed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _accelerator(base: Any) -> Any:
             return contextlib.nullcontext()
 
         def synchronize(self, device: Any = None) -> None:
-            """As a stream's."""
+            """Wait for nothing, as a stream of a CPU does."""
 
         def current_device(self) -> torch.device:
             return torch.device("cpu")
@@ -64,7 +64,7 @@ def _accelerator(base: Any) -> Any:
 
 
 class _Device:
-    """What Gemini takes for a GPU: it tells its two tiers of memory apart by the device's type."""
+    """A device that Gemini takes for a GPU: it tells its two tiers of memory apart by the device's type."""
 
     type, index = "cuda", 0
 

@@ -1,4 +1,4 @@
-"""What an engine is to the training loop: it builds a session from a module and a strategy, and the session steps.
+"""An engine as the training loop sees it: it builds a session from a module and a strategy, and the session steps.
 
 An engine receives modules and weight maps as arguments and knows no job, no file and no scheduler.
 B micro batch, S sequence.
@@ -33,15 +33,15 @@ class MicroBatch:
     weight_B: Tensor
     """1 for a real sequence, 0 for one that only fills up the last micro batch."""
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the module's `context` takes beside the tokens, by its name, each [B, ...]: segment_ids_BS of packed samples, say.
-    Empty: every row is one sample."""
+    """Tensors that the module's `context` takes beside the tokens, by its name, each [B, ...]: segment_ids_BS of packed
+    samples, say. Empty: every row is one sample."""
     labels: Mapping[str, Tensor] = field(default_factory=dict)
-    """What the loss takes beside the target ids, by its name, each [B, ...]."""
+    """Tensors that the loss takes beside the target ids, by its name, each [B, ...]."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one optimizer step did; the same on every rank."""
+    """The result of one optimizer step, the same on every rank."""
 
     loss: float
     """Summed over the targets of the global batch, divided by their number: nats per token where they are tokens."""
@@ -50,12 +50,12 @@ class StepResult:
     skipped: bool = False
     """The loss scaler met an overflow: samples consumed, weights unchanged."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What else the loss tells, by name, each a mean over its targets."""
+    """Further numbers that the loss tells, by name, each a mean over its targets."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
-    """What a pass over held-out batches found, summed over all ranks."""
+    """The result of a pass over held-out batches, summed over all ranks."""
 
     loss: float
     """Sum over the targets; nats where they are tokens."""
@@ -65,11 +65,11 @@ class Evaluation:
 
 
 class Loss(Protocol):
-    """What is made of the module's output for one micro batch. Sums, never means: ranks and micro batches add."""
+    """A loss says what is made of the module's output for one micro batch. Sums, never means: ranks and micro batches add."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the K numbers that it tells; the first is `loss`."""
+        """Return the names of the K numbers that the loss tells; the first is `loss`."""
 
     def __call__(self, region: Region, output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """(told_K, trained): sums over the targets, the first without a gradient; `trained` is what backward starts from.
@@ -96,7 +96,7 @@ class Layout:
     """How tensor parallelism cuts one parameter."""
 
     shape: torch.Size
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     dim: int | None
     """The dimension that is split as torch.chunk splits; None: whole on every rank."""
     size: int
@@ -105,7 +105,7 @@ class Layout:
     """Whole on every rank, but each rank's gradient is a part of a sum."""
 
     def part(self, whole: Tensor) -> Tensor:
-        """This rank's part, a view; empty where the rows run out."""
+        """Return this rank's part, a view; empty where the rows run out."""
         if self.dim is None:
             return whole
         length = whole.shape[self.dim]
@@ -116,7 +116,8 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """What the rooms pass from one to the next while a module is split; realized once, after the last room.
+    """The module and its plan as the rooms pass them from one to the next while a module is split; realized once, after the
+    last room.
 
     `requests` are wishes of an earlier room to a later one (offload asks zero for its CPU policy, say)."""
 
@@ -127,9 +128,9 @@ class Build:
     mesh: Mesh
     """The world, by axis."""
     region: Region
-    """What the module's parts ask for their products at the borders of a split."""
+    """The region that the module's parts ask for their products at the borders of a split."""
     layout: Mapping[str, Layout] = field(default_factory=dict)
-    """Of each parameter; empty where tensor parallelism splits none."""
+    """Layout of each parameter; empty where tensor parallelism splits none."""
     shared: tuple[str, ...] = ()
     """Parameters that another pipeline stage holds too: one parameter, whose gradients are added."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

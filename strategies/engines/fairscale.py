@@ -34,7 +34,7 @@ def build_session(
     deterministic: bool = False,
     loss: Loss = TOKEN_LOSS,
 ) -> HeldSession:
-    """As native.build_session. Raises ValueError, with the field's name, for what fairscale cannot do."""
+    """Build a session as native.build_session does. Raises ValueError, with the field's name, for what fairscale cannot do."""
     _refuse(strategy, precision, deterministic)
     build = Build(
         module=module,
@@ -124,7 +124,8 @@ class Oss(FairscaleStates):
         object.__setattr__(build, "module", self.wrapped)
 
     def begin(self) -> None:
-        """In place: gradients are views of the buckets, and set to None they would be reduced no more (fairscale 0.4.13)."""
+        """Clear the gradients in place: they are views of the buckets, and set to None they would be reduced no more (fairscale
+        0.4.13)."""
         self.oss.zero_grad(set_to_none=False)
 
     def reduce(self) -> None:

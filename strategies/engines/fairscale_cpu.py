@@ -1,4 +1,4 @@
-"""What fairscale 0.4.13 needs to run without a GPU: it takes CUDA's streams for granted.
+"""The parts that fairscale 0.4.13 needs to run without a GPU: it takes CUDA's streams for granted.
 
 Patches this process's torch.cuda and Tensor, so it is installed only in a worker that runs fairscale on a CPU."""
 
@@ -17,7 +17,7 @@ class _Stream:
         """All work is done in order on a CPU."""
 
     def synchronize(self) -> None:
-        """As above."""
+        """Wait for nothing: a CPU has no streams."""
 
 
 def install() -> None:

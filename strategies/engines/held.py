@@ -22,12 +22,12 @@ from strategies.strategy import Strategy
 from strategies.zero.states import Adam, Shard, rows
 
 KINDS = ("model", "optimizer.exp_avg", "optimizer.exp_avg_sq")
-"""Of a parameter's tensors in a checkpoint, in the order of Shard.entries()."""
+"""Names of a parameter's tensors in a checkpoint, in the order of Shard.entries()."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where a rank's tensor stands in a whole parameter: a flat range of what tensor parallelism left."""
+    """The place of a rank's tensor in a whole parameter: a flat range of what tensor parallelism left."""
 
     start: int = 0
     stop: int | None = None
@@ -81,10 +81,10 @@ class Held(ABC):
 
     adam: Adam
     shards: list[Shard]
-    """What this rank steps."""
+    """Shards that this rank steps."""
     parameters: dict[str, nn.Parameter]
     shapes: dict[str, torch.Size]
-    """Of every whole parameter, on every rank the same."""
+    """Shape of every whole parameter, on every rank the same."""
     num_replicas = 1
 
     def __init__(self, build: Build) -> None:
@@ -95,10 +95,10 @@ class Held(ABC):
 
     @abstractmethod
     def place(self, shard: Shard) -> Place:
-        """Where the shard stands in its parameter."""
+        """Return where the shard stands in its parameter."""
 
     def tells(self, shard: Shard) -> bool:
-        """It goes into checkpoints from this rank; False where another rank tells the same."""
+        """Return whether a shard goes into checkpoints from this rank; False where another rank tells the same."""
         return True
 
     def settle(self) -> None:  # noqa: B027
@@ -149,7 +149,7 @@ class Held(ABC):
 
 
 class Owned(torch.optim.Optimizer):
-    """What a library's optimizer steps on each rank: the project's AdamW over the tensors that the library gave it."""
+    """The optimizer that a library is given on each rank: the project's AdamW over the tensors that the library gave it."""
 
     def __init__(self, params: Any, *, make: Callable[[Any], Shard], adam: Adam) -> None:
         super().__init__(params, {"lr": 0.0})

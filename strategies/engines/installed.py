@@ -1,4 +1,4 @@
-"""Where an engine beside torch stands: a folder of its own, put on the path of the process that uses it and of no other.
+"""The place of an engine beside torch: a folder of its own, put on the path of the process that uses it and of no other.
 
 `make engine-fairscale` fills `engines/fairscale` below the interpreter's prefix, without a dependency of its own: torch is the
 one that the native engine uses, and a process that runs another engine never sees the folder."""

@@ -22,7 +22,7 @@ NAMES = ("pipeline", "replicate", "tensor", "shard")
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """Where this rank stands and whom it talks to, by axis."""
+    """The mesh as one rank sees it: where it stands and whom it talks to, by axis."""
 
     sizes: Mapping[str, int]
     ranks: Any
@@ -30,9 +30,9 @@ class Mesh:
     whole: Any = None
     """The DeviceMesh of the axes that have a dimension; None: a world of one."""
     states: Any = None
-    """Of replicate, tensor and shard: over it a stage's states are DTensors. None where no state is split."""
+    """DeviceMesh of replicate, tensor and shard: over it a stage's states are DTensors. None where no state is split."""
     data: Any = None
-    """Of replicate and shard, for FSDP2."""
+    """DeviceMesh of replicate and shard, for FSDP2."""
 
     def has(self, axis: str) -> bool:
         return self.whole is not None and axis in self.whole.mesh_dim_names

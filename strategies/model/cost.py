@@ -14,9 +14,9 @@ from strategies.strategy import Strategy
 from strategies.workload import Workload
 
 LOSS_BYTES = 64
-"""What both ends of the project's own model keep of a token beside activations: its id, position, target and where that stands,
-that it counts and is here, its largest logit and partition function and what the loss's backward pass makes of them, the mean
-and deviation of the last norm."""
+"""Bytes that both ends of the project's own model keep of a token beside activations: its id, position, target and where that
+stands, that it counts and is here, its largest logit and partition function and what the loss's backward pass makes of them,
+the mean and deviation of the last norm."""
 CHUNK_ELEMENTS = 2**22
 """Logits that the project's own loss widens at once (strategies/engines/token_losses.py, which imports torch)."""
 VOCABULARY_PARALLEL = ("mixed_fp32_accumulators", "mixed_fp32_gradients")

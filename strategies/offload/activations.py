@@ -61,7 +61,7 @@ class Away:
     def __init__(self, forward: Callable[..., Any], side: Any, before: Away | None) -> None:
         self.forward, self.side, self.before = forward, side, before
         self.latest: list[weakref.ref[Moved]] = []
-        """What moved in the latest forward pass. Only autograd keeps it alive."""
+        """Tensors that moved in the latest forward pass. Only autograd keeps it alive."""
 
     def __call__(self, *args: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -95,7 +95,7 @@ class OffloadedAdam(Adam):
         self.device, self.away, self.file = device, away, file
         self.resident = Adam(settings, device, dtype)
         self.pieces: list[Piece] = []
-        """In the order in which a step takes them."""
+        """Pieces in the order in which a step takes them."""
         self.next = 0
         self.piece_elements = 0
         self.slots: list[Slot] = []

@@ -1,4 +1,4 @@
-"""Which blocks of a rank run one after the other."""
+"""Chains of blocks: which of a rank run one after the other."""
 
 from __future__ import annotations
 

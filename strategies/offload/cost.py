@@ -30,7 +30,7 @@ GPUS_PER_UPLINK = 2
 """GPUs behind one PCIe switch of an eight-GPU NVLink board, which share its x16 uplink to the host (DGX A100 and DGX H100
 system architecture: four switches for eight GPUs). All of them offload at the same time."""
 HIDDEN = 0.9
-"""Of a phase's compute, what copies to and from the host can hide behind."""
+"""Part of a phase's compute that copies to and from the host can hide behind."""
 NUM_SLOTS = 3
 PIECE_ELEMENTS = 2**21
 """Pieces of the optimizer's states with host buffers at once, and elements of one (adam.py)."""
@@ -106,13 +106,13 @@ def activations_s(num_bytes: float, cluster: Cluster) -> float:
 
 
 def exposed_s(link_s: float, *, forward_s: float, backward_s: float) -> float:
-    """Of activations_s, what compute does not hide. The GPU holds two layers' activations and no more, so what forward sends
-    down waits for forward's compute, and what backward fetches for backward's."""
+    """Return the part of activations_s that compute does not hide. The GPU holds two layers' activations and no more, so what
+    forward sends down waits for forward's compute, and what backward fetches for backward's."""
     return max(0.0, link_s / 2 - HIDDEN * forward_s) + max(0.0, link_s / 2 - HIDDEN * backward_s)
 
 
 class Offloading(Room):
-    """What leaves the accelerator between its uses."""
+    """States and activations that leave the accelerator between their uses."""
 
     name = "offload"
     reads: Mapping[str, tuple[str, ...]] = {

@@ -1,4 +1,4 @@
-"""Where offloaded tensors live, declared as they are made: on a CPU machine host and device are the same memory, so no
+"""The places where offloaded tensors live, declared as they are made: on a CPU machine host and device are the same memory, so no
 tensor's device tells them apart, and what counts bytes (orchestrator/planner/trace/live_bytes.py) asks here."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def placed(place: str) -> Iterator[None]:
 
 
 def place() -> str | None:
-    """Where a tensor that is being made will live; None: on the device."""
+    """Return where a tensor that is being made will live; None: on the device."""
     return _place[-1] if _place else None
 
 

@@ -134,7 +134,7 @@ class Streams:
         root = self.root
 
         def used(given: Any) -> bool:
-            """By this pass: a stage in the middle has no part in it."""
+            """Parts that this pass uses: a stage in the middle has none."""
             return not self.pipelined or given[1].embedding or given[1].head
 
         def forward(_: nn.Module, given: Any) -> None:
@@ -171,5 +171,5 @@ class Streams:
 
 
 def homes(to_file: bool) -> Callable[[Build], Streams]:
-    """What ZeRO 0 and 1 ask where parameters live."""
+    """Return what ZeRO 0 and 1 ask where parameters live."""
     return lambda build: Streams(build, to_file=to_file)

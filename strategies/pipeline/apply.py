@@ -114,8 +114,8 @@ def _pairs(build: Build, first: int, last: int) -> tuple[Any, list[Any]]:
 
 
 def _channels(build: Build) -> dict[Channel, Any]:
-    """This rank's channels, each a group of two ranks: on NCCL a communicator and stream of its own. The mesh's pipeline group
-    would not do: its messages would share one order, in which two ranks that both send first wait for each other."""
+    """Return this rank's channels, each a group of two ranks: on NCCL a communicator and stream of its own. The mesh's pipeline
+    group would not do: its messages would share one order, in which two ranks that both send first wait for each other."""
     ranks, mine = build.mesh.ranks, {}
     for channel in pipeline_of(build.strategy).channels():
         ends = (ranks[channel.source].flatten().tolist(), ranks[channel.target].flatten().tolist())

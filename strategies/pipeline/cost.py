@@ -28,7 +28,7 @@ from strategies.workload import Workload
 from strategies.zero.state_bytes import gradient_element
 
 SPLIT_S = 0.01
-"""Of a rank's busy time, what it takes longer where backward is split in two passes over the graph. A third of the bubble
+"""Part of a rank's busy time that it takes longer where backward is split in two passes over the graph. A third of the bubble
 alone would make zbv 17 % faster than 1F1B where 16 % was measured (6.2B on 8 x H800, pipeline 8: 55 and 64 samples/s,
 sail-sg/zero-bubble-pipeline-parallelism issue 21)."""
 

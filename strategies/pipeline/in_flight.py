@@ -125,7 +125,7 @@ def _played(actions: tuple[Action, ...], virtual: int, num_stages: int) -> InFli
 
 
 def _fullest(states: Iterable[InFlight]) -> tuple[InFlight, ...]:
-    """Those that no other covers."""
+    """Return the moments that no other covers."""
     known = tuple(states)
     return tuple(
         one

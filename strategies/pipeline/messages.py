@@ -1,5 +1,5 @@
-"""What a pipeline rank does and says, in order: passes, receives and sends. Pure: the runner carries these lists out, and a test
-plays them for every schedule under the rules of NCCL.
+"""The order of a pipeline rank's passes and messages: passes, receives and sends. Pure: the runner carries these lists out, and
+a test plays them for every schedule under the rules of NCCL.
 
 Rules that the order keeps. A communicator is made at its first message, and both its ranks wait for each other there: so all
 are opened at set-up, in one order on every rank. The messages of a communicator run one after the other in the order in which
@@ -62,7 +62,7 @@ class Pipeline(NamedTuple):
         return action.kind != "weights" and action.stage < self.num_stages - 1
 
     def channel(self, action: Action) -> Channel | None:
-        """What brings a pass its input; None where it has none or where it was made on the same rank."""
+        """Return what brings a pass its input; None where it has none or where it was made on the same rank."""
         if not self.needs_input(action):
             return None
         forward = action.kind == "forward"

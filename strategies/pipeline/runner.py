@@ -32,14 +32,14 @@ class Runner(Protocol):
         the head."""
 
     def evaluate(self, batch: MicroBatch) -> Tensor | None:
-        """What the loss tells, told_K; None where another rank holds the head."""
+        """Return what the loss tells, told_K; None where another rank holds the head."""
 
     def settle(self) -> None:
         """After the last of several evaluations."""
 
 
 def context_of(build: Build, batch: MicroBatch) -> tuple[Any, ...]:
-    """What embedding, blocks and head take after their input: what the module makes of the batch's further inputs."""
+    """Return what embedding, blocks and head take after their input: what the module makes of the batch's further inputs."""
     if not batch.inputs:
         return ()
     module: Any = build.module
@@ -82,10 +82,10 @@ class PlainRunner:
 
 
 class _Flight(NamedTuple):
-    """What a stage keeps of a micro batch between its forward and its backward pass."""
+    """Tensors that a stage keeps of a micro batch between its forward and its backward pass."""
 
     given: Tensor | None
-    """What came in; its gradient goes back. None: token ids."""
+    """The tensor that came in; its gradient goes back. None: token ids."""
     result: GradientEdge
 
 

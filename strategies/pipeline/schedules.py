@@ -1,4 +1,4 @@
-"""Which pass of which micro batch a pipeline rank runs next. Pure: lists of actions, no torch.
+"""Schedules: which pass of which micro batch a pipeline rank runs next. Pure: lists of actions, no torch.
 
 Sources: GPipe arXiv:1811.06965; 1F1B and interleaving arXiv:2104.04473, section 2.2; zero bubble arXiv:2401.10241 (ZB-H1);
 ZBV arXiv:2405.15362. p pipeline ranks, v stages a rank, m micro batches.
@@ -20,7 +20,7 @@ Pass = Literal["forward", "backward", "inputs", "weights"]
 class Action(NamedTuple):
     kind: Pass
     stage: int
-    """In model order."""
+    """Number of the stage, in model order."""
     micro_batch: int
 
 
@@ -77,7 +77,7 @@ def received(
 
 
 def _passed(action: Action, num_stages: int) -> Iterator[Action]:
-    """What a micro batch has been through before a pass that takes something in."""
+    """Yield what a micro batch has been through before a pass that takes something in."""
     kind, stage, i = action
     forwards = {"forward": stage, "weights": 0}.get(kind, num_stages)
     yield from (Action("forward", before, i) for before in range(forwards))
@@ -168,7 +168,7 @@ def _most_urgent(
 
 
 def needs(action: Action, num_stages: int) -> tuple[Action, ...]:
-    """What must have run, on whichever rank, before a pass whose schedule splits the backward pass."""
+    """Return what must have run, on whichever rank, before a pass whose schedule splits the backward pass."""
     kind, stage, i = action
     if kind == "forward":
         return (Action("forward", stage - 1, i),) if stage else ()

@@ -156,14 +156,14 @@ def _host_bytes(strategy: Strategy, kind: str, fills: list[_Fill], peak: int) ->
 
 
 class LeastBytes(NamedTuple):
-    """What a pipeline rank holds at least while it goes back through a block, beside activations and `working`: bytes."""
+    """Bytes that a pipeline rank holds at least while it goes back through a block, beside activations and `working`."""
 
     once: float
-    """Where a step has fewer micro batches than twice the pipeline ranks."""
+    """Bytes where a step has fewer micro batches than twice the pipeline ranks."""
     late: float
-    """Where it has more."""
+    """Bytes where a step has more micro batches."""
     host: float
-    """In host memory, a checkpoint's copy among them."""
+    """Bytes in host memory, a checkpoint's copy among them."""
 
 
 def least_bytes(
@@ -188,7 +188,7 @@ def least_bytes(
 
 
 def tensor_budget(cluster: Cluster) -> float:
-    """Of an accelerator's usable bytes, what is left for tensors: the reserve grows with them."""
+    """Return the part of an accelerator's usable bytes that is left for tensors: the reserve grows with them."""
     added, kept = _reserve(MEMORY, cluster.accelerator.kind)
     return (_usable_bytes(cluster) + ROUNDING - kept) / (1 + added)
 

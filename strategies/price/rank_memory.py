@@ -1,4 +1,4 @@
-"""What one pipeline rank holds: the model's states, what a micro batch leaves, all activations in flight. Bytes.
+"""The memory of one pipeline rank: the model's states, what a micro batch leaves, all activations in flight. Bytes.
 
 The fold of the rooms' doors; it names no room."""
 

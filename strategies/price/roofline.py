@@ -31,7 +31,7 @@ class Layer(NamedTuple):
     forward_s: float
     backward_s: float
     again_full_s: float
-    """What full checkpointing adds."""
+    """Seconds that full checkpointing adds."""
     again_selective_s: float
 
 
@@ -71,7 +71,7 @@ class Roofline:
         self._heads: dict[tuple[int, int], float] = {}
         self.links = Links(cluster, constants)
         self.memo: dict[tuple[object, ...], Any] = {}
-        """What was worked out for a door, under the fields that it declares (step_time.py)."""
+        """Answers that were worked out for a door, under the fields that it declares (step_time.py)."""
         half_size = constants.matmul_half_size * math.sqrt(dense / 312e12)
         self._products = (self.peak * constants.matmul, half_size, cluster.accelerator.num_multiprocessors)
 

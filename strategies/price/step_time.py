@@ -43,7 +43,7 @@ class TimePrice:
 
 
 class Job(TypedDict):
-    """What a job says of its step."""
+    """The job's part of a price: batch, length, precision."""
 
     global_batch_size: int
     sequence_length: int
@@ -52,7 +52,7 @@ class Job(TypedDict):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Price:
-    """What a strategy costs."""
+    """The price of a strategy: bytes and seconds."""
 
     memory: MemoryPrice
     time: TimePrice

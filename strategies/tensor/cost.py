@@ -18,7 +18,7 @@ from strategies.workload import Workload
 from strategies.zero.state_bytes import gradient_element
 
 LINK = ("degrees", "num_gpus", "mesh_order")
-"""What says which link a tensor group talks over."""
+"""Fields that say which link a tensor group talks over."""
 
 
 class Messages(NamedTuple):
@@ -29,7 +29,7 @@ class Messages(NamedTuple):
     """More of a layer that is recomputed."""
     embedding: tuple[Message, ...] = ()
     head: tuple[Message, ...] = ()
-    """With the loss."""
+    """Messages of the head, with the loss."""
 
 
 def messages(work: Workload, strategy: Strategy, *, tokens: int, element: int) -> Messages:

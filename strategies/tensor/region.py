@@ -1,4 +1,4 @@
-"""Where a module's tensors are split over the tensor group, and the collectives at the borders.
+"""The region in which a module's tensors are split over the tensor group, and the collectives at the borders.
 
 A module asks its `region` for the products at the borders, so that one forward serves any degree: Region leaves all whole,
 SplitRegion is Megatron's (arXiv:1909.08053, section 3; with sequence parallel arXiv:2205.05198, section 4.2). Messages of
@@ -35,14 +35,14 @@ class Region:
     """Nothing is split."""
 
     rank = 0
-    """Of this process in the tensor group."""
+    """Rank of this process in the tensor group."""
 
     def __init__(self) -> None:
         self.pending: Pending | None = None
         """A schedule that runs the gradients of weights apart collects them here; None: autograd computes them at once."""
 
     def boundary_shape(self, batch: int, sequence: int, hidden: int) -> tuple[int, int, int]:
-        """Of an activation between two blocks, on one rank."""
+        """Return the shape of an activation between two blocks, on one rank."""
         return batch, sequence, hidden
 
     def columns(self, x_BSH: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
@@ -66,7 +66,7 @@ class Region:
         return F.linear(x_BSH, weight_VH)
 
     def whole(self, x_BS: Tensor) -> Tensor:
-        """Of a number for each token: those of all tokens, on every rank, which go on from there alike."""
+        """Return a number for each token: those of all tokens, on every rank, which go on from there alike."""
         return x_BS
 
     def token_losses(self, logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +153,7 @@ class SplitRegion(Region):
 
 
 WHOLE = Region()
-"""What a module has until a room splits it."""
+"""The region of a module until a room splits it."""
 
 
 def gathered(x: Tensor, group: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""What is alive on a rank in the middle of its step: at the model's two ends, and of each sharded unit. Bytes."""
+"""Tensors that are alive on a rank in the middle of its step: at the model's two ends, and of each sharded unit. Bytes."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
     tables: float
     """Gradients alive in the embedding's backward pass."""
     wide: float
-    """What a block's forward pass is about to let go."""
+    """Activations that a block's forward pass is about to let go."""
     small: float
     """Ids and positions, the step's own numbers, gradients of the norms between two units, what other ranks have not received."""
 
@@ -75,7 +75,7 @@ def parts_of(rank: Rank) -> Parts:
 
 
 class Units(NamedTuple):
-    """What stands outside the blocks (the root) and one block (a unit) of ZeRO 2 and 3, in bytes."""
+    """The parameters outside the blocks (the root) and one block (a unit) of ZeRO 2 and 3, in bytes."""
 
     root: float
     unit: float

@@ -43,7 +43,7 @@ class Bucket:
     ) -> None:
         self.parameters, self.num_shards, self.rank = parameters, num_shards, rank
         self.homes: Sequence[Tensor] = homes or [parameter for _, parameter in parameters]
-        """Where each parameter lives between its uses, whole: the parameter itself, unless it is offloaded."""
+        """The home of each parameter between its uses, whole: the parameter itself, unless it is offloaded."""
         self.chunks = [-(-p.shape[0] // num_shards) * (p.numel() // p.shape[0]) for _, p in parameters]
         """Elements of one rank's shard of each parameter, its padding included."""
         self.offsets = [sum(self.chunks[:i]) for i in range(len(self.chunks))]
@@ -56,7 +56,7 @@ class Bucket:
 
     @property
     def part(self) -> Tensor:
-        """This rank's part."""
+        """Return this rank's part."""
         return self.gradients[self.rank * self.size : (self.rank + 1) * self.size]
 
     def store(self, index: int, gradient: Tensor) -> None:
@@ -82,7 +82,7 @@ class Bucket:
                 piece.copy_(region)
 
     def mine(self, part: Tensor) -> list[Tensor]:
-        """This rank's shards in a buffer of one rank's part, without the padding."""
+        """Return this rank's shards in a buffer of one rank's part, without the padding."""
         shards = [rows(home, self.num_shards, self.rank) for home in self.homes]
         return [
             part[offset : offset + shard.numel()].view(shard.shape)

@@ -118,7 +118,7 @@ class FsdpStates:
             _scatter(unit, whole=True)
 
     def _unit_of(self, weight: nn.Parameter) -> Any:
-        """Of a gathered parameter, which FSDP2 keeps as an object from its first gather on."""
+        """Return the unit of a gathered parameter, which FSDP2 keeps as an object from its first gather on."""
         if not self.by_weight:
             for unit in self.units:
                 self.by_weight |= {each.unsharded_param: unit for group in _groups(unit) for each in group.fsdp_params}
@@ -235,8 +235,9 @@ def _shard(build: Build, *, keeps: bool) -> None:
 
 
 def _fetch_by_stage(build: Build) -> None:
-    """In backward FSDP2 fetches the unit that ran before this one in forward, which under a pipeline may be one of another
-    stage that nobody needs next. Told: a block fetches the block before it in its stage; naming itself, nothing."""
+    """Fetch units stage by stage: in backward FSDP2 fetches the unit that ran before this one in forward, which under a
+    pipeline may be one of another stage that nobody needs next. Told: a block fetches the block before it in its stage; naming
+    itself, nothing."""
     root: Any = build.module
     root.set_modules_to_backward_prefetch([root])
     for stage in build.requests["held"]:

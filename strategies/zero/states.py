@@ -1,4 +1,4 @@
-"""What the step needs of the model's states, whoever shards them; and the one AdamW that all paths share."""
+"""The model's states as the step needs them, whoever shards them; and the one AdamW that all paths share."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class States(Protocol):
         """After the last backward pass: gradients become sums over the replicas."""
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's shards of the reduced gradients, by parameter; views, to be changed in place."""
+        """Return this rank's shards of the reduced gradients, by parameter; views, to be changed in place."""
 
     def update(self, *, scale: float, learning_rate: float) -> None:
         """Gradients times scale, one AdamW step, parameters the same on all replicas again. Uses the gradients up."""
@@ -65,17 +65,17 @@ class PipelineStates(States, Protocol):
         all reductions to `reduce`. done: it is the stage's last."""
 
     def deferred(self, weight: nn.Parameter, following: nn.Parameter | None, *, done: bool) -> None:
-        """Of a split backward: the gradient of a weight was added, `following` is the one whose comes next in this pass over
-        the weights. done: the pass is the stage's last."""
+        """Note, of a split backward pass, that the gradient of a weight was added, `following` is the one whose comes next in
+        this pass over the weights. done: the pass is the stage's last."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """This rank's rows of one parameter, in the precision in which they are stepped. May be empty."""
+    """The rows of one parameter that a rank steps, in the precision in which they are stepped. May be empty."""
 
     name: str
     shape: torch.Size
-    """Of the whole parameter."""
+    """Shape of the whole parameter."""
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -92,7 +92,7 @@ class Shard:
 
 
 def as_global(build: Build, name: str, shape: torch.Size, local: Tensor) -> Tensor:
-    """This rank's rows of a parameter as a piece of the whole one, which no strategy changes: tensor parallelism cuts
+    """Return this rank's rows of a parameter as a piece of the whole one, which no strategy changes: tensor parallelism cuts
     first, then ZeRO deals rows of the part. `shape` is that of the part."""
     mesh, layout = build.mesh.states, build.layout.get(name)
     if mesh is None:
@@ -151,7 +151,7 @@ class Adam:
         publish(shards, into)
 
     def tensors(self, shards: Sequence[Shard]) -> dict[str, list[Tensor]]:
-        """What the shards hold beside the parameters, by component (see engine.Session)."""
+        """Return what the shards hold beside the parameters, by component (see engine.Session)."""
         return {
             "master_weights": [shard.master for shard in shards if shard.apart],
             "optimizer_states": [moment for shard in shards for moment in (shard.exp_avg, shard.exp_avg_sq)],

@@ -29,7 +29,7 @@ OTHER_GPU_ERROR = 0.50
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Confidence:
-    """Where a plan's constants come from, and the relative errors that it states."""
+    """A plan's confidence: where its constants come from, and the relative errors that it states."""
 
     source: str
     throughput_error: float

@@ -1,4 +1,4 @@
-"""Where a job does not fit: the nearest changes under which it would, each planned. Pure."""
+"""The nearest changes under which a job that does not fit would, each planned. Pure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FREED: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Nearest:
-    """What would make a job fit."""
+    """Changes that would make a job fit."""
 
     rows: list[dict[str, Any]]
     """The changes, each planned: fewest GPUs first, then the fastest."""

@@ -1,4 +1,4 @@
-"""What a reader of a plan should know: idle GPUs, padding, settings without effect, another choice of offload. Pure."""
+"""Notes for the reader of a plan: idle GPUs, padding, settings without effect, another choice of offload. Pure."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _notes(solution: Solution) -> Iterator[str]:
 
 
 def _other_offload(solution: Solution, other: Solution) -> Iterator[str]:
-    """What another choice of offload would change, and how much of that the stated errors cover."""
+    """Yield what another choice of offload would change, and how much of that the stated errors cover."""
     ratio = other.tokens_per_second_per_gpu / solution.tokens_per_second_per_gpu
     if other.strategy.offload.any:
         yield (

@@ -12,7 +12,8 @@ from orchestrator.planner.search.solve import SLOWER, Solution
 
 
 def sensitivity(solution: Solution, *, wanted: Wanted | None = None) -> list[dict[str, Any]]:
-    """What would be picked if a link had 10 % less bandwidth than stated, and what the plan would then lose by not changing.
+    """Return what would be picked if a link had 10 % less bandwidth than stated, and what the plan would then lose by not
+    changing.
 
     A slower link makes nothing faster: only what was not slower than the choice would then be can take its place."""
     found, problem, wanted = solution.search, solution.problem, wanted or Wanted()

@@ -43,7 +43,7 @@ class Space:
         self._recomputes: dict[tuple[int, int], tuple[list[str], list[int | None]]] = {}
 
     def is_alike(self, other: Space) -> bool:
-        """But for what may be offloaded."""
+        """Return whether another space differs at most in what may be offloaded."""
         ours, theirs = self.problem.without_pins("offload"), other.problem.without_pins("offload")
         return ours == theirs and self.every_size == other.every_size
 
@@ -243,7 +243,7 @@ class Space:
         return self._batches[shape]
 
     def batches_of(self, shape: Shape, zero: int, sharding: Sharding | None = None) -> list[BatchOption]:
-        """Those that a ZeRO stage, or one sharding of it, takes."""
+        """Return the micro batches that a ZeRO stage, or one sharding of it, takes."""
         key = shape, zero, sharding
         if key not in self._batches_of:
             self._batches_of[key] = [
@@ -254,7 +254,7 @@ class Space:
         return self._batches_of[key]
 
     def shardings_of(self, shape: Shape, zero: int) -> list[Sharding]:
-        """Those that a ZeRO stage takes at any micro batch."""
+        """Return the shardings that a ZeRO stage takes at any micro batch."""
         key = shape, zero
         if key not in self._shardings_of:
             batches = self.batches_of(shape, zero)

@@ -1,4 +1,4 @@
-"""What no candidate of a group can beat, in seconds and in bytes, from a few exact prices. Pure.
+"""Lower bounds: what no candidate of a group can beat, in seconds and in bytes, from a few exact prices. Pure.
 
 The bounds hold for any model in which
 
@@ -52,7 +52,7 @@ class Layouts(NamedTuple):
     fewest: int
     """Layers of the rank that has the fewest."""
     busiest: tuple[tuple[Share, ...], ...]
-    """Of each layout, the shares of which one is the slowest."""
+    """Shares of which one is the slowest, by layout."""
 
 
 class LayerBytes(NamedTuple):
@@ -65,7 +65,7 @@ class LayerBytes(NamedTuple):
 
 
 class FixedCost(NamedTuple):
-    """What candidates with the same degrees, sharding and offload have in common, whatever their activations."""
+    """Bytes and seconds that candidates with the same degrees, sharding and offload share, whatever their activations."""
 
     free_once: float
     """Bytes of a GPU free for activations, where a step has fewer micro batches than twice the pipeline ranks."""
@@ -78,7 +78,7 @@ class FixedCost(NamedTuple):
 
 
 class CarriedSeconds(NamedTuple):
-    """What carrying activations to the host and back adds to one micro batch at least, whatever is recomputed."""
+    """Seconds that carrying activations to the host and back adds to one micro batch at least, whatever is recomputed."""
 
     layer_s: float
     """Seconds a layer, what is computed again among them."""

@@ -25,7 +25,7 @@ class Shape(NamedTuple):
 
 
 class Sharding(NamedTuple):
-    """What the data-parallel ranks share, and how often they talk."""
+    """A sharding says what the data-parallel ranks share, and how often they talk."""
 
     zero: int
     group: int
@@ -34,7 +34,7 @@ class Sharding(NamedTuple):
 
 
 class PipelineConfiguration(NamedTuple):
-    """What decides the time of a micro batch and of the pipeline."""
+    """The choices that decide the time of a micro batch and of the pipeline."""
 
     shape: Shape
     sequence_parallel: bool
@@ -59,7 +59,7 @@ PER_MICRO_BATCH, PER_STEP = "per_micro_batch", "per_step"
 
 
 class MinimumRecompute(NamedTuple):
-    """What must be recomputed at least."""
+    """The least that must be recomputed."""
 
     kinds: tuple[str, ...]
     """Kinds other than full that may fit; `none` among them: nothing must be recomputed."""

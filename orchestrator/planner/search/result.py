@@ -1,4 +1,4 @@
-"""What a search answers. Values only. Pure."""
+"""The answer of a search. Values only. Pure."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Fits:
 
 @dataclass
 class SearchResult:
-    """What a search found."""
+    """The answer of a search: the best, what is near it, and what was rejected why."""
 
     fits: Fits
-    """What was priced in bytes, for the next search of this job."""
+    """Choices that were priced in bytes, for the next search of this job."""
     bounds: Bounds
-    """And what bounds its groups."""
+    """Bounds of the groups, for the next search of this job."""
     best: Found | None = None
     """The best that meets the job's targets, or else `fastest`."""
     fastest: Found | None = None
@@ -61,7 +61,7 @@ class SearchResult:
     near: list[Found] = field(default_factory=list)
     """All that came out on top until the best, and from there on as far as was asked."""
     closest: TooLarge | None = None
-    """Where nothing fits: the candidate that is over by least."""
+    """The candidate that is over by least; None where one fits."""
     num_candidates: int = 0
     num_priced: int = 0
     """Candidates whose bytes were counted; with those of the rejections they are all."""
@@ -70,7 +70,7 @@ class SearchResult:
     seconds: float = 0.0
     """Until the best was known."""
     alternatives_seconds: float = 0.0
-    """From then until all that is near the best was."""
+    """Seconds from then until all that is near the best was known."""
 
 
 @dataclass(frozen=True, kw_only=True)

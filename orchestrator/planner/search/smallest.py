@@ -1,4 +1,4 @@
-"""Where nothing fits: the candidate that is over by least. Pure.
+"""The candidate that is over by least, for where nothing fits. Pure.
 
 Of some degrees and a ZeRO stage, the smallest micro batch, or at ZeRO 2 and 3 the smallest of which a step takes no more than
 there are pipeline ranks, with everything offloaded that can be, the widest ZeRO group and everything recomputed (or nothing, of

@@ -16,7 +16,7 @@ from strategies.price.step_time import Price
 from strategies.strategy import Strategy
 
 SLOWER = 0.9
-"""Of a link's bandwidth, what is left of it to see how much a choice depends on it."""
+"""Part of a link's bandwidth that is left to it, to see how much a choice depends on it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ def write_capacity(table: Capacity, path: str | Path) -> None:
 
 
 def capacity_page(table: Capacity) -> str:
-    """What was asked, the heat map, how long each takes, the smallest clusters, and every cell as a row."""
+    """Return the page: what was asked, the heat map, how long each takes, the smallest clusters, and every cell as a row."""
     models = list(table.smallest)
     named = ", ".join(models) if len(models) <= 3 else f"{len(models)} models"
     gpu = table.cluster.accelerator.name

@@ -9,7 +9,7 @@ from math import ceil, floor, log2, log10
 from strategies.pipeline.timeline import Bar
 
 WIDE, NARROW = 720, 360
-"""Of a drawing, in its own units: the page scales it, and shows the narrow one on a phone."""
+"""Widths of a drawing, in its own units: the page scales it, and shows the narrow one on a phone."""
 
 
 def svg(height: float, body: str, label: str, width: float = WIDE) -> str:

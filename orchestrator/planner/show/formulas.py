@@ -10,7 +10,7 @@ GIB = 2**30
 
 
 def memory_formulas(plan: Plan) -> dict[str, str]:
-    """By component of a stage."""
+    """Return the formulas by component of a stage."""
     s, problem = plan.strategy, plan.solution.problem
     parameter, gradient, master, moments = BYTES[s.states]
     group, words = s.num_shards, choices_told(s)
@@ -38,7 +38,7 @@ def memory_formulas(plan: Plan) -> dict[str, str]:
 
 
 def time_formulas(plan: Plan) -> dict[str, str]:
-    """By part of a step."""
+    """Return the formulas by part of a step."""
     s, problem = plan.strategy, plan.solution.problem
     accumulation = s.gradient_accumulation_steps
     layers = max(stage.num_layers for stage in s.stages) * s.num_virtual_stages
@@ -61,7 +61,7 @@ def time_formulas(plan: Plan) -> dict[str, str]:
 
 
 def headline_formulas(plan: Plan) -> dict[str, str]:
-    """By number of the summary."""
+    """Return the formulas by number of the summary."""
     problem, s, time = plan.solution.problem, plan.strategy, plan.price.time
     flops = problem.work.model_flops_per_token(problem.sequence_length)
     peak = problem.cluster.accelerator.peak_flops[problem.precision]

@@ -152,7 +152,7 @@ def wrapped(text: str, columns: int) -> list[str]:
 
 
 def met_by(row: dict[str, Any]) -> str:
-    """Which cluster size would meet a target that is missed."""
+    """Return which cluster size would meet a target that is missed."""
     if row["would_meet"]:
         return f"would meet: {row['would_meet']}"
     if row["would_meet_alone"]:

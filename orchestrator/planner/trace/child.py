@@ -59,7 +59,7 @@ def with_trace(plan: Plan) -> Plan:
 
 
 def why_not(plan: Plan) -> str | None:
-    """What of the plan no trace can play; None where it can."""
+    """Return what of the plan no trace can play; None where it can."""
     limit = unbuilt(plan.strategy)
     if limit is not None:
         return limit.reason

@@ -47,11 +47,11 @@ class Trace:
     away: Mapping[str, int]
     """Place (host, nvme) -> bytes there at their peak."""
     flops: float
-    """Of one rank in the micro batches played, recompute included."""
+    """FLOPs of one rank in the micro batches played, recompute included."""
     collective_bytes: Mapping[str, int]
     """Bytes handed to each kind of collective."""
     num_layers_traced: tuple[int, ...]
-    """Of the rank, in each play."""
+    """Layers of the rank, in each play."""
     num_micro_batches_traced: int
     seconds: float
 
@@ -76,7 +76,7 @@ class Trace:
 
 
 class _Less(NamedTuple):
-    """What a play leaves out of a rank's step: layers of each of its stages, and micro batches."""
+    """Parts of a rank's step that a play leaves out: layers of each of its stages, and micro batches."""
 
     recomputed: int
     kept: int
@@ -131,7 +131,7 @@ def _shortest(arch: Architecture, strategy: Strategy, precision: str) -> int:
 
 
 def _lines(play: Callable[[_Less], Trace], less: _Less, most: _Less, buckets: bool) -> Trace:
-    """What less leaves out is left out of a step; what most allows is played twice, shorter, and drawn out."""
+    """Return a step's trace: what `less` leaves out is left out, what `most` allows is played twice, shorter, and drawn out."""
     for name, amount in most._asdict().items():
         if amount > STEP:
             most = most._replace(**{name: 0})
@@ -163,7 +163,7 @@ def _line(low: Trace, high: Trace, times: float, buckets: bool) -> Trace:
 
 
 def _short(stages: Sequence[Stage], pipeline_rank: int, less: _Less) -> tuple[Stage, ...]:
-    """This rank's stages with fewer layers, the others' with one: who plays only talks to them."""
+    """Return this rank's stages with fewer layers, the others' with one: who plays only talks to them."""
     result, first = [], 0
     for stage in stages:
         count, recomputed = 1, 0
