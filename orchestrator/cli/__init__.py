@@ -26,6 +26,7 @@ VERBS: Mapping[str, tuple[str, str, str]] = {
     "logs": ("orchestrator.cli.logs", "command", "What a worker of a run printed."),
     "prepare": ("orchestrator.cli.prepare", "command", "Tokenize a job's text; what is there already is used."),
     "generate": ("orchestrator.cli.generate", "command", "Sample text from a checkpoint."),
+    "chat": ("orchestrator.cli.chat", "command", "Talk with a checkpoint."),
     "convert": ("orchestrator.cli.convert", "command", "Write a checkpoint as a Hugging Face folder."),
     "schema": ("orchestrator.cli.schema", "command", "Print the JSON Schema of a job."),
 }

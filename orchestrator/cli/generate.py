@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from orchestrator.cli.convert import find_checkpoint
 from orchestrator.cli.errors import CommandError, ExitCode
 from orchestrator.cli.runs import directory_option
+
+if TYPE_CHECKING:
+    from orchestrator.models.decoder import Decoder
+    from orchestrator.training.manifest import CheckpointRef
+    from orchestrator.training.tokenizer import Tokenizer
 
 
 @click.command("generate")
@@ -44,22 +50,9 @@ def command(
     as_json: bool,
 ) -> int:
     """Samples text from the newest whole checkpoint of SOURCE, a run's name or folder, or from the checkpoint SOURCE."""
-    from orchestrator.training.data import DataError
-    from orchestrator.training.generate import generate, load_model
-    from orchestrator.training.manifest import CheckpointRefused
-    from orchestrator.training.tokenizer import kept_tokenizer
+    from orchestrator.training.generate import generate
 
-    ref = find_checkpoint(source, directory)
-    try:
-        tokenizer = kept_tokenizer(ref.path.absolute().parent.parent)
-        model = load_model(ref)
-    except (DataError, CheckpointRefused) as error:
-        raise CommandError(str(error)) from None
-    if tokenizer.fingerprint != ref.manifest["data"]["tokenizer"]:
-        raise CommandError(
-            f"the tokenizer beside {ref.path} is not the one that the checkpoint was trained with",
-            fix="put the run folder's `tokenizer` back as it was",
-        )
+    ref, tokenizer, model = load_speaker(source, directory)
     new = list(
         generate(
             model,
@@ -83,3 +76,30 @@ def command(
     }
     click.echo(json.dumps(told, ensure_ascii=False, indent=1) if as_json else prompt + text)
     return ExitCode.DONE
+
+
+def load_speaker(source: Path, directory: str) -> tuple[CheckpointRef, Tokenizer, Decoder]:
+    """The newest whole checkpoint of a run, or the checkpoint at a path, with its tokenizer and its model. CommandError where
+    there is none, or where it writes no text."""
+    from orchestrator.training.data import DataError
+    from orchestrator.training.generate import load_model
+    from orchestrator.training.manifest import CheckpointRefused
+    from orchestrator.training.tokenizer import kept_tokenizer
+
+    ref = find_checkpoint(source, directory)
+    if ref.manifest["job"].get("task") == "reward":
+        raise CommandError(
+            f"{ref.path} is a reward model (task: reward): it scores answers and writes none",
+            fix="name the run of task sft, dpo or pretrain whose answers it judges",
+        )
+    try:
+        tokenizer = kept_tokenizer(ref.path.absolute().parent.parent)
+        model = load_model(ref)
+    except (DataError, CheckpointRefused) as error:
+        raise CommandError(str(error)) from None
+    if tokenizer.fingerprint != ref.manifest["data"]["tokenizer"]:
+        raise CommandError(
+            f"the tokenizer beside {ref.path} is not the one that the checkpoint was trained with",
+            fix="put the run folder's `tokenizer` back as it was",
+        )
+    return ref, tokenizer, model

@@ -33,8 +33,9 @@ class Piece:
 class Template(Protocol):
     """How a conversation is written down."""
 
-    ends_text: bool
-    """Whether the end of a text follows the last answer and is learned; a chat template writes its own."""
+    @property
+    def ends_text(self) -> bool:
+        """Whether the end of a text follows the last answer and is learned; a chat template writes its own."""
 
     def pieces(self, messages: Messages) -> list[Piece]:
         """The text of a conversation that ends with an answer, or of a prompt up to where the answer begins."""
@@ -146,6 +147,15 @@ def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate:
         if (token := tokenizer.special_ids[f"{word}_token_id"]) is not None
     }
     return ChatTemplate(source=source, bos_token=tokens.get("bos", ""), eos_token=tokens.get("eos", ""))
+
+
+def template_of(tokenizer: Tokenizer, wanted: str = "auto") -> Template:
+    """The template that `data.template` names: alpaca, chat, or auto, which is the tokenizer's chat template where it brings one,
+    else Alpaca's. DataError where a chat template is wanted and there is none."""
+    brings = isinstance(tokenizer, HuggingFaceTokenizer) and "chat_template" in tokenizer.config
+    if wanted == "chat" or (wanted == "auto" and brings):
+        return chat_template_of(tokenizer)
+    return AlpacaTemplate()
 
 
 def _compiled(source: str) -> Any:
