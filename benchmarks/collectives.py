@@ -73,13 +73,13 @@ class Counted(TorchDispatchMode):
 
 def purposes(session: Any) -> dict[str, str]:
     """Name of each of a session's groups -> what it is for."""
-    mesh, shared = session.build.mesh, session.build.requests["shared_group"]
+    mesh, shared = session.build.mesh, session.build.requests.shared_group
     groups = {axis: mesh.group(axis) for axis in ("pipeline", "tensor", "replicate", "shard")}
     told = {group.group_name: axis for axis, group in groups.items() if group is not None}
     told |= {group.group_name: "world" for group in groups.values() if group and group.size() == dist.get_world_size()}
     if shared is not None:
         told[shared.group_name] = "shared"
-    told |= {group.group_name: "pipeline" for group in session.build.requests.get("channels", {}).values()}
+    told |= {group.group_name: "pipeline" for group in session.build.requests.channels.values()}
     return told | {dist.group.WORLD.group_name: "world"}
 
 

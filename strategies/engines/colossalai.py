@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from strategies.engines.colossalai_boosted import Boosted, BoosterRunner, LowLevelZero, TorchDdp
-from strategies.engines.engine import Build, Loss, OptimizerSettings
+from strategies.engines.engine import Build, Loss, OptimizerSettings, Requests
 from strategies.engines.held import HeldSession, refuse_unbuilt, refuse_world
 from strategies.engines.installed import engine_module
 from strategies.engines.loss import TOKEN_LOSS
@@ -54,7 +54,7 @@ def build_session(
         mesh=lay(strategy, torch.device(device).type) if split else alone,
         region=WHOLE,
         optimizer=optimizer or OptimizerSettings(),
-        requests={"runner": runner, "groups": [], "shared_group": None},
+        requests=Requests(runner=runner),
     )
     if build.device.type == "cpu":
         engine_module("strategies", "strategies.engines.colossalai_cpu").install()

@@ -6,11 +6,11 @@ B micro batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from strategies.strategy import Strategy
+from strategies.strategy import Stage, Strategy
 
 if TYPE_CHECKING:
     import torch
@@ -114,12 +114,43 @@ class Layout:
         return whole.narrow(self.dim, start, min(step, length - start))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Requests:
+    """The wishes of rooms to each other, and to the session that is built from them all."""
+
+    held: tuple[Stage, ...] = ()
+    """Stages of this rank under a pipeline; empty where it runs the whole model."""
+    groups: tuple[Any, ...] = ()
+    """Process groups that rooms made beside the mesh's: the session closes them."""
+    shared_group: Any = None
+    """Group of the two ranks that share a tied table; None where none is shared."""
+    channels: Mapping[Any, Any] = field(default_factory=dict)
+    """Process group of each channel between pipeline stages (pipeline/messages.py)."""
+    runner: Callable[..., Any] | None = None
+    """Makes the runner of a session's micro batches from its build, states and loss."""
+    make_states: Callable[[Build, Callable[[str, torch.Size], Tensor]], Any] | None = None
+    """Makes the model's states from a build and the weights' first values."""
+    num_shards: int = 1
+    """Ranks that one copy of the optimizer states is dealt to."""
+    num_replicas: int = 1
+    """Ranks that hold the same shard."""
+    shard_rank: int = 0
+    shard_group: Any = None
+    replica_group: Any = None
+    adam: Callable[..., Any] | None = None
+    """Makes the optimizer of offloaded states; None: all states stay on the device."""
+    homes: Callable[[Build], Any] | None = None
+    """Makes the streams of whole parameters that live on the host or in files; None: they stay on the device."""
+    fsdp_offload: Any = None
+    """FSDP2's policy for shards that live on the host; None: they stay on the device."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Build:
     """The module and its plan as the rooms pass them from one to the next while a module is split; realized once, after the
     last room.
 
-    `requests` are wishes of an earlier room to a later one (offload asks zero for its CPU policy, say)."""
+    `requests` are wishes of one room to another (offload asks zero for its CPU policy, say)."""
 
     module: nn.Module
     strategy: Strategy
@@ -134,7 +165,7 @@ class Build:
     shared: tuple[str, ...] = ()
     """Parameters that another pipeline stage holds too: one parameter, whose gradients are added."""
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
-    requests: Mapping[str, Any] = field(default_factory=dict)
+    requests: Requests = field(default_factory=lambda: Requests())
     bucket_bytes: int = BUCKET_BYTES
     deterministic: bool = False
 

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from strategies.engines.engine import Build, Loss, OptimizerSettings
+from strategies.engines.engine import Build, Loss, OptimizerSettings, Requests
 from strategies.engines.held import Held, HeldSession, Owned, Place, fill, refuse_unbuilt, refuse_world
 from strategies.engines.installed import engine_module
 from strategies.engines.loss import TOKEN_LOSS
@@ -46,7 +46,7 @@ def build_session(
         ),  # fairscale keeps its own groups
         region=WHOLE,
         optimizer=optimizer or OptimizerSettings(),
-        requests={"runner": PlainRunner, "groups": [], "shared_group": None},
+        requests=Requests(runner=PlainRunner),
     )
     engine_module("fairscale", "fairscale")
     if build.device.type == "cpu":

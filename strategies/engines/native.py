@@ -89,7 +89,8 @@ def build_session(
         for part in module.modules():
             if hasattr(part, "region"):
                 cast("Any", part).region = build.region
-        states: States = build.requests["states"](build, _parts(build, weights))
+        assert build.requests.make_states is not None, "the ZeRO room chooses who holds the states"
+        states: States = build.requests.make_states(build, _parts(build, weights))
     except BaseException:
         if owns_group:
             dist.destroy_process_group()
@@ -148,7 +149,8 @@ class NativeSession:
 
     def __init__(self, build: Build, states: States, *, loss: Loss, owns_group: bool) -> None:
         self.module, self.build, self.states, self.loss = build.module, build, states, loss
-        self.runner: Runner = build.requests["runner"](build, states, loss)
+        assert build.requests.runner is not None, "a room or an engine chooses who runs the micro batches"
+        self.runner: Runner = build.requests.runner(build, states, loss)
         self.distributed, self.owns_group = dist.is_initialized(), owns_group
         self.scale = FIRST_SCALE if build.precision == "fp16" else None
         self.good_steps = 0
@@ -187,7 +189,7 @@ class NativeSession:
         ]
         _all_reduce_together(partial, self.build.mesh.group("tensor"), self.build.device)
         shared = [gradients[name] for name in self.build.shared]
-        _all_reduce_together(shared, self.build.requests["shared_group"], self.build.device)
+        _all_reduce_together(shared, self.build.requests.shared_group, self.build.device)
 
     @torch.no_grad()
     def _totals(self, told_K: Tensor) -> tuple[list[float], float]:
@@ -269,7 +271,7 @@ class NativeSession:
         if self.owns_group:
             dist.destroy_process_group()
             return
-        for group in self.build.mesh.groups() + self.build.requests["groups"]:
+        for group in (*self.build.mesh.groups(), *self.build.requests.groups):
             if group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
 

@@ -28,7 +28,7 @@ from strategies.zero.states import DTYPES, Adam
 def apply(build: Build) -> Build:
     """Raises ValueError for what no part of ours can do."""
     offload, strategy = build.strategy.offload, build.strategy
-    requests: dict[str, Any] = {}
+    requests = build.requests
     if not 0 < offload.optimizer_fraction <= 1:
         raise ValueError(
             f"offload.optimizer_fraction {offload.optimizer_fraction} must be above 0 and at most 1; "
@@ -46,14 +46,14 @@ def apply(build: Build) -> Build:
                 f"offload.parameters nvme at zero_stage {strategy.zero_stage} is not built on the native engine, where "
                 "FSDP2 holds the shards; set it to host, or zero_stage to 0 or 1"
             )
-        requests["fsdp_offload"] = CPUOffloadPolicy(pin_memory=build.device.type == "cuda")
+        requests = replace(requests, fsdp_offload=CPUOffloadPolicy(pin_memory=build.device.type == "cuda"))
     elif offload.parameters != "none":
-        requests["homes"] = homes(to_file=offload.parameters == "nvme")
+        requests = replace(requests, homes=homes(to_file=offload.parameters == "nvme"))
     if offload.optimizer == "nvme" or (offload.optimizer == "host" and not shards_on_host):
-        requests["adam"] = partial(_adam, build=build)
+        requests = replace(requests, adam=partial(_adam, build=build))
     if offload.activations == "host":
         activations.move(build)
-    return replace(build, requests={**build.requests, **requests})
+    return replace(build, requests=requests)
 
 
 def _adam(settings: Any, device: Any, dtype: Any, *, build: Build) -> Adam:
@@ -68,7 +68,7 @@ def _adam(settings: Any, device: Any, dtype: Any, *, build: Build) -> Adam:
     away = chosen(weighed, fraction)
     file = None
     if build.strategy.offload.optimizer == "nvme" and away:
-        shards = build.requests["num_shards"]
+        shards = build.requests.num_shards
         wide = max(4, DTYPES[build.precision].itemsize)
         rows = [-(-sizes[name][0] // shards) * (sizes[name].numel() // sizes[name][0]) for name in away]
         file = ScratchFile(sum(3 * padded(count * wide) for count in rows))

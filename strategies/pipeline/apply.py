@@ -27,9 +27,8 @@ from strategies.tensor.region import WHOLE, Region
 def cut(build: Build) -> Build:
     """Drops what other ranks hold. Raises ValueError for stages that do not make up the model."""
     strategy, module = build.strategy, build.module
-    requests = {**build.requests, "groups": [], "shared_group": None, "held": ()}
     if strategy.pipeline_parallel_degree == 1:
-        return replace(build, requests=requests)
+        return build
     blocks: Any = module.blocks
     _check(strategy, len(blocks))
     rank = build.mesh.rank("pipeline")
@@ -46,29 +45,31 @@ def cut(build: Build) -> Build:
         _drop(module, "embed.", keep=shared if head else ())
     if not head:
         _drop(module, "head.", keep=())
+    requests = replace(build.requests, held=held)
     if shared and first != last:
-        requests["shared_group"], groups = _pairs(build, first, last)
-        requests["groups"] = groups
+        pair, groups = _pairs(build, first, last)
+        requests = replace(requests, shared_group=pair, groups=tuple(groups))
         if not (embedding or head):
             shared = ()
     else:
         shared = ()
-    return replace(build, shared=shared, requests={**requests, "held": held})
+    return replace(build, shared=shared, requests=requests)
 
 
 def schedule(build: Build) -> Build:
     """Chooses who runs the micro batches."""
     strategy = build.strategy
     if strategy.pipeline_parallel_degree == 1:
-        return replace(build, requests={**build.requests, "runner": PlainRunner})
+        return replace(build, requests=replace(build.requests, runner=PlainRunner))
     if strategy.pipeline_schedule in SPLIT_BACKWARD:
         region = Region() if build.region is WHOLE else build.region
         region.pending = []
         build = replace(build, region=region)
     channels = _channels(build)
     _open(build, channels)
-    groups = [*build.requests["groups"], *channels.values()]
-    return replace(build, requests={**build.requests, "runner": PipelineRunner, "channels": channels, "groups": groups})
+    groups = (*build.requests.groups, *channels.values())
+    requests = replace(build.requests, runner=PipelineRunner, channels=channels, groups=groups)
+    return replace(build, requests=requests)
 
 
 def _check(strategy: Strategy, num_layers: int) -> None:

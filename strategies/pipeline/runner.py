@@ -97,7 +97,7 @@ class PipelineRunner:
         strategy = build.strategy
         self.rank, self.pipeline = build.mesh.rank("pipeline"), pipeline_of(strategy)
         self.stages = {stage.stage: stage for stage in strategy.stages}
-        self.channels: Mapping[Channel, Any] = build.requests["channels"]
+        self.channels: Mapping[Channel, Any] = build.requests.channels
         self.peers = _column(build)
         self.dtype = DTYPES[build.precision]
         module: Any = build.module

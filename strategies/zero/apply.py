@@ -35,7 +35,6 @@ Beside them one all-reduce of two fp64 numbers, loss and squared norm.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from strategies.engines.engine import Build
 from strategies.rooms import impossible
@@ -63,12 +62,13 @@ def apply(build: Build) -> Build:
             f"native engine; set states to {' or '.join(known)}"
         )
     mesh = build.mesh
-    requests: dict[str, Any] = {
-        "states": FsdpStates if strategy.zero_stage >= 2 else BucketStates,
-        "num_shards": mesh.sizes["shard"],
-        "num_replicas": mesh.sizes["replicate"],
-        "shard_rank": mesh.rank("shard"),
-        "shard_group": mesh.group("shard"),
-        "replica_group": mesh.group("replicate"),
-    }
-    return replace(build, requests={**build.requests, **requests})
+    requests = replace(
+        build.requests,
+        make_states=FsdpStates if strategy.zero_stage >= 2 else BucketStates,
+        num_shards=mesh.sizes["shard"],
+        num_replicas=mesh.sizes["replicate"],
+        shard_rank=mesh.rank("shard"),
+        shard_group=mesh.group("shard"),
+        replica_group=mesh.group("replicate"),
+    )
+    return replace(build, requests=requests)

@@ -104,15 +104,15 @@ class BucketStates:
 
     def __init__(self, build: Build, weights: Weights) -> None:
         self.build, self.device = build, build.device
-        self.num_shards, self.num_replicas = build.requests["num_shards"], build.requests["num_replicas"]
-        self.shard_group, self.replica_group = build.requests["shard_group"], build.requests["replica_group"]
-        rank = build.requests["shard_rank"]
+        self.num_shards, self.num_replicas = build.requests.num_shards, build.requests.num_replicas
+        self.shard_group, self.replica_group = build.requests.shard_group, build.requests.replica_group
+        rank = build.requests.shard_rank
         dtype = DTYPES[build.precision]
         self.has_master = dtype.itemsize == 2
         gradient_dtype = torch.float32 if build.strategy.states == "mixed_fp32_gradients" else dtype
-        _materialize(build.module, dtype, build.device, hollow="homes" in build.requests)
+        _materialize(build.module, dtype, build.device, hollow=build.requests.homes is not None)
         # Offload may put parameters, and what Adam keeps, elsewhere.
-        self.streams: Any = build.requests["homes"](build) if "homes" in build.requests else None
+        self.streams: Any = build.requests.homes(build) if build.requests.homes else None
         homes: dict[nn.Parameter, Tensor] = self.streams.homes if self.streams else {}
         self.buckets = [
             Bucket(
@@ -124,7 +124,7 @@ class BucketStates:
             )
             for parameters in _layout(build.module, build.bucket_bytes, gradient_dtype.itemsize)
         ]
-        self.adam: Adam = build.requests.get("adam", Adam)(
+        self.adam: Adam = (build.requests.adam or Adam)(
             build.optimizer, build.device, torch.promote_types(dtype, torch.float32)
         )
         self.shards = [self._fill(bucket, weights) for bucket in self.buckets]

@@ -28,19 +28,19 @@ class FsdpStates:
         self.build, self.device = build, build.device
         self.pipelined = strategy.degrees.pipeline > 1
         self.splits = splits(strategy)
-        self.num_held = len(build.requests["held"])
+        self.num_held = len(build.requests.held)
         self.by_weight: dict[nn.Parameter, Any] = {}
-        self.num_replicas = build.requests["num_replicas"]
-        num_shards, rank = build.requests["num_shards"], build.requests["shard_rank"]
+        self.num_replicas = build.requests.num_replicas
+        num_shards, rank = build.requests.num_shards, build.requests.shard_rank
         self.gather_per_step, self.reduce_per_step = strategy.gather == "per_step", strategy.reduce == "per_step"
         with unset_fake_temporarily():  # on the meta device, whether or not a trace plays what follows
             _shard(build, keeps=strategy.zero_stage == 2 or self.gather_per_step)
         if self.pipelined:
             _fetch_by_stage(build)
-        self.on_host = "fsdp_offload" in build.requests
+        self.on_host = build.requests.fsdp_offload is not None
         self.root = cast("Any", build.module)
         self.units = [unit for unit in build.module.modules() if isinstance(unit, FSDPModule)]
-        policy = build.requests.get("fsdp_offload")
+        policy = build.requests.fsdp_offload
         home = build.device if policy is None else torch.device("cpu")
         with self._at_home():
             build.module.to_empty(device=home)
@@ -53,7 +53,7 @@ class FsdpStates:
         with self._at_home():
             self.root._get_fsdp_state()._lazy_init()
         self.locals: list[Tensor] = [parameter.to_local().detach() for parameter in self.parameters.values()]
-        self.adam: Adam = build.requests.get("adam", Adam)(build.optimizer, home, self.locals[0].dtype)
+        self.adam: Adam = (build.requests.adam or Adam)(build.optimizer, home, self.locals[0].dtype)
         with self._at_home():
             self.shards = [
                 self.adam.shard(name, parameter.shape, local, apart=False)
@@ -97,7 +97,7 @@ class FsdpStates:
         self.root.set_reshard_after_backward(not self.gather_per_step)
         if self.gather_per_step:
             return
-        first = min(held.stage for held in self.build.requests["held"])
+        first = min(held.stage for held in self.build.requests.held)
         self.root.set_reshard_after_backward(stage.stage == first, recurse=False)
         if self.build.strategy.zero_stage == 2:
             mine = range(stage.first_layer, stage.first_layer + stage.num_layers)
@@ -219,7 +219,7 @@ def _shard(build: Build, *, keeps: bool) -> None:
     build.module.to(torch.float64 if build.precision == "fp64" else torch.float32)
     options: dict[str, Any] = {
         "mesh": build.mesh.data,
-        **({"offload_policy": build.requests["fsdp_offload"]} if "fsdp_offload" in build.requests else {}),
+        **({"offload_policy": build.requests.fsdp_offload} if build.requests.fsdp_offload else {}),
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None),
     }
     blocks: Any = build.module.blocks
@@ -240,7 +240,7 @@ def _fetch_by_stage(build: Build) -> None:
     itself, nothing."""
     root: Any = build.module
     root.set_modules_to_backward_prefetch([root])
-    for stage in build.requests["held"]:
+    for stage in build.requests.held:
         before = None
         for index in range(stage.first_layer, stage.first_layer + stage.num_layers):
             block = root.blocks._modules[str(index)]
