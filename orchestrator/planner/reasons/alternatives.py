@@ -31,6 +31,8 @@ TOO_LARGE_PART = 4
 """One alternative in so many may be a change that does not fit; the others are strategies that could run."""
 AS_FAST = 0.0005
 """Slower by less is as fast: no model of a step is that good."""
+TELLING_PART = 0.01
+"""Part of a step from which on it is said that it grew."""
 GIB = 2**30
 
 
@@ -313,5 +315,7 @@ def _grown(chosen: Price, price: Price, choice: Choice) -> str:
     if grown[name] <= 0:
         return ""
     share = getattr(price.time, name) / price.time.step_s
+    if share < TELLING_PART:
+        return ""
     micro = f"micro batch {choice.micro}, " if name == "compute_s" else ""
     return f"; {micro}{_PARTS[name]} {share:.0%} of the step"
