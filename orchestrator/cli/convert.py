@@ -98,6 +98,8 @@ def find_checkpoint(source: Path, directory: str) -> CheckpointRef:
     if ref is None:
         fix = "give a run with a finished checkpoint (`shardwise status`), or the checkpoint's folder"
         raise CommandError(f"{source} holds no whole checkpoint", fix, ExitCode.NOT_FOUND)
+    if ref.manifest["job"].get("task") == "reward":
+        raise CommandError(f"{ref.path} is of a reward model, which gives a number and no text")
     return ref
 
 

@@ -39,7 +39,8 @@ class Job(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = Field(examples=["opt-1.3b-alpaca"])
     """Name of the run and of its folder: lower case, digits, dot, underscore, hyphen; 63 characters at most."""
     task: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = Field(default="pretrain", examples=["pretrain"])
-    """What is learned. Only pretrain is built."""
+    """What is learned: from text (pretrain), from answers (sft), or from which of two answers is preferred (reward, dpo). ppo is
+    not built."""
     model: ModelSpec = Field(examples=["opt-1.3b"])
     """The model that is trained."""
     data: DataSpec | None = Field(default=None, examples=[{"train": ["corpus/*.txt"]}])

@@ -104,7 +104,7 @@ class DataSpec(Section):
     """The text that the model reads. Needed to prepare or run, not to plan."""
 
     train: Texts = Field(examples=[["corpus/*.txt"]])
-    """Files (.txt, .jsonl, .parquet), folders or globs, relative to the job file."""
+    """Files (.txt, .jsonl, .parquet; of records .json, .jsonl, .parquet), folders or globs, relative to the job file."""
     validation: Annotated[
         Annotated[BelowOne, Tag(NUMBER)] | Annotated[Texts, Tag(FILES)], Discriminator(_files_or_fraction)
     ] = Field(default=0.005, examples=[0.005])
@@ -115,6 +115,12 @@ class DataSpec(Section):
     ] = Field(default="byte", examples=["byte"])
     """`byte` (256 tokens), the path of a Hugging Face tokenizer relative to the job file, or `{bpe: 8192}`: train one. Absent
     where training starts from the weights of `model.path`: the tokenizer in that folder."""
+    template: Literal["auto", "alpaca", "chat"] = Field(default="auto", examples=["alpaca"])
+    """How sft, reward and dpo write a conversation down: Alpaca's template, the tokenizer's chat template, or `auto`: the latter
+    where the tokenizer brings one, else Alpaca's."""
+    on_bad: Literal["stop", "skip"] = Field(default="stop", examples=["skip"])
+    """What sft, reward and dpo do about records that give no sample, or one longer than `sequence_length`: refuse the data, or
+    leave them out. Both tell file, line and number."""
 
 
 class BatchSpec(Section):
@@ -179,6 +185,8 @@ class TrainingSpec(Section):
     """torch.compile of each block: true pins `strategy.compile`; auto (where it pays) is not built."""
     z_loss: NotNegative = Field(default=0.0, examples=[1e-4])
     """Weight of the squared log of the softmax normalizer in the loss (PaLM, arXiv:2204.02311, section 5). 0: off."""
+    dpo_beta: Positive = Field(default=0.1, examples=[0.1])
+    """How strongly dpo holds the model to the weights that it starts from (arXiv:2305.18290, equation 7)."""
     deterministic: bool = Field(default=False, examples=[True])
     """Kernels that repeat bit for bit on a GPU, slower. A CPU always does."""
 

@@ -5,15 +5,15 @@ B micro batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from orchestrator.training.data import TokenDataset, batch_indices
+from orchestrator.training.data import Dataset, batch_indices
 from strategies.engines.engine import MicroBatch
 
 if TYPE_CHECKING:
@@ -55,26 +55,31 @@ class Batch:
     """Of the global batch."""
 
 
-def cut(dataset: TokenDataset, indices: NDArray[np.int64], share: Share) -> Iterator[MicroBatch]:
+def cut(dataset: Dataset, indices: NDArray[np.int64], share: Share) -> Iterator[MicroBatch]:
     """This replica's micro batches; a filling sequence repeats a real one with weight 0."""
     for rows in share.rows(len(indices)):
         weight_B = torch.tensor([0.0 if row is None else 1.0 for row in rows])
-        inputs, targets = dataset.sequences(indices[[0 if row is None else row for row in rows]])
+        mine = indices[[0 if row is None else row for row in rows]]
+        inputs, targets = dataset.sequences(mine)
         target_ids_BS = torch.from_numpy(targets)
         target_ids_BS[weight_B == 0] = IGNORED
         yield MicroBatch(
             input_ids_BS=torch.from_numpy(inputs).to(share.device, non_blocking=True),
             target_ids_BS=target_ids_BS.to(share.device, non_blocking=True),
             weight_B=weight_B.to(share.device, non_blocking=True),
+            inputs=_on(share.device, dataset.inputs(mine)),
+            labels=_on(share.device, dataset.labels(mine)),
         )
+
+
+def _on(device: torch.device, arrays: Mapping[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
 
 
 class Batches:
     """The batches of steps first_step, ..., each made while the one before it is trained on."""
 
-    def __init__(
-        self, dataset: TokenDataset, share: Share, *, seed: int, global_batch_size: int, first_step: int
-    ) -> None:
+    def __init__(self, dataset: Dataset, share: Share, *, seed: int, global_batch_size: int, first_step: int) -> None:
         self.dataset, self.share, self.seed, self.global_batch_size = dataset, share, seed, global_batch_size
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="next-batch")
         self._next: Future[Batch] = self._pool.submit(self._make, first_step)
@@ -93,5 +98,5 @@ class Batches:
             step=step,
             indices=indices,
             micro_batches=list(cut(self.dataset, indices, self.share)),
-            num_targets=len(indices) * self.dataset.sequence_length,
+            num_targets=self.dataset.num_targets(indices),
         )

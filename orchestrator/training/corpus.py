@@ -27,7 +27,9 @@ class Text:
     """Of the file, for a progress bar."""
 
 
-def expand(patterns: Iterable[str], base: Path, *, field: str) -> tuple[Path, ...]:
+def expand(
+    patterns: Iterable[str], base: Path, *, field: str, suffixes: tuple[str, ...] = SUFFIXES
+) -> tuple[Path, ...]:
     """The files behind paths, folders (their .txt, .jsonl and .parquet, at any depth) and globs; each once, in order.
 
     Args:
@@ -37,21 +39,21 @@ def expand(patterns: Iterable[str], base: Path, *, field: str) -> tuple[Path, ..
     found: dict[Path, None] = {}
     for pattern in patterns:
         path = base / Path(pattern).expanduser()
-        for file in _matching(pattern, path, field):
+        for file in _matching(pattern, path, field, suffixes):
             found[file.resolve()] = None
     return tuple(found)
 
 
-def _matching(pattern: str, path: Path, field: str) -> list[Path]:
-    known = ", ".join(SUFFIXES)
+def _matching(pattern: str, path: Path, field: str, suffixes: tuple[str, ...]) -> list[Path]:
+    known = ", ".join(suffixes)
     try:
         if path.is_dir():
-            files = _in_folder(path)
+            files = _in_folder(path, suffixes)
             if not files:
                 raise DataError(f"{field}: the folder {path} holds no file that ends in {known}")
             return files
         if path.exists():
-            if path.suffix.lower() not in SUFFIXES:
+            if path.suffix.lower() not in suffixes:
                 raise DataError(f"{field}: {path} ends in {path.suffix or 'nothing'}; known are {known}")
             return [path]
     except OSError as error:
@@ -59,19 +61,19 @@ def _matching(pattern: str, path: Path, field: str) -> list[Path]:
     if not glob.has_magic(pattern):
         raise DataError(f"{field}: {path} does not exist (paths are relative to the job file)")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    files = [file for match in matches for file in (_in_folder(match) if match.is_dir() else [match])]
-    files = [file for file in files if file.suffix.lower() in SUFFIXES]
+    files = [file for match in matches for file in (_in_folder(match, suffixes) if match.is_dir() else [match])]
+    files = [file for file in files if file.suffix.lower() in suffixes]
     if not files:
         raise DataError(f"{field}: {path} matches no file that ends in {known} (paths are relative to the job file)")
     return files
 
 
-def _in_folder(folder: Path) -> list[Path]:
+def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise _unreadable(Path(error.filename or folder), error)
 
     names = [Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names]
-    return sorted(name for name in names if name.suffix.lower() in SUFFIXES)
+    return sorted(name for name in names if name.suffix.lower() in suffixes)
 
 
 def read(path: Path) -> Iterator[Text]:

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,10 @@ class DataIndex:
     """Changes when a token, its place or its split changes; the same on every machine."""
     unigram_entropy: float
     """Of the train split, nats per token: the loss of a model that knows only how frequent each token is."""
+    row_tokens: int = 0
+    """Tokens of a row, where the splits are rows of packed samples (rows.py). 0: they are streams of text."""
+    report: str = ""
+    """What a person should know of how the data was read: records that were left out, and why."""
 
     def num_tokens(self, split: Split) -> int:
         return sum(num_tokens for _, num_tokens in self.files[split])
@@ -187,6 +191,18 @@ class TokenDataset:
             self._read(int(index) * self.sequence_length, tokens[row])
         return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
+    def num_targets(self, indices: NDArray[np.int64]) -> int:
+        """Target tokens of these sequences: all count."""
+        return len(indices) * self.sequence_length
+
+    def inputs(self, indices: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """What the module takes beside the tokens: nothing, a row is one sample."""
+        return {}
+
+    def labels(self, indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """What the loss takes beside the target ids: nothing."""
+        return {}
+
     def _read(self, first: int, out: NDArray[np.int64]) -> None:
         """Fills `out` with the stream's tokens from `first` on, over the ends of files."""
         file = int(np.searchsorted(self._ends, first, side="right"))
@@ -199,8 +215,35 @@ class TokenDataset:
             file += 1
 
 
-def open_datasets(directory: Path | str, sequence_length: int) -> tuple[TokenDataset, TokenDataset | None]:
-    """(train, validation); None where the held-out text does not fill one sequence."""
+class Dataset(Protocol):
+    """What training reads: sequences of one length, by their number."""
+
+    index: DataIndex
+    sequence_length: int
+
+    def __len__(self) -> int: ...
+
+    def num_targets(self, indices: NDArray[np.int64]) -> int:
+        """What the loss sums over in these sequences: tokens, or pairs of answers."""
+
+    def sequences(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(input_ids_BS, target_ids_BS), each its own memory; -100 where a target does not count."""
+
+    def inputs(self, indices: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
+        """Further inputs of the module, by name (engine.MicroBatch)."""
+
+    def labels(self, indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """Further inputs of the loss, by name (engine.MicroBatch)."""
+
+
+def open_datasets(directory: Path | str, sequence_length: int) -> tuple[Dataset, Dataset | None]:
+    """(train, validation); None where nothing that fills a sequence is held out."""
+    index = read_index(Path(directory))
+    if index.row_tokens:
+        from orchestrator.training.rows import RowDataset
+
+        rows = RowDataset(index, "train", sequence_length)
+        return rows, RowDataset(index, "validation", sequence_length) if index.num_tokens("validation") else None
     train = TokenDataset(directory, "train", sequence_length)
     held_out = train.index.num_tokens("validation") > sequence_length
     return train, TokenDataset(directory, "validation", sequence_length) if held_out else None

@@ -9,9 +9,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from orchestrator.training import corpus
+from orchestrator.training import collect, corpus
+from orchestrator.training.collect import Policy
 from orchestrator.training.data import INDEX, DataError, DataIndex, Source
 from orchestrator.training.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, unfilled
 
@@ -33,6 +34,12 @@ class Request:
     """The path is that of the weights, and the job does not name it as a tokenizer."""
     vocab_size: int | None = None
     """Of the model; None where it does not matter."""
+    task: str = "pretrain"
+    """What is learned: from text, or (sft, reward, dpo) from records, which become rows of packed samples."""
+    sequence_length: int = 0
+    """Tokens of a row; without effect on text."""
+    template: Literal["auto", "alpaca", "chat"] = "auto"
+    on_bad: Policy = "stop"
 
     @property
     def directory(self) -> Path:
@@ -40,7 +47,10 @@ class Request:
         state of its files has a folder of its own, whose name goes on with a hyphen and the fingerprint of the tokens."""
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         validation = self.validation if isinstance(self.validation, float | int) else list(self.validation)
-        key = json.dumps([str(self.base.resolve()), list(self.train), validation, self.tokenizer])
+        decides: list[object] = [str(self.base.resolve()), list(self.train), validation, self.tokenizer]
+        if self.task != "pretrain":
+            decides += [self.task, self.sequence_length, self.template, self.on_bad]
+        key = json.dumps(decides)
         return cache / "shardwise" / "data" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     @property
@@ -62,6 +72,10 @@ def request_of(job: Job) -> Request:
         tokenizer=tokenizer if isinstance(tokenizer, str) else int(tokenizer.bpe),
         tokenizer_of_weights=job.uses_tokenizer_of_weights,
         vocab_size=job.architecture.vocab_size,
+        task=job.task,
+        sequence_length=job.batch.sequence_length,
+        template=job.data.template,
+        on_bad=job.data.on_bad,
     )
 
 
@@ -92,15 +106,17 @@ def notes(request: Request, index: DataIndex) -> list[str]:
         told.append(f"data.tokenizer is absent: the text is tokenized with that of the weights, in {request.tokenizer}")
     if request.vocab_size is not None and (warning := unfilled(index.vocab_size, request.vocab_size)):
         told.append(f"warning: {warning}")
+    told += index.report.splitlines()
     return told
 
 
 def files_of(request: Request) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """(files to train on, files that are held out). DataError where one is missing or in both."""
-    train = corpus.expand(request.train, request.base, field="data.train")
+    suffixes = corpus.SUFFIXES if request.task == "pretrain" else collect.SUFFIXES
+    train = corpus.expand(request.train, request.base, field="data.train", suffixes=suffixes)
     held_out: tuple[Path, ...] = ()
     if not isinstance(request.validation, float | int):
-        held_out = corpus.expand(request.validation, request.base, field="data.validation")
+        held_out = corpus.expand(request.validation, request.base, field="data.validation", suffixes=suffixes)
     if both := sorted(set(train) & set(held_out)):
         raise DataError(
             f"{both[0]} is in data.train and in data.validation: its loss would say nothing; leave it in one"

@@ -25,7 +25,7 @@ from orchestrator.telemetry.records import Event, StepReport
 from orchestrator.training.assignment import Outcome
 from orchestrator.training.batches import Batch, Batches, Share, cut
 from orchestrator.training.checkpoint import CheckpointFailed, CheckpointInfo, PendingSave, Saver
-from orchestrator.training.data import TokenDataset
+from orchestrator.training.data import Dataset
 from orchestrator.training.pulse import Phase, Pulse
 from orchestrator.training.schedule import CheckpointAuto, CheckpointEvery
 from strategies.engines.engine import Session, StepResult
@@ -65,7 +65,7 @@ class Loop:
         settings: Settings,
         *,
         batches: Batches,
-        validation: TokenDataset | None,
+        validation: Dataset | None,
         share: Share,
         world: Groups,
         reporter: Reporter,
@@ -195,11 +195,14 @@ class Loop:
         indices = arange(min(len(self.validation), limit))
         found = self.session.evaluate(cut(self.validation, indices, self.share))
         loss, num_tokens = found.loss / found.num_targets, found.num_targets
+        metrics = {name: value / found.num_targets for name, value in found.metrics.items()}
+        told = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
         self._event(
             "evaluation",
-            f"loss {loss:.4f} on held-out text",
+            f"loss {loss:.4f}{told} on held-out {'samples' if found.metrics else 'text'}",
             loss=loss,
             tokens=num_tokens,
+            metrics=metrics,
             seconds=time.perf_counter() - started,
         )
 

@@ -62,6 +62,22 @@ def sequence_log_probabilities(region: Region, logits_BSV: Tensor, batch: MicroB
 
 
 @dataclass(frozen=True, slots=True)
+class PairLogProbabilities:
+    """Tells the log-probability of each answer of a micro batch, pairs_BP2 flattened, in nats. For Session.scores: nothing is
+    trained with it."""
+
+    names: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def __call__(self, region: Region, output: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        pairs_BP2, _ = _pairs(batch, output.device)
+        told = sequence_log_probabilities(region, output, batch).gather(1, pairs_BP2.flatten(1)).flatten()
+        return told.detach(), told.sum()
+
+    def num_targets(self, batch: MicroBatch) -> Tensor:
+        return _pairs(batch, batch.weight_B.device)[1].sum()
+
+
+@dataclass(frozen=True, slots=True)
 class DpoLoss:
     """Direct preference optimization (arXiv:2305.18290, equation 7): -log sigmoid of beta times how much more the policy prefers
     the chosen answer than the reference does. `pairs_BP2` holds segments of the row, `reference_BP2` the log-probabilities of

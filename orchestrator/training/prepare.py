@@ -126,6 +126,8 @@ def _make(
 ) -> DataIndex:
     partial = stem.with_name(stem.name + ".partial")
     partial.mkdir(exist_ok=True)
+    if request.task != "pretrain":
+        return _make_rows(stem, partial, request, tokenizer, train, held_out)
     if tokenizer is None:
         tokenizer = _trained(int(request.tokenizer), train, partial)
     works = _works(train, held_out, tokenizer, request.fraction)
@@ -154,6 +156,32 @@ def _make(
     )
     tokens = (index.tokens(name) for name, _ in index.files["train"])
     index = replace(index, unigram_entropy=unigram_entropy(tokens, num_tokens, tokenizer.vocab_size))
+    target = stem.with_name(f"{stem.name}-{index.fingerprint[:16]}")
+    _publish(partial, whole, target, index)
+    return read_index(target)
+
+
+def _make_rows(
+    stem: Path,
+    partial: Path,
+    request: Request,
+    tokenizer: Tokenizer | None,
+    train: Sequence[Path],
+    held_out: Sequence[Path],
+) -> DataIndex:
+    """The packed rows of a task that learns from records."""
+    from orchestrator.training import rows
+
+    if tokenizer is None:
+        raise DataError(
+            f"data.tokenizer: bpe is trained on text, and task {request.task} reads records: name the tokenizer that the "
+            "model was trained with, or byte"
+        )
+    whole = partial / "whole"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir()
+    tokenizer.save(whole)
+    index = rows.make(request, tokenizer, train, held_out, whole)
     target = stem.with_name(f"{stem.name}-{index.fingerprint[:16]}")
     _publish(partial, whole, target, index)
     return read_index(target)

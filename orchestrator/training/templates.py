@@ -208,12 +208,12 @@ def encode(messages: Messages, template: Template, tokenizer: Tokenizer) -> Samp
 
 def samples(
     places: Sequence[Place], template: Template, tokenizer: Tokenizer, *, max_tokens: int
-) -> tuple[list[list[Sample]], list[Fault]]:
-    """(samples of each example that fits, those that do not): one of a conversation or a prompt, two of a preference, the chosen
-    answer first. Nothing is cut: an example longer than the context is a fault, and so is a text that holds a special token, by
-    which it could end its own turn. The caller judges the faults (collect.judge)."""
+) -> tuple[list[tuple[Place, list[Sample]]], list[Fault]]:
+    """(each example that fits with its samples, those that do not): one sample of a conversation or a prompt, two of a
+    preference, the chosen answer first. Nothing is cut: an example longer than the context is a fault, and so is a text that
+    holds a special token, by which it could end its own turn. The caller judges the faults (collect.judge)."""
     special = special_tokens(tokenizer)
-    found: list[list[Sample]] = []
+    found: list[tuple[Place, list[Sample]]] = []
     faults: list[Fault] = []
     for place in places:
         written = _written(place)
@@ -227,7 +227,7 @@ def samples(
             reason = f"has {length:,} tokens, and the context {max_tokens:,}"
             faults.append(Fault(where=place.where, kind="too long", reason=reason))
             continue
-        found.append(both)
+        found.append((place, both))
     return found, faults
 
 

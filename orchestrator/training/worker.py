@@ -42,12 +42,15 @@ from orchestrator.training.batches import Batches, Share
 from orchestrator.training.checkpoint import CheckpointInfo, Saver
 from orchestrator.training.data import open_datasets
 from orchestrator.training.loop import Groups, Loop, Reporter, Settings
+from orchestrator.training.losses import DpoLoss, RewardLoss
 from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, before, read_manifest, refusal
 from orchestrator.training.pulse import Pulse
 from orchestrator.training.rank_log import LOG, Logged
+from orchestrator.training.reference import add_reference
+from orchestrator.training.rows import RowDataset
 from orchestrator.training.schedule import CheckpointEvery, learning_rate
 from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
-from strategies.engines.engine import OptimizerSettings, Session
+from strategies.engines.engine import Loss, OptimizerSettings, Session
 from strategies.engines.loss import TokenLoss
 from strategies.engines.native import build_session as build_native
 
@@ -143,6 +146,12 @@ def set_up(
         checkpoint.sweep(settings.checkpoint_directory)
     clock.lap("data_s")
     session = build(assignment, job, device)
+    share = share_of(assignment, device)
+    if job.task == "dpo":
+        for dataset in (train_set, validation):
+            if isinstance(dataset, RowDataset):
+                degree = assignment.strategy.tensor_parallel_degree
+                add_reference(session, dataset, share, Path(assignment.run_directory), tensor_parallel_degree=degree)
     clock.lap("build_s")
     done = 0
     if ref is not None:
@@ -152,7 +161,6 @@ def set_up(
         done = ref.step
         tell_of_resume(ref, settings, job, reporter)
     clock.lap("load_s")
-    share = share_of(assignment, device)
     batches = Batches(
         train_set,
         share,
@@ -226,11 +234,7 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
     """The module on the meta device, split by the engine, filled a parameter at a time: never whole in memory twice."""
     architecture = job.architecture
     with torch.device("meta"), LeftAsTheyAre():
-        module = Decoder(architecture, attention=assignment.strategy.attention)
-    if job.initializes_from_weights:
-        weights = read_folder(job.directory / str(job.model.path), architecture)
-    else:
-        weights = initial_weights(architecture, job.training.seed)
+        module = Decoder(architecture, attention=assignment.strategy.attention, values=job.task == "reward")
     optimizer = job.training.optimizer
     build_session: Any = build_native
     if assignment.strategy.engine != "native":
@@ -239,7 +243,7 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
         module,
         strategy=assignment.strategy,
         precision=job.training.precision,
-        weights=weights,
+        weights=weights_of(job),
         optimizer=OptimizerSettings(
             betas=optimizer.betas,
             epsilon=optimizer.epsilon,
@@ -248,9 +252,31 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
         ),
         device=device,
         deterministic=job.training.deterministic,
-        loss=TokenLoss(job.training.z_loss),
+        loss=loss_of(job),
     )
     return session
+
+
+def weights_of(job: Job) -> Callable[[str, torch.Size], torch.Tensor]:
+    """(name, shape) -> that parameter's first value: from the folder that the job names, or drawn. A value head is drawn."""
+    drawn = initial_weights(job.architecture, job.training.seed)
+    if not job.initializes_from_weights:
+        return drawn
+    read = read_folder(job.directory / str(job.model.path), job.architecture)
+
+    def value(name: str, shape: torch.Size) -> torch.Tensor:
+        return drawn(name, shape) if name == "head.value.weight" else read(name, shape)
+
+    return value
+
+
+def loss_of(job: Job) -> Loss:
+    """What the job's task trains."""
+    if job.task == "reward":
+        return RewardLoss()
+    if job.task == "dpo":
+        return DpoLoss(beta=job.training.dpo_beta)
+    return TokenLoss(job.training.z_loss)
 
 
 class LeftAsTheyAre(TorchFunctionMode):

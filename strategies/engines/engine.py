@@ -186,6 +186,9 @@ class Session(Protocol):
         """The loss over all ranks, no gradient. Every rank gives as many micro batches, filled up with sequences of
         weight 0."""
 
+    def scores(self, micro_batches: Iterable[MicroBatch], loss: Loss) -> list[Tensor | None]:
+        """What another loss tells of each micro batch; None on ranks that do not hold the head. Every rank gives as many."""
+
     def state_dict(self) -> dict[str, Any]:
         """Sharded state for torch.distributed.checkpoint: `model.NAME`, `optimizer.exp_avg.NAME`, ... DTensors or
         replicated tensors under names and global shapes that no strategy changes, in the dtype of the master copy,

@@ -243,6 +243,18 @@ class NativeSession:
         *told, count = total.tolist()
         return Evaluation(loss=told[0], num_targets=int(count), metrics=dict(zip(names[1:], told[1:], strict=True)))
 
+    @torch.no_grad()
+    def scores(self, micro_batches: Iterable[MicroBatch], loss: Loss) -> list[Tensor | None]:
+        """See engine.Session."""
+        self.runner.loss, own = loss, self.runner.loss
+        try:
+            told = [self.runner.evaluate(batch) for batch in micro_batches]
+        finally:
+            self.runner.loss = own
+        self.runner.settle()
+        self.states.settle()
+        return told
+
     def state_dict(self) -> dict[str, Any]:
         """See engine.Session."""
         return {

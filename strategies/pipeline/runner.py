@@ -27,6 +27,8 @@ from strategies.zero.states import DTYPES, PipelineStates, States
 class Runner(Protocol):
     """Forward and backward passes of a step."""
 
+    loss: Loss
+
     def train(self, micro_batches: Sequence[MicroBatch], factor: float) -> Tensor:
         """Adds up the gradients of factor x loss. What the loss tells, told_K, summed in fp64; 0 where another rank holds
         the head."""

@@ -388,7 +388,7 @@ def test_examples_that_do_not_fit_or_hold_a_special_token_are_faults_and_nothing
         Place(example=Preference(prompt=said("q"), chosen="yes", rejected="no"), where="f:4"),
     ]
     found, faults = samples(places, chat_template_of(bpe), bpe, max_tokens=64)
-    assert [len(both) for both in found] == [1, 2]
+    assert [(place.where, len(both)) for place, both in found] == [("f:1", 1), ("f:4", 2)]
     assert [(fault.where, fault.kind) for fault in faults] == [("f:2", "too long"), ("f:3", "special token")]
     assert "tokens, and the context 64" in faults[0].reason
     with pytest.raises(DataError, match=r"2 bad records \(1 too long, 1 special token\)"):

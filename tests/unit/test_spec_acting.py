@@ -108,10 +108,14 @@ def test_the_engines_limits_refuse_what_none_of_them_does(engine: str):
 
 # id: (what replaces or joins the job, line and column, message, fix)
 ASKED = {
-    "sft": ("task: sft\n" + LENGTH, "7:7", "`task` is sft: only pretrain is built", "task: pretrain"),
-    "reward": ("task: reward\n" + LENGTH, "7:7", "`task` is reward", "task: pretrain"),
-    "dpo": ("task: dpo\n" + LENGTH, "7:7", "`task` is dpo", "task: pretrain"),
-    "ppo": ("task: ppo\n" + LENGTH, "7:7", "`task` is ppo", "task: pretrain"),
+    "ppo": ("task: ppo\n" + LENGTH, "7:7", "`task` is ppo: reinforcement learning is not built", "task: dpo learns"),
+    "beta of another task": (
+        "training: {steps: 3, dpo_beta: 0.2}\n", "7:32", "only task dpo has it", "leave dpo_beta out",
+    ),
+    "z of pairs": ("task: dpo\ntraining: {steps: 3, z_loss: 0.1}\n", "8:30", "no cross entropy" , "leave z_loss out"),
+    "packed rows elsewhere": (
+        "task: sft\n" + LENGTH + "strategy: {engine: fairscale}\n", "9:20", "kept apart on the native engine", "engine: native",
+    ),
     "compile auto": (
         "training: {steps: 3, precision: fp32, compile: auto}\n", "7:48", "`training.compile` is auto: nothing", "true or false",
     ),
@@ -176,6 +180,10 @@ def texts() -> Iterator[Any]:
     yield pytest.param(
         named + LENGTH, "3:8", "`model` is glm-130b: family glm can be planned", "opt or", id="glm by name"
     )
+    template = JOB.replace("train: [job.yaml]", "train: [job.yaml], template: alpaca")
+    yield pytest.param(template + LENGTH, "6:37", "no template is applied", "leave template out", id="template of text")
+    bad = JOB.replace("train: [job.yaml]", "train: [job.yaml], on_bad: skip")
+    yield pytest.param(bad + LENGTH, "6:35", "no record can be bad", "leave on_bad out", id="bad records of text")
     none = JOB.replace("train: [job.yaml]", "train: [job.yaml], validation: 0.0")
     every = "training: {steps: 3, precision: fp32, evaluate_every: 2}\n"
     yield pytest.param(none + every, "7:55", "data.validation is 0", "leave evaluate_every out", id="evaluate nothing")
@@ -216,7 +224,7 @@ def test_a_plan_notes_it_and_is_made():
         {
             "version": 1,
             "name": "a",
-            "task": "sft",
+            "task": "ppo",
             "model": "glm-130b",
             "batch": {"global_batch_size": 64, "sequence_length": 1024},
             "cluster": "a100-80gb-8x8",
@@ -226,7 +234,7 @@ def test_a_plan_notes_it_and_is_made():
     made = plan(job, top=0)
     assert made.fits
     assert [note.split(":")[0] for note in made.notes[:3]] == [
-        "`task` is sft",
+        "`task` is ppo",
         "`recovery.on_oom` is replan",
         "`model` is glm-130b",
     ]
@@ -263,7 +271,7 @@ def test_a_split_that_the_planner_chose_and_nobody_builds_is_refused(model, leng
 
 
 def test_all_of_a_job_is_told_at_once():
-    asked = {"task": "dpo", "recovery": {"on_oom": "replan", "on_loss_spike": "rollback"}, "targets": {"for": "5m"}}
+    asked = {"task": "ppo", "recovery": {"on_oom": "replan", "on_loss_spike": "rollback"}, "targets": {"for": "5m"}}
     base = {"version": 1, "name": "a", "model": "opt-125m", "batch": {"global_batch_size": 8, "sequence_length": 128}}
     with pytest.raises(SpecError) as refused:
         refuse_unbuilt(parse_job(base | asked))
