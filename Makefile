@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: install quickstart test check fix parity strict chaos faults bench gpu oracle collectives trace memory engine-fairscale engine-colossalai engines switch docs clean
+.PHONY: install quickstart test check fix parity strict chaos faults mutations bench gpu oracle collectives trace memory engine-fairscale engine-colossalai engines switch docs clean
 .DEFAULT_GOAL := test
 
 $(INSTALLED): pyproject.toml
@@ -52,6 +52,9 @@ chaos: $(INSTALLED)  ## kill -9 at 20 random moments: always resumes, same losse
 
 faults: $(INSTALLED)  ## signals, dead terminals, stopped and stuck processes, jumping clocks, as a table
 	$(BIN)/python -m benchmarks.faults
+
+mutations: $(INSTALLED)  ## 1,000 altered checkpoints and 1,000 altered tokenizer folders: nothing is run, all are answered
+	$(BIN)/python -m benchmarks.mutations
 
 bench: $(INSTALLED)  ## speed against Hugging Face, overhead, start-up, prediction against measurement
 	$(BIN)/python -m benchmarks.bench

@@ -43,12 +43,12 @@ def command(source: Path, target: Path, dtype: str, directory: str, as_json: boo
     """Writes the newest whole checkpoint of SOURCE, a run's name or folder, or the checkpoint SOURCE, as the Hugging Face folder
     TARGET, or as a GGUF file for llama.cpp where TARGET ends in .gguf."""
     from orchestrator.models.architecture import num_parameters
-    from orchestrator.training.manifest import CheckpointRefused
+    from orchestrator.training.manifest import CheckpointRefused, architecture_of
 
     gguf = target.suffix == ".gguf"
     ref = find_checkpoint(source, directory)
     try:
-        arch, tokenizer = _architecture(ref), _kept_tokenizer(ref)
+        arch, tokenizer = architecture_of(ref), _kept_tokenizer(ref)
         (_write_gguf if gguf else _write)(ref, arch, target, dtype, tokenizer)
     except (CheckpointRefused, ValueError) as error:
         raise CommandError(str(error)) from None
@@ -103,12 +103,6 @@ def find_checkpoint(source: Path, directory: str) -> CheckpointRef:
     return ref
 
 
-def _architecture(ref: CheckpointRef) -> Architecture:
-    from orchestrator.models.architecture import Architecture
-
-    return Architecture(**ref.manifest["architecture"])
-
-
 def _write(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str, tokenizer: Tokenizer | None) -> None:
     """Writes the folder; with a tokenizer its files, and what it and the weights that training started from say of special
     tokens: without them transformers takes a family's own, and ends a model of bytes at byte 2."""
@@ -137,6 +131,7 @@ def _weights(ref: CheckpointRef, arch: Architecture, dtype: str) -> Iterator[tup
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in Decoder(arch).named_parameters()}
     reader = Reader(ref)  # find_checkpoint verified it: its files are not hashed again for each group
+    reader.refuse_unfit({f"model.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()})
     names = list(shapes)
     while names:
         group: dict[str, Any] = {}

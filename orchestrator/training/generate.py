@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.models.architecture import Architecture
 from orchestrator.models.decoder import Cache, Context, Decoder
-from orchestrator.training.checkpoint import read_into
-from orchestrator.training.manifest import CheckpointRef
+from orchestrator.training.checkpoint import Reader
+from orchestrator.training.manifest import CheckpointRef, architecture_of, verify_files
 
 
 def load_model(ref: CheckpointRef) -> Decoder:
     """The model of a checkpoint of any strategy, whole, in fp32. Raises CheckpointRefused."""
     with torch.device("meta"):
-        model = Decoder(Architecture(**ref.manifest["architecture"]))
+        model = Decoder(architecture_of(ref))
+    reader = Reader(verify_files(ref))
+    reader.refuse_unfit({f"model.{name}": parameter for name, parameter in model.named_parameters()})
     model = model.to(torch.float32).to_empty(device="cpu").eval().requires_grad_(False)
     targets: dict[str, Any] = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
-    read_into(targets, ref)
+    reader.fill(targets)
     return model
 
 

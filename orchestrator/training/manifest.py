@@ -24,11 +24,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from clusters.files import sync_folder
+from orchestrator.models.architecture import Architecture, num_parameters
 from orchestrator.telemetry.records import Event
 
 FORMAT = 1
@@ -153,8 +154,9 @@ def read_manifest(path: Path) -> CheckpointRef:
     """Everything about a checkpoint that can be judged without reading its tensors. Raises CheckpointRefused."""
     name = path.name
     try:
-        if (path / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointRefused(name, f"its {MANIFEST} has more than {MAX_MANIFEST_BYTES} bytes")
+        status = os.stat(path / MANIFEST)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:  # a pipe or device may never end
+            raise CheckpointRefused(name, f"its {MANIFEST} is no plain file of at most {MAX_MANIFEST_BYTES} bytes")
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         checksum = manifest.pop("checksum")
         matches = checksum == fingerprint(manifest)
@@ -221,6 +223,26 @@ def _fault(manifest: Mapping[str, Any]) -> str | None:
     if not isinstance(origin, dict) or any(type(origin.get(key)) is not int for key in keys):
         return "does not say what it was resumed from"
     return None
+
+
+def architecture_of(ref: CheckpointRef) -> Architecture:
+    """The shape of a checkpoint's model. CheckpointRefused where the manifest tells none, or one with more parameters than
+    the files have bytes for: nothing may be made of a size that only a manifest claims."""
+    told = ref.manifest["architecture"]
+    kinds = {"int": (int,), "bool": (bool,), "float": (int, float), "int | None": (int, type(None))}
+    try:
+        arch = Architecture(**told)
+        for item in fields(arch):
+            if type(getattr(arch, item.name)) not in kinds.get(str(item.type), (str,)):
+                raise ValueError(f"{item.name} is {getattr(arch, item.name)!r}")
+        needed = 2 * num_parameters(arch)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointRefused(ref.path.name, f"its {MANIFEST} tells no architecture: {error}") from None
+    if needed > ref.num_bytes:
+        raise CheckpointRefused(
+            ref.path.name, f"its {MANIFEST} tells of {needed // 2} parameters, for which its files have no room"
+        )
+    return arch
 
 
 def verify_files(ref: CheckpointRef) -> CheckpointRef:

@@ -179,6 +179,9 @@ def load_tokenizer(name: str, base: Path) -> Tokenizer:
 
 def load_saved(directory: Path, description: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of a prepared folder, by its index's description. DataError where it is not that one."""
+    wanted = {"kind": str, "end_of_text": int, "fingerprint": str}
+    if any(type(description.get(key)) is not kind for key, kind in wanted.items()):
+        raise DataError(f"{directory} does not say which tokenizer it holds; run `shardwise prepare` again")
     if description["kind"] == "byte":
         return ByteTokenizer()
     import tokenizers
@@ -188,7 +191,7 @@ def load_saved(directory: Path, description: Mapping[str, Any]) -> Tokenizer:
     except BaseException as error:
         told = _fault_of_the_library(error)
         raise DataError(f"{directory / FILE} cannot be read: {told}; run `shardwise prepare` again") from None
-    tokenizer = HuggingFaceTokenizer(inner, int(description["end_of_text"]), _config(directory))
+    tokenizer = HuggingFaceTokenizer(inner, description["end_of_text"], _config(directory))
     if tokenizer.fingerprint != description["fingerprint"]:
         raise DataError(f"{directory / FILE} was altered after the text was tokenized; run `shardwise prepare` again")
     return tokenizer
@@ -219,9 +222,11 @@ def kept_of_weights(run_directory: Path) -> dict[str, Any]:
 def _description(run_directory: Path) -> dict[str, Any]:
     folder = run_directory / KEPT
     try:
-        description: dict[str, Any] = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise DataError(f"{folder} holds no tokenizer: a run keeps its own there when it starts") from None
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        description = None
+    if not isinstance(description, dict) or not isinstance(description.get("of_weights", {}), dict):
+        raise DataError(f"{folder} holds no tokenizer: a run keeps its own there when it starts")
     return description
 
 
