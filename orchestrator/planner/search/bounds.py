@@ -102,6 +102,7 @@ class Bounds:
         self.added_s = cache(self._added_s)
         self.carried_s = cache(self._carried_s)
         self.bubble = cache(self._bubble)
+        self.anything = cache(self._anything)
         self._one = cache(self._one_micro_batch)
         self._pass = cache(self._plain_pass)
 
@@ -265,7 +266,7 @@ class Bounds:
         kept = none.layer, selective.checkpointed, full.checkpointed, none.working
         return LayerBytes(*(num_bytes * SLACK for num_bytes in kept))
 
-    def anything(self, pipeline: int) -> MinimumRecompute:
+    def _anything(self, pipeline: int) -> MinimumRecompute:
         """Return all recomputing that is open."""
         kinds, counts = self.space.recomputes(pipeline, 1)
         return MinimumRecompute(tuple(kinds), 1 if counts else None)
