@@ -19,11 +19,11 @@ class Cluster:
     intra_node: Link
     inter_node: Link
     host: Host
-    """Of each node."""
+    """The host of each node."""
     usd_per_gpu_hour: float | None = None
     calibration: Calibration | None = None
     notes: tuple[str, ...] = ()
-    """What a reader of the plan should know of this description: an unknown GPU, an ambiguous name."""
+    """Sentences that a reader of the plan should know of this description: an unknown GPU, an ambiguous name."""
 
     def __post_init__(self) -> None:
         if self.num_nodes < 1 or self.gpus_per_node < 1:

@@ -51,7 +51,7 @@ def parse(mapping: Mapping[str, Any], *, cpu: Callable[[int, int], Cluster], whe
 def _base(
     mapping: Mapping[str, Any], gpu: str, nodes: int, per_node: int, cpu: Callable[[int, int], Cluster], where: str
 ) -> Cluster:
-    """From the sections of a measured file, or else from the catalog."""
+    """Return the cluster from the sections of a measured file, or else from the catalog."""
     if "accelerator" in mapping:
         for section in ("intra_node", "inter_node", "host"):
             if not isinstance(mapping.get(section), Mapping):

@@ -1,4 +1,4 @@
-"""What one machine is made of: frozen values, no I/O. Units: bytes, seconds, FLOPs, bytes per second."""
+"""The parts of one machine: frozen values, no I/O. Units: bytes, seconds, FLOPs, bytes per second."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class Accelerator:
     name: str
     kind: Literal["cuda", "cpu"]
     memory_bytes: int
-    """What the driver reports as total."""
+    """Bytes that the driver reports as total."""
     memory_bytes_per_s: float
     peak_flops: Mapping[str, float]
     """Dense peak FLOP/s by dtype: fp64, fp32, fp16, bf16. A missing dtype cannot be trained on this accelerator."""
     host_link_bytes_per_s: float
-    """To host memory, one direction."""
+    """Rate to host memory, one direction."""
     usd_per_hour: float | None = None
     num_multiprocessors: int = 0
     """Streaming multiprocessors, for wave quantization. 0: unknown or not a GPU."""
@@ -57,7 +57,7 @@ class Accelerator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Calibration:
-    """What was measured on a cluster, per accelerator. Absent numbers fall back on the datasheet model."""
+    """The numbers that were measured on a cluster, per accelerator. Absent numbers fall back on the datasheet model."""
 
     matmul_flops: Mapping[str, float] = field(default_factory=dict)
     """Best sustained FLOP/s by dtype, every accelerator of the node at work."""
@@ -83,7 +83,7 @@ class Calibration:
       (nccl-tests' convention: bytes / time * 2(N-1)/N for all_reduce, (N-1)/N for the others)."""
     disk_write_bytes_per_s: float | None = None
     disk_read_bytes_per_s: float | None = None
-    """Of the folder that runs are kept in; writes are synchronised to the disk."""
+    """Rate of the folder that runs are kept in; writes are synchronised to the disk."""
     throughput_error: float | None = None
     memory_error: float | None = None
     """Relative errors that finished runs showed."""

@@ -92,7 +92,8 @@ def copy_bytes_per_s(seconds: Seconds, num_bytes: int = 2**26, device: str = "cp
 
 
 def op_overhead_s(seconds: Seconds, num_pairs: int = 50, device: str = "cpu") -> float:
-    """Of a chain of tiny additions and ReLUs under autograd: three kernels a pair (an addition's backward has none)."""
+    """Return the seconds of a kernel in a chain of tiny additions and ReLUs under autograd: three kernels a pair (an addition's
+    backward has none)."""
     x, bias = torch.randn(8, requires_grad=True, device=device), torch.randn(8, device=device)
 
     def chain() -> None:
@@ -105,7 +106,7 @@ def op_overhead_s(seconds: Seconds, num_pairs: int = 50, device: str = "cpu") ->
 
 
 def optimizer_bytes_per_s(seconds: Seconds, num_tensors: int = 8, size: int = 2**19, device: str = "cpu") -> float:
-    """Of a fused AdamW: 16 bytes a parameter."""
+    """Return the rate of a fused AdamW: 16 bytes a parameter."""
     parameters = [torch.randn(size, requires_grad=True, device=device) for _ in range(num_tensors)]
     for parameter in parameters:
         parameter.grad = torch.randn(size, device=device)

@@ -1,4 +1,4 @@
-"""What one core does while all of them train: run as a child process, which may import torch.
+"""A benchmark of what one core does while all of them train: run as a child process, which may import torch.
 
 `python -m clusters.calibration.cpu NUM_WORKERS BUDGET_S FOLDER` prints a line of JSON for every step of progress, and
 the result in the last. One torch import; the workers are forked from it and pass a barrier before each part, so that

@@ -1,4 +1,4 @@
-"""What one GPU and the links between them do: run as a child process, which may import torch.
+"""A benchmark of what one GPU and the links between them do: run as a child process, which may import torch.
 
 Written to the same benches as the CPU's, and NOT YET RUN on a GPU: no machine with one was at hand. Same protocol as
 clusters.calibration.cpu: `python -m clusters.calibration.cuda NUM_GPUS BUDGET_S FOLDER`.
@@ -47,7 +47,7 @@ def gpu_seconds(operation: Callable[[], object], *, budget_s: float, device: str
 
 
 def host_seconds(operation: Callable[[], object], *, budget_s: float, device: str) -> float:
-    """By the host's clock, drained at the end: what launching costs where kernels are too small to hide it."""
+    """Return seconds by the host's clock, drained at the end: what launching costs where kernels are too small to hide it."""
 
     def drained() -> float:
         before = time.perf_counter()

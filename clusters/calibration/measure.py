@@ -1,4 +1,4 @@
-"""This machine's calibration: measured once in a child process, kept in the user's cache.
+"""The calibration of this machine: measured once in a child process, kept in the user's cache.
 
 The parent never imports torch, so that `plan` stays light on every later start.
 """
@@ -29,7 +29,7 @@ from clusters.files import locked, write_atomically
 from clusters.hardware import Calibration
 
 FORMAT = 1
-"""Of the cached file and of what is measured: raised when either changes."""
+"""Version of the cached file and of what is measured: raised when either changes."""
 WORKER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -37,7 +37,7 @@ WORKER_ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TRIM_THRESHOLD_": "131072",
 }
-"""What CPU workers run under, so measured under it: freed memory goes back to the system, new tensors fault again."""
+"""Environment that CPU workers run under, so measured under it: freed memory goes back to the system, new tensors fault again."""
 QUICK_BUDGET_S, FULL_BUDGET_S = 0.1, 0.5
 """Seconds a point."""
 TIMEOUT_S = 600
@@ -153,7 +153,7 @@ def run_child(module: str, num_workers: int, *, quick: bool, folder: Path, say: 
 
 
 def _end(child: subprocess.Popen[str]) -> None:
-    """With its whole group."""
+    """End a child with its whole group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -220,7 +220,7 @@ def _cached(path: Path, quick: bool) -> Calibration | None:
 
 
 def _store(path: Path, value: Mapping[str, Any]) -> None:
-    """Where the cache cannot be written, the next start measures again."""
+    """Store a value in the cache; where it cannot be written, the next start measures again."""
     with contextlib.suppress(OSError):
         write_atomically(path, json.dumps(value))
 

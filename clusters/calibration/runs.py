@@ -1,4 +1,4 @@
-"""What finished runs teach a cluster file: how wrong its plans have been."""
+"""The lessons of finished runs for a cluster file: how wrong its plans have been."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRIOR_RUNS = 3
 """How many runs the prior counts for: one lucky run does not make a model exact."""
 FIELDS = {"tokens_per_second": "throughput_error", "peak_bytes": "memory_error"}
 ERRORS = ("throughput_error", "memory_error", "num_runs")
-"""What the runs of a file say in its calibration."""
+"""Fields of a calibration that the runs of its file decide."""
 KEPT_RUNS = 1000
 
 

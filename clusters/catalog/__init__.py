@@ -1,4 +1,4 @@
-"""What can be named: GPUs, clusters by short name, files, inline descriptions."""
+"""Everything that a job can name: GPUs, clusters by short name, files, inline descriptions."""
 
 from __future__ import annotations
 

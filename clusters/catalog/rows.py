@@ -90,7 +90,7 @@ def inter_node(name: str, gpus_per_node: int) -> Link:
 
 
 def host(name: str, gpus_per_node: int) -> Host:
-    """Of the node, or of the part of it that belongs to so many GPUs."""
+    """Return the host of the node, or of the part of it that belongs to so many GPUs."""
     node, share = row(name)["node"], node_share(name, gpus_per_node)
     return Host(
         memory_bytes=int(node["host_memory_gib"] * share * GIB),

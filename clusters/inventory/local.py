@@ -1,4 +1,4 @@
-"""This machine as a cluster: its GPUs by NVML, or else one `cpu` accelerator a core."""
+"""The machine at hand as a cluster: its GPUs by NVML, or else one `cpu` accelerator a core."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ _64_CORES = ((6, 0), (7, 0), (7, 2), (7, 5), (8, 0))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Device:
-    """What NVML says of one GPU."""
+    """The answers of NVML about one GPU."""
 
     name: str
     memory_bytes: int
     num_multiprocessors: int = 0
     memory_bytes_per_s: float = 0.0
-    """Of the memory's clock and bus width; 0 where NVML does not say."""
+    """Rate from the memory's clock and bus width; 0 where NVML does not say."""
     num_nvlinks: int = 0
     capability: tuple[int, int] = (8, 0)
 
 
 def discover(*, say: Say | None = None) -> Cluster:
-    """This machine. The first time on a CPU it is measured, some 20 seconds, with a message."""
+    """Return this machine as a cluster. The first time on a CPU it is measured, some 20 seconds, with a message."""
     devices = nvml_devices()
     return cluster_of_devices(devices) if devices else cpu_cluster(say=say)
 
@@ -149,7 +149,7 @@ def available_memory_bytes() -> int:
 
 
 def cgroup_folders(root: Path = CGROUP, proc: Path = PROC) -> list[Path]:
-    """Of this process, each with its parents: version 2, and the version 1 controllers of memory and CPU."""
+    """Return the cgroups of this process, each with its parents: version 2, and the version 1 controllers of memory and CPU."""
     try:
         lines = (proc / "self" / "cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -198,7 +198,7 @@ def nvml_devices(load: Callable[[str], Any] = importlib.import_module) -> list[D
 
 
 def _visible(nvml: Any, handles: Sequence[Any]) -> Iterator[Any]:
-    """By CUDA_VISIBLE_DEVICES: indices or UUIDs; CUDA stops at the first that it does not know."""
+    """Yield the devices that CUDA_VISIBLE_DEVICES names: indices or UUIDs; CUDA stops at the first that it does not know."""
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
         yield from handles

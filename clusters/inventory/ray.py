@@ -58,7 +58,7 @@ def reachable(address: str, timeout_s: float = 5.0) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True, order=True)
 class NodeShape:
-    """What must be equal on all nodes for one plan to serve them all."""
+    """The properties that must be equal on all nodes for one plan to serve them all."""
 
     num_gpus: int
     accelerator_type: str

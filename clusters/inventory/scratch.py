@@ -17,7 +17,7 @@ def folder() -> Path:
 
 
 def is_in_memory(path: Path) -> bool:
-    """Its file system keeps files in memory: they would save none."""
+    """Return whether a folder's file system keeps files in memory: they would save none."""
     if not PROC_MOUNTS.exists():
         return False
     rows = [line.split() for line in PROC_MOUNTS.read_text(encoding="utf-8").splitlines()]

@@ -45,7 +45,7 @@ def command(output: Path | None, quick: bool, as_json: bool) -> int:
 
 
 def measured_cluster(*, quick: bool, say: Any) -> Cluster:
-    """This machine, measured anew."""
+    """Return this machine, measured anew."""
     from clusters.calibration import measure
     from clusters.inventory import local
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from orchestrator.training.tokenizer import Tokenizer
 
 MAX_GROUP_BYTES = 4 * 2**30
-"""Of a checkpoint's tensors in memory at once."""
+"""Bytes of a checkpoint's tensors in memory at once."""
 
 
 @click.command("convert")

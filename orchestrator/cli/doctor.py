@@ -216,7 +216,7 @@ def shared_memory(folder: Path) -> Check:
 
 
 def disk(directory: Path) -> Check:
-    """Of the nearest folder that exists: the run makes the rest."""
+    """Check the disk of the nearest folder that exists: the run makes the rest."""
     folder = directory.absolute()
     while not folder.exists():
         folder = folder.parent

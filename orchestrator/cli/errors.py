@@ -1,4 +1,4 @@
-"""What a command answers with: exit codes, and how an error is shown."""
+"""The answers of a command: exit codes, and how an error is shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ExitCode(IntEnum):
 STORAGE_ERRORS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOLCK, errno.ESTALE}
 )
-"""What a file system says where the fault is neither the program's nor the job's."""
+"""Error numbers of a file system where the fault is neither the program's nor the job's."""
 
 
 class CommandError(Exception):

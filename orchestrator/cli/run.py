@@ -162,7 +162,7 @@ def interrupts(stop: Stop) -> Iterator[None]:
 
 
 def process_began() -> float:
-    """When this process began, on the monotonic clock: the start that a person waits for includes Python's own."""
+    """Return when this process began, on the monotonic clock: the start that a person waits for includes Python's own."""
     import psutil
 
     age_s = time.time() - psutil.Process().create_time()

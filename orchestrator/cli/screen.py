@@ -1,4 +1,4 @@
-"""What `run` shows: a progress bar on a terminal, plain lines elsewhere."""
+"""The screen of `run`: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def ago(seconds: float) -> str:
 
 
 def status(folder: RunFolder) -> dict[str, Any]:
-    """Of one run, from its folder. `killed`: nobody runs it, and it never came to an end."""
+    """Return the status of one run, from its folder. `killed`: nobody runs it, and it never came to an end."""
     from orchestrator.control.folder import holder
     from orchestrator.telemetry.records import Event, finite, read, recent
     from orchestrator.telemetry.report import state_of

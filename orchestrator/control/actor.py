@@ -26,7 +26,7 @@ PEER_GONE = (
     "gloo/transport",
 )
 PEER_ERRORS = ("DistBackendError", "DistNetworkError", "DistStoreError")
-"""What gloo and NCCL say, and what torch raises for them, where another rank is gone: a consequence, not a cause."""
+"""Errors of gloo and NCCL, and what torch raises for them, where another rank is gone: a consequence, not a cause."""
 
 
 class TrainingWorker:

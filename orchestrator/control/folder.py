@@ -24,7 +24,7 @@ from orchestrator.telemetry.records import EVENTS, METRICS
 
 
 class RunRefused(ValueError):
-    """This folder cannot be used for this job: what, where, and how to fix it."""
+    """A folder that cannot be used for this job: what, where, and how to fix it."""
 
     def __init__(self, message: str, *, where: str, fix: str) -> None:
         super().__init__(f"{message}\n  {where}\n  to fix: {fix}")
@@ -96,7 +96,7 @@ class RunFolder:
         return aside
 
     def give_back(self, aside: Path | None) -> bool:
-        """Where nothing was begun in this new folder: removes it, and puts back what was moved aside for it."""
+        """Remove this new folder where nothing was begun in it, and put back what was moved aside for it."""
         if self.job.exists() or self.events.exists():
             return False
         shutil.rmtree(self.path, ignore_errors=True)
@@ -140,7 +140,7 @@ def _value(job: Job, key: str) -> object:
 
 
 def lock_of(folder: RunFolder) -> Path:
-    """Beside the folder, not in it: `--fresh` moves the folder aside."""
+    """Return the path of the lock, beside the folder and not in it: `--fresh` moves the folder aside."""
     return folder.path.with_name(f".{folder.path.name}.lock")
 
 
@@ -158,7 +158,7 @@ def named(path: Path) -> Iterator[None]:
 _LOCK_RECORD = "hhqqi4x"
 """struct flock of Linux: type, whence, start, length, process."""
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
-"""What a file system says that knows no locks."""
+"""Error numbers of a file system that knows no locks."""
 
 
 def holder(folder: RunFolder) -> int | None:

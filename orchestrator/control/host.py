@@ -21,7 +21,7 @@ ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Host(Protocol):
-    """What the supervisor needs of a runtime."""
+    """A runtime as the supervisor needs it."""
 
     def tell(self, **command: Any) -> None:
         """Sends a command; one to a dead host is lost, and `hear` says so."""

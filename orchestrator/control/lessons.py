@@ -1,4 +1,4 @@
-"""What a finished run teaches: predicted and measured, appended to the calibration of the cluster that it ran on."""
+"""The lessons of a finished run: predicted and measured, appended to the calibration of the cluster that it ran on."""
 
 from __future__ import annotations
 

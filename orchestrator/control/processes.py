@@ -17,7 +17,8 @@ MARK = "SHARDWISE_RUN"
 
 
 def marked_environment(mark: str) -> dict[str, str]:
-    """Of a process to be started. SPT_NOENV: a process that retitles itself leaves its environment readable."""
+    """Return the environment of a process to be started. SPT_NOENV: a process that retitles itself leaves its environment
+    readable."""
     return {**os.environ, MARK: mark, "SPT_NOENV": "1"}
 
 
@@ -73,7 +74,7 @@ def gone(pids: list[int], *, within_s: float) -> bool:
 
 
 def is_stopped(pid: int) -> bool:
-    """By a signal, or by a debugger."""
+    """Return whether a process is stopped by a signal, or by a debugger."""
     try:
         return psutil.Process(pid).status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.Error:

@@ -36,7 +36,7 @@ from orchestrator.training.limits import Limits
 LOOK_S = 1.0
 """Between two looks at what the workers are doing."""
 LEAVE_S = 2.0
-"""For a worker that Ray was told to end; a healthy one takes milliseconds. Then it is killed."""
+"""Seconds for a worker that Ray was told to end; a healthy one takes milliseconds. Then it is killed."""
 OBJECT_STORE_BYTES = 80 * 2**20
 """Nothing travels through Ray's object store; this is about the least that Ray takes."""
 QUIET = {

@@ -1,4 +1,4 @@
-"""What to do after a failure: pure decisions. The supervisor carries them out and writes them down."""
+"""Decisions after a failure: pure decisions. The supervisor carries them out and writes them down."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Failure:
     step: int
     """Newest step that was done when it happened."""
     checkpoint: str | None = None
-    """Which whole checkpoint was the newest then; None where there was none."""
+    """The whole checkpoint that was the newest then; None where there was none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,7 +65,7 @@ class Restart:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GiveUp:
     reason: str
-    """What happened and what the user can do."""
+    """Sentence of what happened and what the user can do."""
     lost_cluster: bool = False
     """The machinery under the job failed, not the job."""
 

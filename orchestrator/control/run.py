@@ -47,7 +47,7 @@ class DoesNotFit(Exception):
 
 @dataclass(kw_only=True)
 class View:
-    """What the caller shows. Every method may be left as it is."""
+    """The view that the caller shows. Every method may be left as it is."""
 
     watchers: list[Watcher] = field(default_factory=list)
 

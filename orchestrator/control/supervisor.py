@@ -78,9 +78,9 @@ class Supervisor:
     watchers: Sequence[Watcher] = ()
     limits: Limits = field(default_factory=Limits)
     pace: Pace = field(default_factory=Pace)
-    """At first what the plan predicts."""
+    """Pace of the run, at first the one that the plan predicts."""
     began_s: float = field(default_factory=time.monotonic)
-    """When the user's command began, on the monotonic clock; first_step_s counts from here."""
+    """Time at which the user's command began, on the monotonic clock; first_step_s counts from here."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of what the command did before; the event `started` tells them."""
     sleep: Callable[[float], None] = time.sleep
@@ -107,7 +107,7 @@ class Supervisor:
         self._host.tell(do="begin", num_workers=self.num_workers, num_gpus=self.num_gpus, limits=asdict(self.limits))
 
     def run(self) -> Ending:
-        """From the newest whole checkpoint to the end, through failures. `begin` was called once before."""
+        """Run from the newest whole checkpoint to the end, through failures. `begin` was called once before."""
         self.stop.heard = True
         while True:
             ended = self._attempt()
@@ -228,7 +228,7 @@ class Supervisor:
         return cause
 
     def _catch_up(self) -> None:
-        """What the workers wrote since the last look goes to the watchers, and what is to be told of the disk."""
+        """Hand what the workers wrote since the last look to the watchers, and what is to be told of the disk."""
         if (cause := self._disk.look()) is not None:
             self._tell_watchers(Event(time_unix_s=time.time(), kind="disk", step=self._step, cause=cause))
         for event in self._events.new():
@@ -271,7 +271,7 @@ class Supervisor:
         return self._ending(outcome.kind, outcome.cause or "")
 
     def _failure(self, message: Mapping[str, Any]) -> Failure:
-        """Of a group that is gone. A host whose Ray is in doubt goes with it."""
+        """Return the failure of a group that is gone. A host whose Ray is in doubt goes with it."""
         if message["kind"] == "gone":
             message = {"failure": "ray_lost", "cause": "the process that holds Ray died"}
         kind = FailureKind(message["failure"])

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 MAX_CHANGES = 100
 """Files in one event."""
 PINNED = "data.json"
-"""In a run's folder: the index of its tokens, and where they are."""
+"""File in a run's folder: the index of its tokens, and where they are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Text:
-    """What a run will read."""
+    """The text that a run will read."""
 
     index: DataIndex | None
     """Tokens that are there already. None: they are to be prepared."""
     changes: tuple[str, ...] = ()
-    """What is different from when the run began, file by file."""
+    """Sentences of what is different from when the run began, file by file."""
 
 
 def text_of(

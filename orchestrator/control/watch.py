@@ -11,7 +11,7 @@ from orchestrator.training.pulse import Sign
 RECENT_STEPS = 20
 """Steps of which the longest tells how long one may take."""
 FIRST_STEPS = 3
-"""Of a worker group: memory is allocated, code compiled, live bytes are counted."""
+"""Steps of a worker group that are slow: memory is allocated, code compiled, live bytes are counted."""
 LONGEST_GAP_S = 1.0
 """Between two looks of the supervisor: what is longer was a supervisor that was stopped itself and saw nothing."""
 TOGETHER_S = 1.0
@@ -20,10 +20,10 @@ TOGETHER_S = 1.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rank:
-    """What is known of one rank at a moment."""
+    """The state of one rank at a moment, as far as it is known."""
 
     sign: Sign | None
-    """Its last one; None: it never answered."""
+    """Last sign of the rank; None: it never answered."""
     silent_s: float
     """Since a new sign of life: it entered another phase."""
     unanswered_s: float
@@ -36,7 +36,7 @@ class Pace:
 
     predicted_step_s: float | None = None
     recent_steps_s: tuple[float, ...] = ()
-    """Of this worker group."""
+    """Seconds of the latest steps of this worker group."""
     longest_save_s: float | None = None
     checkpoint_bytes: float = 0.0
 
@@ -100,7 +100,8 @@ def hang(ranks: Mapping[int, Rank], *, host_silent_s: float, quiet_s: float, pac
 
 
 def _blame(ranks: Mapping[int, Rank], answer_s: float) -> str:
-    """Those who hold up the others: who does not answer; else who waits for no other rank; else who was silent longest."""
+    """Return the ranks that hold up the others: who does not answer; else who waits for no other rank; else who was silent
+    longest."""
     mute = [number for number, rank in ranks.items() if rank.unanswered_s > answer_s]
     if mute:
         return "; ".join(_told(mute, ranks, " does not answer, last seen", stands=False))
@@ -125,7 +126,7 @@ def _told(numbers: Sequence[int], ranks: Mapping[int, Rank], says: str, *, stand
 
 @dataclass(kw_only=True)
 class Watch:
-    """What the supervisor saw of one worker group. `now_s` counts only the time in which it looked: a supervisor that was
+    """The supervisor's record of one worker group. `now_s` counts only the time in which it looked: a supervisor that was
     stopped, or a machine that slept, has seen no hang."""
 
     num_workers: int

@@ -18,7 +18,7 @@ BUILT: tuple[Family, ...] = ("opt", "gpt", "mpt", "llama", "bloom")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traits:
-    """What all models of a family share."""
+    """The traits that all models of a family share."""
 
     activation: Literal["relu", "gelu", "gelu_tanh", "swiglu", "geglu"]
     """GELU exact (MPT) or by its tanh approximation (GPT-2, BLOOM); swiglu and geglu gate a second projection."""

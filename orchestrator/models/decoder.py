@@ -72,14 +72,14 @@ class Cache:
 
 
 class Context(NamedTuple):
-    """What embedding and attention need to know where a row is not simply one sample from its first token on."""
+    """The context of embedding and attention where a row is not simply one sample from its first token on."""
 
     positions_BS: Tensor
     """Place of each token within its sample."""
     seen_B1QS: Tensor
     """True where a query may see a key: not later, and of the same sample."""
     cache: Cache | None = None
-    """Where the keys begin with those of tokens computed before; the queries are the last of them."""
+    """Cache in which the keys begin with those of tokens computed before; the queries are the last of them."""
 
 
 def packed(segment_ids_BS: Tensor) -> Context:
@@ -325,7 +325,7 @@ class Decoder(nn.Module):
         self.head = ValueHead(arch) if values else Head(arch, self.embed)
         self.hidden_size, self.arch = arch.hidden_size, arch
         self.divides = {"num_heads": arch.num_heads, "num_kv_heads": arch.num_kv_heads}
-        """What tensor_parallel_degree must divide: a head is never split."""
+        """Counts that tensor_parallel_degree must divide: a head is never split."""
         self.shared = ("embed.tokens.weight",) if arch.tied_embeddings and not values else ()
         """Parameters of the embedding that the head uses too."""
 

@@ -26,13 +26,13 @@ class Format:
     base: str
     """First word of all names but the head's; folders of the model without its head lack it."""
     layer: str
-    """What a block's names begin with, `{}` for its index."""
+    """Prefix of a block's names, `{}` for its index."""
     parts: Mapping[str, str]
     """Our name of a module within a block -> theirs."""
     outside: Mapping[str, str]
     """The same outside the blocks."""
     fused: str = ""
-    """Their name of query, key and value in one, within a block. Empty: they are apart."""
+    """Name of query, key and value in one, within a block. Empty: they are apart."""
     by_head: bool = False
     """The one tensor is interleaved by head."""
     transposed: bool = False
@@ -40,7 +40,7 @@ class Format:
     config: Callable[[Architecture], dict[str, Any]]
     """The shape, in the words of their config.json."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """What shapes cannot tell: a folder that says otherwise would load, and compute something else. A key that a folder
+    """Settings that shapes cannot tell: a folder that says otherwise would load, and compute something else. A key that a folder
     leaves out has this value in transformers, too."""
 
     def key(self, name: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from orchestrator.models.architecture import Architecture, Family
 
 ARCHITECTURES: Mapping[Family, str] = {"llama": "llama", "bloom": "bloom", "mpt": "mpt", "gpt": "gpt2"}
-"""What GGUF calls the families that llama.cpp runs."""
+"""Names in GGUF of the families that llama.cpp runs."""
 _OUTSIDE = {
     "embed.tokens": "token_embd",
     "embed.positions": "position_embd",

@@ -1,4 +1,5 @@
-"""Where the time of a run went: buckets that sum to its wall time. Pure: fed with records, in the order of their times."""
+"""The goodput of a run, or where its time went: buckets that sum to its wall time. Pure: fed with records, in the order of
+their times."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class Columns:
 
 
 class History:
-    """What the files of a run folder held at the last `update`."""
+    """The contents of a run folder's files at the last `update`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

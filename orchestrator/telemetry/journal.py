@@ -20,9 +20,9 @@ def _boot() -> str:
 
 
 BOOT = _boot()
-"""This start of this machine: monotonic times are compared within one alone."""
+"""Name of this start of the machine: monotonic times are compared within one alone."""
 KEPT_BYTES = 32 * 2**20
-"""Of records that a disk refuses, in memory: about 80,000 steps."""
+"""Bytes of records that a disk refuses, in memory: about 80,000 steps."""
 
 
 class Journal:

@@ -12,7 +12,7 @@ from orchestrator.telemetry.records import Event, StepReport
 
 STATES = ("starting", "running", "recovering", "succeeded", "failed", "cancelled")
 NOT_BYTES = ("pipeline_rank", "peak_phase", "tensor_peak_bytes", "peak_bytes")
-"""Of a stage in a plan's JSON: what is no component."""
+"""Fields of a stage in a plan's JSON that are no component."""
 STEP_SECONDS = tuple(round(mantissa * 10.0**power, 3) for power in range(-2, 3) for mantissa in (1, 1.5, 2, 3, 5, 7))
 CHECKPOINT_SECONDS = tuple(round(mantissa * 10.0**power, 3) for power in range(-2, 4) for mantissa in (1, 2, 5))
 

@@ -1,4 +1,4 @@
-"""What a run writes down, a line each: a step's report (metrics.jsonl) and an event (events.jsonl). Plain JSON."""
+"""The records that a run writes down, a line each: a step's report (metrics.jsonl) and an event (events.jsonl). Plain JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 METRICS = "metrics.jsonl"
 EVENTS = "events.jsonl"
 END_BYTES = 2**16
-"""What is read to know how far a run is."""
+"""Bytes that are read to know how far a run is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,9 +43,10 @@ class StepReport:
     skipped: bool = False
     """The loss scaler met an overflow: the samples are consumed, the weights unchanged."""
     monotonic_s: float | None = None
-    """When it was written down, by a clock that nobody sets; it counts from a start of the machine. None: an older file."""
+    """Time at which it was written down, by a clock that nobody sets; it counts from a start of the machine. None: an older
+    file."""
     boot: str = ""
-    """Which start of which machine that is."""
+    """Name of the start of the machine that the time counts from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +59,7 @@ class Event:
     cause: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
     monotonic_s: float | None = None
-    """As in StepReport."""
+    """Time as in StepReport."""
     boot: str = ""
 
 

@@ -19,7 +19,7 @@ from orchestrator.telemetry.history import History, Steps
 from orchestrator.telemetry.records import Event
 
 POINTS = 1200
-"""Of a curve at most: as many as a wide screen can show."""
+"""Points of a curve at most: as many as a wide screen can show."""
 SHOWN_EVENTS = 300
 WARM_UP_STEPS = 3
 """Steps after a start that are left out of medians: allocations, and the step that is measured."""
@@ -335,13 +335,13 @@ def finite(value: float | None) -> float | None:
 
 
 def mean(values: NDArray[np.float64]) -> float | None:
-    """Of the numbers that are finite."""
+    """Return the mean of the numbers that are finite."""
     known = values[np.isfinite(values)]
     return float(known.mean()) if len(known) else None
 
 
 def median(values: NDArray[np.float64]) -> float | None:
-    """Of the numbers that are finite."""
+    """Return the median of the numbers that are finite."""
     known = values[np.isfinite(values)]
     return float(np.median(known)) if len(known) else None
 

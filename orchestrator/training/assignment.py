@@ -1,4 +1,4 @@
-"""What one worker is told: plain data, so that it travels as JSON and never as a pickle."""
+"""The assignment of one worker: plain data, so that it travels as JSON and never as a pickle."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ class Assignment:
     run_directory: str
     """runs/NAME, the same folder for all ranks; checkpoints/ in it."""
     data_directory: str
-    """Where `prepare` left the token shards."""
+    """Folder in which `prepare` left the token shards."""
     device: str = "cpu"
     """cpu, or cuda:INDEX."""
     master_address: str = "127.0.0.1"
     master_port: int = 0
-    """Where rank 0 opens the rendezvous. 0: a world of one needs none."""
+    """Port at which rank 0 opens the rendezvous. 0: a world of one needs none."""
     resume_from: str | None = None
     """Folder of a checkpoint. None: from the start."""
     peak_flops: float | None = None

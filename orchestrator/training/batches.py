@@ -1,4 +1,4 @@
-"""Which sequences a replica sees at a step: a function of the seed and the step, cut by the strategy, made one step ahead.
+"""The sequences that a replica sees at a step: a function of the seed and the step, cut by the strategy, made one step ahead.
 
 B micro batch, S sequence.
 """
@@ -50,13 +50,13 @@ class Batch:
     indices: NDArray[np.int64]
     """Samples of the global batch, in order."""
     micro_batches: list[MicroBatch]
-    """This replica's."""
+    """Micro batches of this replica."""
     num_targets: int
-    """Of the global batch."""
+    """Targets of the global batch."""
 
 
 def cut(dataset: Dataset, indices: NDArray[np.int64], share: Share) -> Iterator[MicroBatch]:
-    """This replica's micro batches; a filling sequence repeats a real one with weight 0."""
+    """Return this replica's micro batches; a filling sequence repeats a real one with weight 0."""
     for rows in share.rows(len(indices)):
         weight_B = torch.tensor([0.0 if row is None else 1.0 for row in rows])
         mine = indices[[0 if row is None else row for row in rows]]

@@ -18,12 +18,12 @@ from orchestrator.training.templates import Template, encode, special_tokens
 from orchestrator.training.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 MAX_BYTES = 4
-"""Of a character in UTF-8. What a tokenizer gives for fewer of its bytes is U+FFFD, once or for each."""
+"""Bytes of a character in UTF-8 at most. What a tokenizer gives for fewer of its bytes is U+FFFD, once or for each."""
 Ended = Literal["end_of_answer", "max_tokens", "context", "interrupted"]
 
 
 class ContextFull(ValueError):
-    """What was said leaves no room for an answer."""
+    """A conversation that leaves no room for an answer."""
 
     def __init__(self, num_tokens: int, max_position: int) -> None:
         told = f"with it the conversation has {num_tokens:,} tokens, and the model sees {max_position:,}"
@@ -42,14 +42,14 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ends:
-    """What ends an answer beside the end of the text. None of it belongs to the answer."""
+    """The ends of an answer beside the end of the text. None of it belongs to the answer."""
 
     tokens: frozenset[int] = frozenset()
     texts: tuple[str, ...] = ()
 
 
 class Answer:
-    """What a model goes on with after a prompt, as an iterator over pieces of text. No piece ends within a character, nor within
+    """The continuation of a prompt, as an iterator over pieces of text. No piece ends within a character, nor within
     what may become an end. Afterwards `text`, `num_tokens` and `ended` say what it was; `interrupted`: nobody read to the end.
 
     Raises ContextFull where the prompt leaves no room. The answer ends with the context, before its beginning is forgotten."""
@@ -108,7 +108,8 @@ def unsure(text: str, ends: Sequence[str]) -> int:
 
 
 def ends_of(template: Template, tokenizer: Tokenizer) -> Ends:
-    """What a template writes between an answer and the next question: the first special token, or its text where it has none."""
+    """Return what a template writes between an answer and the next question: the first special token, or its text where it has
+    none."""
     answer, question = "\x02answer\x03", "\x02question\x03"
     said = (("user", question), ("assistant", answer), ("user", question))
     pieces = template.pieces(tuple(Message(role=role, content=text) for role, text in said))  # type: ignore[arg-type]

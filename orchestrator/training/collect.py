@@ -29,7 +29,8 @@ class Fault:
     where: str
     """FILE:LINE, of a .parquet FILE:ROW, counted from 1."""
     kind: str
-    """What it is counted by: `not JSON`, `not UTF-8`, `wrong fields`, `empty answer`, `empty prompt`, `turns`, `too long`, ..."""
+    """Kind under which it is counted: `not JSON`, `not UTF-8`, `wrong fields`, `empty answer`, `empty prompt`, `turns`, `too
+    long`, ..."""
     reason: str
 
 
@@ -133,7 +134,7 @@ def _plain(messages: Messages) -> list[tuple[str, str, str]]:
 
 
 def _digest(example: Example) -> bytes:
-    """Of what the example says; two with the same one are the same, whatever form they came in."""
+    """Return a digest of what the example says; two with the same one are the same, whatever form they came in."""
     match example:
         case Conversation(messages=messages):
             value: Any = _plain(messages)

@@ -1,4 +1,4 @@
-"""From the job's data paths to text: which files there are, and the documents in each."""
+"""The way from the job's data paths to text: which files there are, and the documents in each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Text:
     text: str
     ends_document: bool
     bytes_done: int
-    """Of the file, for a progress bar."""
+    """Bytes of the file that are read, for a progress bar."""
 
 
 def expand(

@@ -43,7 +43,7 @@ class Source:
 
     path: str
     split: Split
-    """Where its text went; from a train file a fraction goes to validation."""
+    """Split that its text went to; from a train file a fraction goes to validation."""
     bytes: int
     mtime_ns: int
     sha256: str
@@ -54,24 +54,24 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataIndex:
-    """What a folder of prepared tokens says of itself."""
+    """The index of a folder of prepared tokens."""
 
     directory: Path
     dtype: Literal["uint16", "uint32"]
     tokenizer: Mapping[str, Any]
     """kind, vocab_size, end_of_text, fingerprint."""
     sources: tuple[Source, ...]
-    """In the order of their tokens."""
+    """Sources in the order of their tokens."""
     files: Mapping[Split, Files]
-    """Where the stream of each split is."""
+    """Files of each split's stream."""
     fingerprint: str
     """Changes when a token, its place or its split changes; the same on every machine."""
     unigram_entropy: float
-    """Of the train split, nats per token: the loss of a model that knows only how frequent each token is."""
+    """Entropy of the train split, nats per token: the loss of a model that knows only how frequent each token is."""
     row_tokens: int = 0
     """Tokens of a row, where the splits are rows of packed samples (rows.py). 0: they are streams of text."""
     report: str = ""
-    """What a person should know of how the data was read: records that were left out, and why."""
+    """Lines that a person should know of how the data was read: records that were left out, and why."""
 
     def num_tokens(self, split: Split) -> int:
         return sum(num_tokens for _, num_tokens in self.files[split])
@@ -196,11 +196,11 @@ class TokenDataset:
         return len(indices) * self.sequence_length
 
     def inputs(self, indices: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """What the module takes beside the tokens: nothing, a row is one sample."""
+        """Return what the module takes beside the tokens: nothing, a row is one sample."""
         return {}
 
     def labels(self, indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """What the loss takes beside the target ids: nothing."""
+        """Return what the loss takes beside the target ids: nothing."""
         return {}
 
     def _read(self, first: int, out: NDArray[np.int64]) -> None:
@@ -216,7 +216,7 @@ class TokenDataset:
 
 
 class Dataset(Protocol):
-    """What training reads: sequences of one length, by their number."""
+    """The sequences that training reads: of one length, by their number."""
 
     index: DataIndex
     sequence_length: int
@@ -224,7 +224,7 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def num_targets(self, indices: NDArray[np.int64]) -> int:
-        """What the loss sums over in these sequences: tokens, or pairs of answers."""
+        """Return what the loss sums over in these sequences: tokens, or pairs of answers."""
 
     def sequences(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(input_ids_BS, target_ids_BS), each its own memory; -100 where a target does not count."""

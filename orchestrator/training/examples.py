@@ -1,4 +1,5 @@
-"""What a model is taught beside plain text: conversations, preferences between answers, prompts; and the records that hold them.
+"""Examples that a model is taught beside plain text: conversations, preferences between answers, prompts; and the records that
+hold them.
 
 Pure: a parsed record in, examples out, or BadRecord with the reason. The forms are told apart by their keys:
 
@@ -49,7 +50,7 @@ class Message:
     context: str = ""
     """Alpaca's `input`: what the instruction is about. Empty: nothing."""
     learn: bool = True
-    """Of an answer: whether it is trained on. Conversations of one tree share their first answers, and each is learned once."""
+    """Whether an answer is trained on. Conversations of one tree share their first answers, and each is learned once."""
 
     @property
     def text(self) -> str:
@@ -83,7 +84,7 @@ class Preference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """What a model is to answer."""
+    """A prompt that a model is to answer."""
 
     prompt: Messages
 
@@ -155,7 +156,7 @@ PARSERS: Mapping[str, Callable[[Any], list[Example]]] = {
     "dpo": preferences,
     "ppo": prompts,
 }
-"""By the task that reads the examples."""
+"""Parsers by the task that reads the examples."""
 
 
 def _keys(record: Any) -> set[str]:
@@ -292,7 +293,7 @@ def _message(node: _Node) -> Message:
 
 
 def _ways(node: _Node) -> Iterator[tuple[_Node, ...]]:
-    """From a user's message to every last answer, by the best answer to each."""
+    """Yield the ways from a user's message to every last answer, by the best answer to each."""
     if not node.replies:
         return
     best = min(node.replies, key=lambda reply: reply.rank)

@@ -1,4 +1,4 @@
-"""What a job's text is: the request for tokens, the files behind it, and what is different from when they were tokenized."""
+"""The inputs of a job: the request for tokens, the files behind it, and what is different from when they were tokenized."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Request:
-    """What to prepare: the job's data section, with absolute paths resolved from `base`."""
+    """The request to prepare text: the job's data section, with absolute paths resolved from `base`."""
 
     base: Path
     train: tuple[str, ...]
@@ -33,9 +33,9 @@ class Request:
     tokenizer_of_weights: bool = False
     """The path is that of the weights, and the job does not name it as a tokenizer."""
     vocab_size: int | None = None
-    """Of the model; None where it does not matter."""
+    """Vocabulary of the model; None where it does not matter."""
     task: str = "pretrain"
-    """What is learned: from text, or (sft, reward, dpo) from records, which become rows of packed samples."""
+    """Task that is learned: from text, or (sft, reward, dpo) from records, which become rows of packed samples."""
     sequence_length: int = 0
     """Tokens of a row; without effect on text."""
     template: Literal["auto", "alpaca", "chat"] = "auto"
@@ -55,7 +55,7 @@ class Request:
 
     @property
     def fraction(self) -> float:
-        """Of train, held out."""
+        """Return the part of the train files that is held out."""
         return float(self.validation) if isinstance(self.validation, float | int) else 0.0
 
 

@@ -25,14 +25,15 @@ class Limits:
     """The limits of one run. A healthy run never comes near one, on slow storage and a loaded machine either."""
 
     begin_s: float = 900.0
-    """From the order to start a worker group to processes that answer: Python imports torch over a slow network folder."""
+    """Seconds from the order to start a worker group to processes that answer: Python imports torch over a slow network
+    folder."""
     ray_s: float = 600.0
     """Ray's own part of it: placement, and the actors' first answer."""
     rendezvous_s: float = 600.0
-    """From the first worker's arrival at the rendezvous to the last one's, and to a torch process group."""
+    """Seconds from the first worker's arrival at the rendezvous to the last one's, and to a torch process group."""
     setup_s: float = 1800.0
-    """From the process group to the first step: data, weights and, where a run goes on, the checkpoint. Reading many bytes is
-    given more, see `for_bytes`."""
+    """Seconds from the process group to the first step: data, weights and, where a run goes on, the checkpoint. Reading many
+    bytes is given more, see `for_bytes`."""
     first_step_s: float = 1800.0
     """The first steps of a process at least: memory is allocated and code compiled, and no step was measured yet."""
     progress_s: float = 300.0
@@ -49,7 +50,7 @@ class Limits:
     save_times: float = 5.0
     """A checkpoint may take this many times the longest one that this run measured."""
     slowest_storage_bytes_per_s: float = 100e6
-    """What a checkpoint's storage is trusted to write and read over all ranks where nothing was measured."""
+    """Rate that a checkpoint's storage is trusted to write and read over all ranks where nothing was measured."""
     grace_s: float = 3.0
     """After a worker failed: how long the others may tell what they saw, so that the cause is told and not a consequence."""
     finish_s: float = 30.0
@@ -57,7 +58,7 @@ class Limits:
     answer_s: float = 30.0
     """A process that did not answer for this long is named as one that does not answer, where the run hangs."""
     kill_s: float = 10.0
-    """From SIGKILL to the end of a process. One that the kernel holds in a read or write that never ends outlives it."""
+    """Seconds from SIGKILL to the end of a process. One that the kernel holds in a read or write that never ends outlives it."""
 
     def scaled(self, factor: float) -> Limits:
         """All seconds times the factor; counts and bytes per second stay."""

@@ -33,12 +33,12 @@ from strategies.engines.engine import Session, StepResult
 MAX_EVALUATION_BATCHES = 16
 """Global batches of held-out text at most: an evaluation costs as much as about five steps."""
 MEASURED_STEP = 2
-"""Of this process: the first one has allocations that no later step has."""
+"""Step of this process that is measured: the first one has allocations that no later step has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
-    """What the loop needs of the job."""
+    """The settings of a job that the loop needs."""
 
     num_steps: int
     learning_rate: Callable[[int], float]
@@ -51,7 +51,7 @@ class Settings:
     info: CheckpointInfo
     model_flops_per_token: float
     peak_flops: float | None
-    """Of one accelerator."""
+    """Peak of one accelerator."""
     measure_memory: bool
     vocab_size: int
 
@@ -298,13 +298,13 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Reporter:
-    """Where step reports, events and signs of life go."""
+    """The receiver of step reports, events and signs of life go."""
 
     report: Callable[[StepReport | Event], None]
     sync: Callable[[], object] = lambda: None
     """Brings what was reported onto the disk."""
     pulse: Pulse = field(default_factory=Pulse)
-    """Where this rank says what it is doing."""
+    """Pulse in which this rank says what it is doing."""
 
     def event(self, kind: str, step: int, cause: str, **details: Any) -> None:
         self.report(Event(time_unix_s=time.time(), kind=kind, step=step, cause=cause, details=details))

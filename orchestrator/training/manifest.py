@@ -1,4 +1,4 @@
-"""Which checkpoints are there, which are whole, and which to delete: files and checksums, no torch.
+"""The list of checkpoints: which are there, which are whole, and which to delete: files and checksums, no torch.
 
 checkpoints/step-00000100.KEY.partial/  while it is written; KEY is another one for every attempt
     __0_0.distcp __1_0.distcp ...       what each rank owns (torch.distributed.checkpoint)
@@ -64,7 +64,7 @@ class CheckpointRef:
 
     @property
     def sequence(self) -> int:
-        """Its place in the run's history, from 1; 0 where it was written before checkpoints were counted."""
+        """Return a checkpoint's place in the run's history, from 1; 0 where it was written before checkpoints were counted."""
         return int(self.manifest.get("sequence", 0))
 
     @property
@@ -133,7 +133,8 @@ def survey(directory: Path) -> tuple[list[CheckpointRef], list[tuple[int, Path, 
 
 
 def standing(refs: Iterable[CheckpointRef]) -> list[CheckpointRef]:
-    """Those that no later group passed over: a run goes on from these, and counts these when old ones are deleted."""
+    """Return the checkpoints that no later group passed over: a run goes on from these, and counts these when old ones are
+    deleted."""
     refs = list(refs)
     return [ref for ref in refs if not any(later.passed_over(ref) for later in refs)]
 

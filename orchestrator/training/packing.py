@@ -27,7 +27,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Spot:
-    """Where a sample lies."""
+    """The place of a sample."""
 
     row: int
     start: int
@@ -44,7 +44,7 @@ class Packed:
     segment_ids_BS: NDArray[np.int64]
     positions_BS: NDArray[np.int64]
     spots: tuple[Spot, ...]
-    """Of each sample, in the order in which they were given."""
+    """Spot of each sample, in the order in which they were given."""
 
 
 def pack(samples: Sequence[Sample], sequence_length: int, *, together: int = 1, padding_id: int = 0) -> Packed:

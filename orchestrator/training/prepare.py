@@ -292,7 +292,7 @@ def _tokenize(
 
 
 _WORKER: dict[str, Any] = {}
-"""Of a process in the pool: its tokenizer and its folder."""
+"""State of a process in the pool: its tokenizer and its folder."""
 
 
 def _start_worker(description: dict[str, Any], partial: str, num_processes: int) -> None:
@@ -307,7 +307,7 @@ def _make_shard(work: shard.Work) -> Source:
 
 
 def _fingerprint(works: Sequence[shard.Work], sources: Sequence[Source]) -> str:
-    """Of all that decides the token stream; not of paths and times."""
+    """Return a fingerprint of all that decides the token stream; not of paths and times."""
     parts = []
     for work, source in zip(works, sources, strict=True):
         parts.append([source.sha256, work.split, work.fraction, work.phase, work.piece_tokens, work.tokenizer])

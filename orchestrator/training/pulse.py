@@ -16,7 +16,7 @@ NUM_FRAMES = 6
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sign:
-    """What one rank said of itself at one look."""
+    """The sign that one rank gave of itself at one look."""
 
     count: int
     """Grows with every phase that is entered; the same number twice is no new sign of life."""
@@ -26,7 +26,7 @@ class Sign:
     calls: tuple[str, ...] = ()
     """Innermost calls of the training thread, outermost first: file:line function."""
     waits: bool = False
-    """It waits inside a collective, as far as the calls show: for another rank, that is."""
+    """The rank waits inside a collective, as far as the calls show: for another rank, that is."""
 
     def to_mapping(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,4 +1,4 @@
-"""What a rank writes into its own log, `shardwise logs RUN --rank N`: how its start went, events, and steps now and then."""
+"""The log of one rank, `shardwise logs RUN --rank N`: how its start went, events, and steps now and then."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.telemetry.records import Event, StepReport
 
 LOG = logging.getLogger("shardwise.rank")
 FIRST_STEPS = 5
-"""Of a process: each has a line. After them, a line every so many seconds."""
+"""First steps of a process: each has a line. After them, a line every so many seconds."""
 EVERY_S = 10.0
 
 

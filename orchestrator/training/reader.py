@@ -25,9 +25,9 @@ from orchestrator.training.unpickle import METADATA_NAMES, PIECE_NAMES, Properti
 
 METADATA = ".metadata"
 MAX_METADATA_BYTES = 1 << 30
-"""Of the index; 100,000 pieces take about 20 MB."""
+"""Bytes of the index at most; 100,000 pieces take about 20 MB."""
 MAX_PICKLE_BYTES = 1 << 16
-"""Of the pickle beside a piece's bytes; torch.save writes about 200."""
+"""Bytes of the pickle beside a piece's bytes at most; torch.save writes about 200."""
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes): a part of a tensor."""
 

@@ -77,7 +77,7 @@ def make(
 
 
 def _template(request: Request, tokenizer: Tokenizer) -> Template:
-    """What `data.template` names; `auto` is the tokenizer's own chat template where it brings one, else Alpaca's."""
+    """Return what `data.template` names; `auto` is the tokenizer's own chat template where it brings one, else Alpaca's."""
     brings = isinstance(tokenizer, HuggingFaceTokenizer) and "chat_template" in tokenizer.config
     if request.template == "chat" or (request.template == "auto" and brings):
         return chat_template_of(tokenizer)
@@ -119,7 +119,7 @@ def _pairs(packed: Packed, flat: Sequence[Sample], *, ends: bool) -> NDArray[np.
 
 
 def _arrays(packed: Packed, dtype: str, pairs: NDArray[np.int32] | None) -> dict[str, NDArray[Any]]:
-    """What the files hold, by the word in their names."""
+    """Return what the files hold, by the word in their names."""
     arrays: dict[str, NDArray[Any]] = {
         "rows": packed.input_ids_BS.astype(np.dtype(dtype).newbyteorder("<")),
         "learn": (packed.target_ids_BS != IGNORED).astype(np.uint8),
@@ -165,7 +165,7 @@ class RowDataset:
         has_pairs = (index.directory / f"{split}-pairs.bin").exists()
         self._pairs = self._map("pairs", "<i4", count).reshape(count, -1, 2) if has_pairs else None
         self.reference_BP2: NDArray[np.float64] | None = None
-        """Of dpo: the log-probability of each answer under the weights that training began with, [rows, P, 2]."""
+        """Tensor of dpo: the log-probability of each answer under the weights that training began with, [rows, P, 2]."""
         counts = self._learn.sum(1, dtype=np.int64) if self._pairs is None else (self._pairs[:, :, 0] >= 0).sum(1)
         self._counts: NDArray[np.int64] = counts
 
@@ -193,11 +193,11 @@ class RowDataset:
         return inputs, np.where(self._learn[indices] == 1, following, IGNORED)
 
     def inputs(self, indices: NDArray[np.int64]) -> dict[str, NDArray[np.int64]]:
-        """What the module takes beside the tokens."""
+        """Return what the module takes beside the tokens."""
         return {"segment_ids_BS": self._segments[indices].astype(np.int64)}
 
     def labels(self, indices: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """What the loss takes beside the target ids."""
+        """Return what the loss takes beside the target ids."""
         labels: dict[str, NDArray[Any]] = {}
         if self._pairs is not None:
             labels["pairs_BP2"] = self._pairs[indices].astype(np.int64)

@@ -63,7 +63,7 @@ POLL_S = (0.002, 0.25)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointInfo:
-    """What a checkpoint says of itself besides its tensors; plain data, for JSON."""
+    """The facts that a checkpoint tells of itself besides its tensors; plain data, for JSON."""
 
     job: Mapping[str, Any]
     """The job that wrote it, as parse_job takes it: a run continues where the two jobs' trajectories are equal."""
@@ -86,7 +86,7 @@ class PendingSave:
         self.blocked_s = 0.0
         """How long training stood still for the copy."""
         self.seconds = 0.0
-        """From the call to the rename."""
+        """Seconds from the call to the rename."""
         self.prune_error: str | None = None
         """Why older checkpoints could not be deleted; on rank 0."""
         self.started = time.perf_counter()
@@ -152,7 +152,7 @@ class Saver:
         self.directory, self.info, self.keep, self.group = directory, info, keep, group
         self.limits = limits or Limits()
         self.longest_s: float | None = None
-        """Of the checkpoints that were written; the same on every rank."""
+        """Names of the checkpoints that were written; the same on every rank."""
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.origin = resumed_from and {
             "name": resumed_from.path.name,
@@ -165,7 +165,7 @@ class Saver:
         if self.rank == 0:
             self.store.set("key", uuid.uuid4().hex[:8])
         self.key = self.store.get("key").decode()
-        """Of this group alone: a process of an earlier one that still writes does it into another folder."""
+        """Folder of this group alone: a process of an earlier one that still writes does it into another folder."""
         self.num_saves = 0
         self.first_sequence = self.sequence = 0
         """Rank 0: known with the first save. Reading the folder may take long."""

@@ -91,7 +91,7 @@ class CheckpointAuto:
 
     num_gpus: int
     state_bytes: int
-    """Of one rank; they predict the first save's cost."""
+    """Bytes of one rank; they predict the first save's cost."""
     cost_s: float = field(init=False)
     save_s: float = 0.0
     measured: bool = False
@@ -110,7 +110,7 @@ class CheckpointAuto:
         return checkpoint_interval_s(cost_s=self.cost_s, num_gpus=self.num_gpus, save_s=self.save_s)
 
     def is_due(self, *, step: int, seconds_since_last: float) -> bool:
-        """As CheckpointEvery.is_due."""
+        """Return whether a checkpoint is due, as CheckpointEvery.is_due does."""
         return seconds_since_last >= self.seconds
 
     def step_took(self, seconds: float, *, saving: bool) -> None:

@@ -28,7 +28,8 @@ from orchestrator.training.data import SPLITS, DataError, Files, Source, Split
 from orchestrator.training.tokenizer import Tokenizer
 
 MERGED_BYTES = 2**30
-"""Of a merged file at most, unless the tokens of one input are more: many small files cost a system call each at every turn."""
+"""Bytes of a merged file at most, unless the tokens of one input are more: many small files cost a system call each at every
+turn."""
 _BATCH_CHARACTERS = 1 << 20
 _BATCH_TEXTS = 1024
 
@@ -42,14 +43,14 @@ class Work:
     bytes: int
     mtime_ns: int
     fraction: float
-    """Of the pieces, held out for validation."""
+    """Part of the pieces, held out for validation."""
     phase: float
     """0 to 1, where the count towards the next held-out piece starts."""
     piece_tokens: int
     """A longer document is cut into pieces of this size."""
     dtype: str
     tokenizer: str
-    """Its fingerprint."""
+    """Fingerprint of the tokenizer."""
 
     @property
     def stem(self) -> str:
@@ -205,7 +206,7 @@ class _Writer:
     files: dict[Split, IO[bytes]]
     num_tokens: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     crc32: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
-    """Of what each split's file holds."""
+    """Checksum of what each split's file holds."""
     num_documents: int = 0
     _num_pieces: int = 0
     _held: list[NDArray[Any]] = field(default_factory=list)

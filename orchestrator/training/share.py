@@ -1,4 +1,4 @@
-"""What a rank writes of a checkpoint: a copy of its share of the state, and the files that hold it."""
+"""The share of a checkpoint that a rank writes: a copy of its share of the state, and the files that hold it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Staged:
 
 
 def stage(state: Mapping[str, Any], owner_of: Mapping[str, int], rank: int) -> dict[str, Staged]:
-    """This rank's share, copied: later steps do not change it. Scalars become tensors, so that nothing is pickled."""
+    """Return this rank's share, copied: later steps do not change it. Scalars become tensors, so that nothing is pickled."""
     staged = {}
     for index, (name, held) in enumerate(sorted(state.items())):
         value = as_tensor(held)
@@ -86,7 +86,7 @@ class Shares:
     owner_of: Mapping[str, int]
     """Rank that writes each tensor that several hold whole: the least loaded of its holders."""
     num_bytes: int
-    """Of all tensors, each once."""
+    """Bytes of all tensors, each once."""
 
 
 def shares_of(tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> Shares:

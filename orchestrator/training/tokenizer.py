@@ -26,7 +26,7 @@ MIN_BPE = 257
 
 
 class Tokenizer(ABC):
-    """What training and sampling need of a tokenizer."""
+    """A tokenizer as training and sampling need it."""
 
     kind: str
     vocab_size: int

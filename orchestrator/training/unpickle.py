@@ -21,7 +21,7 @@ class Record:
     kind = ""
 
     def __init__(self, *_: Any) -> None:
-        """What a class would be called with is of no use here."""
+        """Take and ignore what a class would be called with."""
 
 
 class Properties(Record):
@@ -51,7 +51,7 @@ def _tuple(value: Any = ()) -> tuple[Any, ...]:
 
 
 def _nothing(*_: Any) -> None:
-    """For what a checkpoint names and nobody needs: a path, a layout, a memory format."""
+    """Stand in for what a checkpoint names and nobody needs: a path, a layout, a memory format."""
 
 
 def _itself(value: torch.dtype) -> torch.dtype:
@@ -84,7 +84,7 @@ METADATA_NAMES: Names = {
     ("pathlib", "Path"): lambda: _nothing,
     ("pathlib._local", "PosixPath"): lambda: _nothing,
 }
-"""What FileSystemWriter.finish writes (torch 2.11 to 2.13)."""
+"""Names that FileSystemWriter.finish writes (torch 2.11 to 2.13)."""
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -102,7 +102,7 @@ PIECE_NAMES: Names = {
     ("collections", "OrderedDict"): lambda: _nothing,
     **{("torch", name): partial(_itself, dtype) for name, dtype in STORAGES.items()},
 }
-"""What torch.save writes of a tensor."""
+"""Names that torch.save writes of a tensor."""
 
 _OPCODES = (
     *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.MEMOIZE, pickle.BINPUT, pickle.LONG_BINPUT),

@@ -271,7 +271,7 @@ def weights_of(job: Job) -> Callable[[str, torch.Size], torch.Tensor]:
 
 
 def loss_of(job: Job) -> Loss:
-    """What the job's task trains."""
+    """Return what the job's task trains."""
     if job.task == "reward":
         return RewardLoss()
     if job.task == "dpo":
@@ -385,7 +385,7 @@ def newest_whole(
 
 
 def tell_of_resume(ref: CheckpointRef, settings: Settings, job: Job, reporter: Reporter) -> None:
-    """Where it goes on; and, where the length of the run changed, how far the learning rate jumps."""
+    """Tell where a run goes on; and, where the length of the run changed, how far the learning rate jumps."""
     reporter.event("resumed", ref.step, f"training goes on after step {ref.step}", checkpoint=str(ref.path))
     before, now = int(ref.manifest["num_steps"]), settings.num_steps
     if before == now or ref.step == now:

@@ -1,4 +1,4 @@
-"""Which tokens of a sequence a context rank holds, and which keys of another rank its queries see. Pure.
+"""The halves of a sequence: which tokens a context rank holds, and which keys of another rank its queries see. Pure.
 
 A causal query sees the keys before it, so ranks that held one stretch each would compute from 1 to 2c - 1 parts. Each holds two
 chunks of 2c instead, one from either end: rank r chunks r and 2c - 1 - r. Then every rank computes as much at every step of the

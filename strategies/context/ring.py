@@ -98,7 +98,7 @@ class Passing:
 
 
 class Saved(NamedTuple):
-    """What a forward pass leaves for backward."""
+    """The tensors that a forward pass leaves for backward."""
 
     q_BASD: Tensor
     k_BKSD: Tensor

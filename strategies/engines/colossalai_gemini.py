@@ -29,7 +29,7 @@ class Gemini(Boosted):
         """Gradients stand where the parameters stood."""
         self.places: dict[str, Place] = {}
         self.chunks: dict[str, tuple[Any, int, int]] = {}
-        """Of each parameter: the chunk, and the range of this rank's piece of it."""
+        """Place of each parameter: the chunk, and the range of this rank's piece of it."""
         super().__init__(build, weights)
 
     def _plugin(self) -> Any:

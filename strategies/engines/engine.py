@@ -187,7 +187,8 @@ class Session(Protocol):
         weight 0."""
 
     def scores(self, micro_batches: Iterable[MicroBatch], loss: Loss) -> list[Tensor | None]:
-        """What another loss tells of each micro batch; None on ranks that do not hold the head. Every rank gives as many."""
+        """Return what another loss tells of each micro batch; None on ranks that do not hold the head. Every rank gives as
+        many."""
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded state for torch.distributed.checkpoint: `model.NAME`, `optimizer.exp_avg.NAME`, ... DTensors or
