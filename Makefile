@@ -89,8 +89,8 @@ engines: $(INSTALLED)  ## ColossalAI and fairscale against the native engine, as
 switch: $(INSTALLED)  ## checkpoints between engines and strategies, as a table
 	$(BIN)/python -m benchmarks.switch
 
-docs: $(INSTALLED)  ## every command of the pages under docs/, those that train too
-	$(BIN)/python -m pytest tests/golden/test_docs.py
+docs: $(INSTALLED)  ## every command of the pages under docs/, those that train too, and the exported Slurm script
+	$(BIN)/python -m pytest tests/golden/test_docs.py tests/ray/test_export_run.py
 
 clean:
 	rm -rf $(VENV) runs examples/corpus

@@ -28,6 +28,7 @@ VERBS: Mapping[str, tuple[str, str, str]] = {
     "generate": ("orchestrator.cli.generate", "command", "Sample text from a checkpoint."),
     "chat": ("orchestrator.cli.chat", "command", "Talk with a checkpoint."),
     "convert": ("orchestrator.cli.convert", "command", "Write a checkpoint as a Hugging Face folder."),
+    "export": ("orchestrator.cli.export", "command", "A RayJob or a Slurm script that runs a job on one node."),
     "schema": ("orchestrator.cli.schema", "command", "Print the JSON Schema of a job."),
 }
 

@@ -50,6 +50,10 @@ QUIET = {
 }
 """Environment of this process, inherited by raylet and workers: a runtime_env would cost a process start each."""
 
+OF_AN_OUTER_RAY = ("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_ADDRESS")
+"""What Ray gives to the command of a job, as KubeRay submits one, and what must not reach the Ray that is embedded here: by the
+first every worker would see all GPUs, and take the same one."""
+
 
 class Failed(Exception):
     def __init__(self, failure: str, cause: str) -> None:
@@ -295,12 +299,19 @@ def _listen(commands: queue.Queue[dict[str, Any]]) -> None:
     os._exit(1)
 
 
+def embedded_environment(outer: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the embedded Ray and its workers, from that of `run`."""
+    kept = {name: value for name, value in outer.items() if name not in OF_AN_OUTER_RAY}
+    # A token of this Ray alone. Without it, Ray would write one into the user's home folder.
+    return {**kept, **QUIET, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
 def serve(logs: Path, session: Path) -> None:
     tell = partial(_tell, os.fdopen(os.dup(1), "w"), threading.Lock())
     os.dup2(2, 1)  # Ray prints now and then; our answers have a descriptor of their own
-    os.environ.update(QUIET)
-    # Of this Ray alone. Without it, Ray would write a token of its own into the user's home folder.
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    environment = embedded_environment(os.environ)
+    os.environ.clear()
+    os.environ.update(environment)
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(commands,), daemon=True).start()
     import ray  # noqa: F401  while `run` still plans

@@ -92,12 +92,7 @@ def run_job(
     job and this machine tell is refused before the folder is made or a process started."""
     acting.refuse_unbuilt(job)
     clock = Clock(time.monotonic() if began_s is None else began_s)
-    if job.num_steps is None:
-        raise RunRefused(
-            "the job says no length", where=job.file, fix="set training.steps: 1000, or training.tokens: 300e9"
-        )
-    if job.data is None:
-        raise RunRefused("the job has no data", where=job.file, fix="add data: {train: [corpus/*.txt]}")
+    refuse_incomplete(job)
     cluster = job.resolved_cluster or discovered()
     planned = planned_for(job, cluster)
     clock.lap("plan_s")
@@ -218,6 +213,16 @@ def read_limits() -> Limits:
         raise RunRefused(str(error), where=f"environment: {SCALE}", fix=f"unset {SCALE}") from None
 
 
+def refuse_incomplete(job: Job) -> None:
+    """RunRefused where a job can be planned and says too little to be run."""
+    if job.num_steps is None:
+        raise RunRefused(
+            "the job says no length", where=job.file, fix="set training.steps: 1000, or training.tokens: 300e9"
+        )
+    if job.data is None:
+        raise RunRefused("the job has no data", where=job.file, fix="add data: {train: [corpus/*.txt]}")
+
+
 def planned_for(job: Job, cluster: Cluster) -> Plan:
     """The plan that runs here: of what is built, on GPUs that are here, and it fits."""
     from orchestrator.planner.plan import plan
@@ -312,12 +317,19 @@ def discovered() -> Cluster:
     return discover()
 
 
-def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
-    """`run` is for this machine; a plan may be for any."""
-    where = f"cluster: {job.cluster if isinstance(job.cluster, str) else job.cluster.gpu}, in {job.file}"
-    fix = "cluster: auto trains on what this machine has; `shardwise plan` prices any other"
+ELSEWHERE = "cluster: auto trains on what this machine has; `shardwise plan` prices any other"
+
+
+def refuse_nodes(cluster: Cluster, job: Job, *, fix: str = ELSEWHERE) -> None:
+    """RunRefused where a cluster has several nodes: `run` trains on one machine."""
     if cluster.num_nodes > 1:
-        raise RunRefused(f"{cluster.name} is {cluster.num_nodes} nodes and `run` trains on one", where=where, fix=fix)
+        told = f"{cluster.name} is {cluster.num_nodes} nodes and `run` trains on one"
+        raise RunRefused(told, where=_where(job), fix=fix)
+
+
+def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
+    """RunRefused where a plan is not for this machine; `plan` may be for any."""
+    refuse_nodes(cluster, job)
     if cluster.accelerator.kind == "cpu":
         return
     from clusters.inventory.local import nvml_devices
@@ -325,9 +337,12 @@ def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
     here = len(nvml_devices())
     if here < num_gpus:
         found = f"{here} GPUs" if here else "no GPU"
-        raise RunRefused(
-            f"the plan is for {num_gpus} GPUs ({cluster.name}) and this machine has {found}", where=where, fix=fix
-        )
+        told = f"the plan is for {num_gpus} GPUs ({cluster.name}) and this machine has {found}"
+        raise RunRefused(told, where=_where(job), fix=ELSEWHERE)
+
+
+def _where(job: Job) -> str:
+    return f"cluster: {job.cluster if isinstance(job.cluster, str) else job.cluster.gpu}, in {job.file}"
 
 
 class LiveReport:
