@@ -21,7 +21,7 @@ from orchestrator.models.decoder import alibi_slopes, rotated
 from strategies.context import block
 from strategies.context.halves import chunks, part, positions
 from strategies.context.ring import Ring
-from strategies.engines.loss import token_losses
+from strategies.engines.token_losses import token_losses
 from strategies.recompute.apply import SAVED_BY_SELECTIVE
 
 BATCH, HEADS, SEQUENCE, HEAD_DIM = 2, 4, 48, 8
