@@ -27,7 +27,8 @@ class Task:
         arch = self.arch
         if self == TASK:
             return ""
-        kin = " narrow" * (arch.word_embedding_size is not None) + " untied" * (not arch.tied_embeddings)
+        kin = f" {arch.variant}" if arch.variant else ""
+        kin += " narrow" * (arch.word_embedding_size is not None) + " untied" * (not arch.tied_embeddings)
         packed = " packed" * self.packed + f" {self.loss}" * (self.loss != "tokens")
         family = f" {arch.family}" * (arch.family != TASK.arch.family)
         return f" of{family}{packed} {arch.num_layers}x{arch.hidden_size}{kin} on {self.global_batch_size}x{self.sequence_length}"
@@ -38,15 +39,17 @@ ARCH = make_architecture(
 )
 TASK = Task(ARCH, global_batch_size=7, sequence_length=12)
 FAMILIES = {
-    family: Task(make_architecture(family=family, num_layers=4, num_heads=4, **shape), 7, 12)
-    for family, shape in {
+    name: Task(make_architecture(**{"family": name, "num_layers": 4, "num_heads": 4} | shape), 7, 12)
+    for name, shape in {
         "gpt": {"hidden_size": 24, "ffn_size": 44, "vocab_size": 61, "max_position": 16},
         "mpt": {"hidden_size": 24, "ffn_size": 44, "vocab_size": 61},
         "llama": {"hidden_size": 24, "ffn_size": 44, "vocab_size": 61, "num_kv_heads": 2},
         "bloom": {"hidden_size": 24, "ffn_size": 44, "vocab_size": 61},
+        "glm": {"hidden_size": 24, "ffn_size": 44, "vocab_size": 61, "variant": "10b", "max_position": 16},
+        "glm-130b": {"family": "glm", "hidden_size": 24, "ffn_size": 44, "vocab_size": 61, "tied_embeddings": False},
     }.items()
 }
-"""The same small task for each other family that is built; LLaMA with grouped-query heads."""
+"""The same small task for each other family; LLaMA with grouped-query heads, GLM in both of its forms, on rows with blanks."""
 PACKED = tuple(replace(FAMILIES.get(family, TASK), packed=True) for family in ("opt", "llama", "bloom"))
 """One family for each kind of positions, with two samples in a row."""
 PAIRS = (replace(PACKED[0], loss="reward"), replace(PACKED[1], loss="dpo"))

@@ -33,6 +33,7 @@ from benchmarks.drawn import coverage, drawn
 from benchmarks.matrix import matrix
 from benchmarks.pool import Pool
 from orchestrator.models.decoder import Decoder, initial_weights
+from orchestrator.training.blanks import Specials, blank_row
 from orchestrator.training.losses import DpoLoss, RewardLoss
 from strategies.engines.engine import Loss, MicroBatch, OptimizerSettings
 from strategies.engines.loss import TOKEN_LOSS
@@ -79,6 +80,8 @@ def whole_batch(task: Task) -> MicroBatch:
     """The global batch as one micro batch."""
     inputs, targets = batch(task)
     count, length = inputs.shape
+    if task.arch.traits.blank_filling:
+        return blanks(task)
     if not task.packed:
         return MicroBatch(input_ids_BS=inputs, target_ids_BS=targets, weight_B=torch.ones(count))
     starts = 1 + torch.arange(count) % (length - 1)  # of the second sample of each row
@@ -94,6 +97,32 @@ def whole_batch(task: Task) -> MicroBatch:
     }[task.loss]
     return MicroBatch(
         input_ids_BS=inputs, target_ids_BS=targets, weight_B=torch.ones(count), inputs=segments, labels=labels
+    )
+
+
+def blanks(task: Task) -> MicroBatch:
+    """The global batch as rows with blanks; in the place of a text, the batch's tokens, of which every fifth ends a sentence."""
+    texts = batch(task)[0].numpy()[:, :-2]
+    specials, ends_V = Specials(57, 58, 59, 60), np.arange(task.arch.vocab_size) % 5 == 0
+    rows = [
+        blank_row(
+            text,
+            seed=SEED,
+            sample=sample,
+            specials=specials,
+            ends_V=ends_V,
+            positions_run_on=not task.arch.traits.block_positions,
+        )
+        for sample, text in enumerate(texts)
+    ]
+    return MicroBatch(
+        input_ids_BS=torch.from_numpy(np.stack([row.input_ids_S for row in rows])),
+        target_ids_BS=torch.from_numpy(np.stack([row.target_ids_S for row in rows])),
+        weight_B=torch.ones(len(rows)),
+        inputs={
+            "prefix_lengths_B": torch.tensor([row.prefix_length for row in rows]),
+            "positions_B2S": torch.from_numpy(np.stack([row.positions_2S for row in rows])),
+        },
     )
 
 

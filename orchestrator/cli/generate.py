@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,21 +52,28 @@ def command(
     as_json: bool,
 ) -> int:
     """Samples text from the newest whole checkpoint of SOURCE, a run's name or folder, or from the checkpoint SOURCE."""
-    from orchestrator.training.generate import generate
+    from orchestrator.training.blanks import specials_of
+    from orchestrator.training.generate import fill, generate
 
     ref, tokenizer, model = load_speaker(source, directory)
-    new = list(
-        generate(
-            model,
-            tokenizer.encode(prompt) or [tokenizer.end_of_text],
-            max_tokens=max_tokens,
-            vocab_size=tokenizer.vocab_size,
-            end_of_text=tokenizer.end_of_text,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
+    go_on: Callable[..., Iterator[int]] = generate
+    if model.arch.traits.blank_filling:
+        go_on = partial(fill, specials=specials_of(tokenizer, model.arch.vocab_size))
+    try:
+        new = list(
+            go_on(
+                model,
+                tokenizer.encode(prompt) or [tokenizer.end_of_text],
+                max_tokens=max_tokens,
+                vocab_size=tokenizer.vocab_size,
+                end_of_text=tokenizer.end_of_text,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed,
+            )
         )
-    )
+    except ValueError as error:
+        raise CommandError(str(error)) from None
     text = tokenizer.decode(new)
     told = {
         "checkpoint": str(ref.path),

@@ -12,8 +12,9 @@ from typing import Literal, get_args
 
 Family = Literal["opt", "gpt", "mpt", "llama", "bloom", "glm"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
-BUILT: tuple[Family, ...] = ("opt", "gpt", "mpt", "llama", "bloom")
-"""Families that have a torch module here; the others can be planned."""
+Variant = Literal["10b", "130b"]
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+"""The published forms of GLM."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,6 +33,9 @@ class Traits:
     """Standard deviation of the first weights."""
     position_offset: int = 0
     """Rows of the position table before position 0 (OPT: 2, where fairseq kept its padding index)."""
+    block_positions: bool = False
+    """Positions have a second dimension with a table of its own: the place within a masked span, 0 outside (GLM-10B). Both tables
+    have a row more than max_position."""
     embedding_norm: bool = False
     tied_embeddings: bool = True
     """Default of the job file's tied_embeddings, as published."""
@@ -40,8 +44,13 @@ class Traits:
     max_position: int = 2048
     post_norm: bool = False
     """A norm after the residual in place of one before the sub-layer."""
+    deep_norm: bool = False
+    """The residual is multiplied by (2 num_layers) ** 0.5 before it is added and normed (DeepNorm, arXiv:2203.00555)."""
     final_norm: bool = True
     """A norm before the head; a post-norm OPT has none."""
+    blank_filling: bool = False
+    """Pretraining fills blanks: a row is a text with masked spans, which attention reads in both directions, and the spans, which
+    are written token by token (arXiv:2103.10360)."""
 
     @property
     def gated(self) -> bool:
@@ -51,7 +60,8 @@ class Traits:
 
 # Sources: OPT arXiv:2205.01068 and its Hugging Face configs; GPT-3 arXiv:2005.14165; MPT the config of mosaicml/mpt-7b
 # (no_bias, alibi, low_precision_layernorm); LLaMA arXiv:2302.13971; BLOOM arXiv:2211.05100; GLM-130B arXiv:2210.02414
-# (DeepNorm: post-norm with scaled residuals; its checkpoints hold a final norm all the same).
+# and its code, which numbers the norms otherwise: its input norm of layer 0 is our embedding norm, its final norm our last
+# layer's second one. GLM-10B arXiv:2103.10360 and its code (tables of max_sequence_length + 1 rows).
 TRAITS: Mapping[Family, Traits] = {
     "opt": Traits(
         activation="relu",
@@ -78,11 +88,29 @@ TRAITS: Mapping[Family, Traits] = {
         activation="geglu",
         positions="rotary",
         bias=True,
-        tied_embeddings=False,
+        embedding_norm=True,
         vocab_size=150528,
         post_norm=True,
+        deep_norm=True,
+        final_norm=False,
+        blank_filling=True,
     ),
 }
+"""Of GLM those of GLM-130B."""
+GLM_10B = Traits(
+    activation="gelu_tanh",
+    positions="learned",
+    bias=True,
+    block_positions=True,
+    vocab_size=50304,
+    max_position=1024,
+    blank_filling=True,
+)
+
+
+def traits_of(family: Family, variant: Variant | None) -> Traits:
+    """What all models of a family, and of its variant where it has some, share."""
+    return GLM_10B if family == "glm" and variant == "10b" else TRAITS[family]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,18 +130,24 @@ class Architecture:
     word_embedding_size: int | None = None
     """Width of the embedding where projections lead to hidden_size and back (OPT-350M: 512). None: hidden_size."""
     post_norm: bool = False
-    """The norm comes after the residual (OPT-350M, which then has no final norm; GLM-130B, which has one)."""
+    """The norm comes after the residual (OPT-350M and GLM-130B, which then have no final norm)."""
     dropout: float = 0.0
     norm_epsilon: float = 1e-5
     """Added to the variance in every norm."""
     rope_theta: float = 10_000.0
     """Base of the rotary angles; without effect where positions are not rotary."""
+    variant: Variant | None = None
+    """Of GLM, whose form it has: GLM-10B's (two-dimensional learned positions, pre-norm, GELU) or GLM-130B's (rotary positions,
+    DeepNorm, GeGLU). None: another family."""
 
     def __post_init__(self) -> None:
         if self.family not in TRAITS:
             close = get_close_matches(str(self.family), FAMILIES, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(f"family {self.family!r} is not known: choose one of {', '.join(FAMILIES)}{hint}")
+        if self.variant not in (VARIANTS if self.family == "glm" else (None,)):
+            forms = f"choose one of {', '.join(VARIANTS)}" if self.family == "glm" else "only family glm has variants"
+            raise ValueError(f"variant {self.variant!r} is not one of family {self.family}: {forms}")
         for field in (
             "num_layers",
             "hidden_size",
@@ -165,19 +199,31 @@ class Architecture:
 
     @property
     def traits(self) -> Traits:
-        return TRAITS[self.family]
+        return traits_of(self.family, self.variant)
 
     @property
     def final_norm(self) -> bool:
         """A norm before the head."""
-        return not (self.family == "opt" and self.post_norm)
+        return self.traits.final_norm and not (self.family == "opt" and self.post_norm)
+
+    @property
+    def position_rows(self) -> int:
+        """Of each table of learned positions; 0 without one."""
+        traits = self.traits
+        if traits.positions != "learned":
+            return 0
+        return self.max_position + traits.position_offset + traits.block_positions
+
+    @property
+    def num_position_tables(self) -> int:
+        """Tables of learned positions: 2 where they have two dimensions."""
+        return (self.traits.positions == "learned") + self.traits.block_positions
 
 
 def embedding_parameters(arch: Architecture) -> int:
     """Tokens, learned positions, projection to the hidden size, embedding norm."""
     tokens = arch.vocab_size * arch.embedding_size
-    learned = arch.traits.positions == "learned"
-    positions = (arch.max_position + arch.traits.position_offset) * arch.hidden_size if learned else 0
+    positions = arch.num_position_tables * arch.position_rows * arch.hidden_size
     norm = norm_parameters(arch) if arch.traits.embedding_norm else 0
     return tokens + positions + _projection(arch) + norm
 
@@ -225,13 +271,15 @@ def make_architecture(
     dropout: float = 0.0,
     norm_epsilon: float | None = None,
     rope_theta: float = 10_000.0,
+    variant: str | None = None,
 ) -> Architecture:
     """An architecture, with what was left out as its family publishes it.
 
     Raises ValueError that says what does not fit and what would."""
-    traits = TRAITS.get(family)  # type: ignore[call-overload]
-    if traits is None:
-        traits = TRAITS["opt"]  # Architecture refuses the family below, with advice
+    if family == "glm" and variant is None:
+        variant = "130b"
+    # Architecture refuses another family, or variant, below, with advice.
+    traits = traits_of(family if family in TRAITS else "opt", variant)  # type: ignore[arg-type]
     if word_embedding_size == hidden_size:
         word_embedding_size = None
     return Architecture(
@@ -250,6 +298,7 @@ def make_architecture(
         dropout=dropout,
         norm_epsilon=traits.norm_epsilon if norm_epsilon is None else norm_epsilon,
         rope_theta=rope_theta,
+        variant=variant,  # type: ignore[arg-type]
     )
 
 
@@ -283,7 +332,7 @@ def _near(whole: int, part: int) -> int:
 # name: family, layers, hidden size, heads, then what differs from the family's default.
 _OPT_350M = {"word_embedding_size": 512, "post_norm": True}
 _GPT2 = {"max_position": 1024}
-_SIZES: dict[str, tuple[Family, int, int, int, dict[str, int | bool]]] = {
+_SIZES: dict[str, tuple[Family, int, int, int, Mapping[str, int | bool | str]]] = {
     # arXiv:2205.01068, table 1
     "opt-125m": ("opt", 12, 768, 12, {}),
     "opt-350m": ("opt", 24, 1024, 16, _OPT_350M),
@@ -322,7 +371,8 @@ _SIZES: dict[str, tuple[Family, int, int, int, dict[str, int | bool]]] = {
     "bloom-3b": ("bloom", 30, 2560, 32, {}),
     "bloom-7b1": ("bloom", 30, 4096, 32, {}),
     "bloom-176b": ("bloom", 70, 14336, 112, {}),
-    # arXiv:2210.02414, appendix B
+    # arXiv:2103.10360, table 9; arXiv:2210.02414, appendix B
+    "glm-10b": ("glm", 48, 4096, 64, {"variant": "10b"}),
     "glm-130b": ("glm", 70, 12288, 96, {}),
 }
 

@@ -1,7 +1,8 @@
-"""The decoder that trains here, as one torch module for all families that are built: OPT, GPT-2/3, MPT, LLaMA, BLOOM.
+"""The decoder that trains here, as one torch module for all families: OPT, GPT-2/3, MPT, LLaMA, BLOOM, GLM.
 
 A family is a set of switches (`Traits` in architecture.py): norm, positions, activation, biases. On the same weights the
-module equals Hugging Face's class of that family (tests/unit/test_models.py).
+module equals Hugging Face's class of that family (tests/unit/test_models.py); of GLM, which has none there, a transcription of
+the published model (tests/unit/test_glm.py).
 
 B micro batch, S sequence, H hidden, A heads, K key/value heads, D head dim, F ffn, V vocabulary. Local shares under tensor
 parallel keep the letters: heads are counted from the tensor, never from the configuration.
@@ -12,18 +13,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from orchestrator.models.architecture import BUILT, Architecture
+from orchestrator.models.architecture import Architecture
+from orchestrator.models.context import Context, future, packed, prefixed
 from strategies.tensor.region import WHOLE
 
 SPLIT: dict[str, str] = {
     "embed.tokens.weight": "vocabulary",
     "embed.positions.weight": "sequence",
+    "embed.block_positions.weight": "sequence",
     "embed.project.weight": "replicated_partial",  # it widens each rank's part of the looked-up rows
     "embed.norm.*": "replicated",
     "blocks.*.attention.q.*": "column",
@@ -54,46 +57,6 @@ def make_norm(arch: Architecture) -> nn.Module:
     return nn.LayerNorm(arch.hidden_size, eps=arch.norm_epsilon, bias=arch.traits.norm_bias)
 
 
-class Cache:
-    """Keys and values of the tokens before, by layer, so that a new token costs one token's forward pass.
-
-    Memory: 2 x layers x B x K x D x tokens elements."""
-
-    def __init__(self) -> None:
-        self._held: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def extend(self, layer: int, k_BKSD: Tensor, v_BKSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds those of new tokens. Returns those of all tokens."""
-        if layer in self._held:
-            before_k, before_v = self._held[layer]
-            k_BKSD, v_BKSD = torch.cat([before_k, k_BKSD], 2), torch.cat([before_v, v_BKSD], 2)
-        self._held[layer] = k_BKSD, v_BKSD
-        return k_BKSD, v_BKSD
-
-
-class Context(NamedTuple):
-    """The context of embedding and attention where a row is not simply one sample from its first token on."""
-
-    positions_BS: Tensor
-    """Place of each token within its sample."""
-    seen_B1QS: Tensor
-    """True where a query may see a key: not later, and of the same sample."""
-    cache: Cache | None = None
-    """Cache in which the keys begin with those of tokens computed before; the queries are the last of them."""
-
-
-def packed(segment_ids_BS: Tensor) -> Context:
-    """Positions and mask of packed rows. Samples of a row are runs of equal ids: attention never crosses from one to another."""
-    sequence = segment_ids_BS.shape[1]
-    places_S = torch.arange(sequence, device=segment_ids_BS.device)
-    first_BS = torch.ones_like(segment_ids_BS, dtype=torch.bool)
-    first_BS[:, 1:] = segment_ids_BS[:, 1:] != segment_ids_BS[:, :-1]
-    starts_BS = torch.where(first_BS, places_S, 0).cummax(1).values
-    same_BSS = starts_BS[:, :, None] == starts_BS[:, None, :]
-    seen_BSS = same_BSS & ~_future(sequence, segment_ids_BS.device)
-    return Context(places_S - starts_BS, seen_BSS[:, None])
-
-
 def rotated(x_BASD: Tensor, theta: float, positions_BS: Tensor | None = None) -> Tensor:
     """Rotary positions (arXiv:2104.09864) as LLaMA applies them: dimension d turns together with d + D / 2, by the angle
     position x theta ** (-2 d / D). Angles are computed in fp32, in fp64 for a model in fp64."""
@@ -120,7 +83,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 class Attention(nn.Module):
-    """Causal self-attention, x_BSH -> x_BSH."""
+    """Self-attention, x_BSH -> x_BSH: causal, unless the context says which tokens are seen."""
 
     def __init__(self, arch: Architecture, kind: str, layer: int) -> None:
         super().__init__()
@@ -149,7 +112,7 @@ class Attention(nn.Module):
         # None, true where a key is seen, or what is added to the scores.
         mask = None if context is None else context.seen_B1QS
         if self.positions == "alibi":
-            seen = ~_future(sequence, x_BSH.device) if mask is None else mask
+            seen = ~future(sequence, x_BSH.device) if mask is None else mask
             mask = self._alibi(q_BASD, k_BKSD.shape[2]).masked_fill(~seen, float("-inf"))
         if self.kind == "flash":
             y_BASD = F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None)
@@ -158,7 +121,7 @@ class Attention(nn.Module):
             if mask is not None and mask.is_floating_point():
                 scores = scores + mask
             else:
-                hidden = _future(sequence, x_BSH.device) if mask is None else ~mask
+                hidden = future(sequence, x_BSH.device) if mask is None else ~mask
                 scores = scores.masked_fill(hidden, float("-inf"))
             y_BASD = scores.softmax(-1) @ v_BKSD
         return self.region.row(y_BASD.transpose(1, 2).reshape(batch, sequence, -1), self.out)
@@ -173,11 +136,6 @@ class Attention(nn.Module):
         keys_S = torch.arange(num_keys, device=q_BASD.device)
         distance_QS = (keys_S[None, :] - keys_S[num_keys - sequence :, None]).to(q_BASD.dtype)
         return slopes_A[:, None, None] * distance_QS
-
-
-def _future(sequence: int, device: torch.device) -> Tensor:
-    """[S, S], true where the key comes after the query."""
-    return torch.ones(sequence, sequence, dtype=torch.bool, device=device).triu(1)
 
 
 class MLP(nn.Module):
@@ -215,11 +173,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class Block(nn.Module):
-    """One layer; the norm stands before each half, or behind its residual (OPT-350M)."""
+    """One layer; the norm stands before each half, or behind its residual (OPT-350M, GLM-130B)."""
 
     def __init__(self, arch: Architecture, kind: str, layer: int) -> None:
         super().__init__()
         self.post_norm = arch.post_norm
+        self.residual = math.sqrt(2 * arch.num_layers) if arch.traits.deep_norm else 1.0
         self.attention_norm = make_norm(arch)
         self.attention = Attention(arch, kind, layer)
         self.mlp_norm = make_norm(arch)
@@ -227,8 +186,8 @@ class Block(nn.Module):
 
     def forward(self, x_BSH: Tensor, *context: Context) -> Tensor:
         if self.post_norm:
-            x_BSH = self.attention_norm(x_BSH + self.attention(x_BSH, *context))
-            y: Tensor = self.mlp_norm(x_BSH + self.mlp(x_BSH))
+            x_BSH = self.attention_norm(torch.add(self.attention(x_BSH, *context), x_BSH, alpha=self.residual))
+            y: Tensor = self.mlp_norm(torch.add(self.mlp(x_BSH), x_BSH, alpha=self.residual))
             return y
         x_BSH = x_BSH + self.attention(self.attention_norm(x_BSH), *context)
         z: Tensor = x_BSH + self.mlp(self.mlp_norm(x_BSH))
@@ -244,8 +203,9 @@ class Embed(nn.Module):
         width, learned = arch.embedding_size, arch.traits.positions == "learned"
         self.offset, self.max_position = arch.traits.position_offset, arch.max_position
         self.tokens = nn.Embedding(arch.vocab_size, width)
-        rows = arch.max_position + arch.traits.position_offset
-        self.positions = nn.Embedding(rows, arch.hidden_size) if learned else None
+        self.positions = nn.Embedding(arch.position_rows, arch.hidden_size) if learned else None
+        in_blocks = arch.traits.block_positions
+        self.block_positions = nn.Embedding(arch.position_rows, arch.hidden_size) if in_blocks else None
         self.project = nn.Linear(width, arch.hidden_size, bias=False) if width != arch.hidden_size else None
         self.norm = make_norm(arch) if arch.traits.embedding_norm else None
         self.region = WHOLE
@@ -260,6 +220,9 @@ class Embed(nn.Module):
         if self.positions is not None:
             positions = torch.arange(sequence, device=input_ids_BS.device) if context is None else context.positions_BS
             x = x + self.region.rows(self.positions, positions + self.offset)
+        if self.block_positions is not None:
+            given = None if context is None else context.block_positions_BS
+            x = x + self.region.rows(self.block_positions, torch.zeros_like(input_ids_BS) if given is None else given)
         x = self.region.leave(x)
         return x if self.norm is None else self.norm(x)
 
@@ -306,16 +269,13 @@ class ValueHead(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A whole model, input_ids_BS -> logits_BSV, or with `values` -> values_BS. Raises ValueError for an architecture that is
-    not built."""
+    """A whole model, input_ids_BS -> logits_BSV, or with `values` -> values_BS. Raises ValueError for what is not
+    built."""
 
     split = SPLIT
 
     def __init__(self, arch: Architecture, *, attention: str = "flash", values: bool = False) -> None:
         super().__init__()
-        if arch.family not in BUILT:
-            built = ", ".join(BUILT)
-            raise ValueError(f"the torch module of family {arch.family!r} is not built; these are: {built}")
         if arch.dropout:
             raise ValueError(f"dropout {arch.dropout} is not built; set model.dropout to 0")
         if attention not in ATTENTION:
@@ -337,9 +297,20 @@ class Decoder(nn.Module):
             raise ValueError(f"a model of family {self.arch.family} is not split by Hugging Face's modules; opt is")
         return config_of_architecture(self.arch), FORMATS["opt"].key
 
-    def context(self, *, segment_ids_BS: Tensor) -> Context:
-        """Return what `forward` takes where rows hold several samples; made once for all blocks."""
-        return packed(segment_ids_BS)
+    def context(
+        self,
+        *,
+        segment_ids_BS: Tensor | None = None,
+        prefix_lengths_B: Tensor | None = None,
+        positions_B2S: Tensor | None = None,
+    ) -> Context:
+        """Return what `forward` takes where rows hold several samples, or blanks and what fills them; made once for all
+        blocks."""
+        if segment_ids_BS is not None:
+            return packed(segment_ids_BS)
+        assert prefix_lengths_B is not None
+        assert positions_B2S is not None
+        return prefixed(prefix_lengths_B, positions_B2S)
 
     def forward(self, input_ids_BS: Tensor, *context: Context) -> Tensor:
         x_BSH = self.embed(input_ids_BS, *context)
@@ -353,8 +324,16 @@ def initial_weights(arch: Architecture, seed: int) -> Callable[[str, torch.Size]
     """(name, shape) -> that parameter's first value in fp64, a function of seed and name alone.
 
     Normal, of the family's standard deviation, the projections back into the residual stream divided by sqrt(2 L), biases 0,
-    norms 1: GPT-2, section 2.3; OPT, section 2.2. A parameter at a time, so that a sharded model never exists whole."""
+    norms 1: GPT-2, section 2.3; OPT, section 2.2. With DeepNorm the matrices of a block are Xavier's, of standard deviation
+    sqrt(2 / (inputs + outputs)), those of values, attention's output and the feed-forward divided by sqrt(2 L): GLM-130B,
+    section 2.1. A parameter at a time, so that a sharded model never exists whole."""
     residual = 1 / math.sqrt(2 * arch.num_layers)
+
+    def deviation(name: str, shape: torch.Size) -> float:
+        if arch.traits.deep_norm and name.startswith("blocks."):
+            return math.sqrt(2 / sum(shape)) * (1.0 if name.endswith(("q.weight", "k.weight")) else residual)
+        into_stream = name.endswith(("attention.out.weight", "mlp.down.weight"))
+        return arch.traits.initial_deviation * (residual if into_stream else 1.0)
 
     def value(name: str, shape: torch.Size) -> Tensor:
         if name.endswith("norm.weight"):
@@ -363,10 +342,7 @@ def initial_weights(arch: Architecture, seed: int) -> Callable[[str, torch.Size]
             return torch.zeros(shape, dtype=torch.float64)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        scale = arch.traits.initial_deviation * (
-            residual if name.endswith(("attention.out.weight", "mlp.down.weight")) else 1.0
-        )
-        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(scale).double()
+        return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(deviation(name, shape)).double()
 
     return value
 

@@ -275,9 +275,20 @@ FORMATS: Mapping[Family, Format] = {
 """The words are those of transformers' modeling_*.py and configuration_*.py."""
 
 
+def format_of(arch: Architecture) -> Format:
+    """The format of an architecture's family. ValueError where transformers has no class that computes it."""
+    if arch.family not in FORMATS:
+        raise ValueError(
+            f"transformers has no class that computes family {arch.family}, whose models fill blanks (its GlmForCausalLM is "
+            f"GLM-4, another model), so there is no Hugging Face folder of it; these have one: {', '.join(FORMATS)}"
+        )
+    return FORMATS[arch.family]
+
+
 def config_of_architecture(arch: Architecture) -> dict[str, Any]:
-    """The config.json of an architecture. ValueError where the family's class in transformers cannot have its shape."""
-    form = FORMATS[arch.family]
+    """The config.json of an architecture. ValueError where no class of transformers computes its family, or the family's
+    cannot have its shape."""
+    form = format_of(arch)
     if arch.family in ("mpt", "bloom") and arch.ffn_size != 4 * arch.hidden_size:
         raise ValueError(
             f"{form.architectures} has a feed-forward layer of 4 x {arch.hidden_size}, not of {arch.ffn_size}: this shape "

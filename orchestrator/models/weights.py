@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clusters.files import publish
 from orchestrator.models.architecture import Architecture
-from orchestrator.models.formats import FORMATS, Format, config_of_architecture
+from orchestrator.models.formats import FORMATS, Format, config_of_architecture, format_of
 
 MAX_SHARD_BYTES = 5 * 10**9
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -46,10 +46,8 @@ def check_config(folder: Path, arch: Architecture | None = None) -> Format:
     if form is None:
         known = ", ".join(sorted(f.model_type for f in FORMATS.values()))
         raise ValueError(f"{file}: model_type is {kind!r}: only these can be loaded: {known}")
-    if arch is not None and FORMATS[arch.family] is not form:
-        raise ValueError(
-            f"{file}: model_type is {kind!r}, not {FORMATS[arch.family].model_type!r}, as the job's model is"
-        )
+    if arch is not None and (wanted := format_of(arch)) is not form:
+        raise ValueError(f"{file}: model_type is {kind!r}, not {wanted.model_type!r}, as the job's model is")
     fixed = {**form.fixed, **({"sliding_window": None} if kind == "mistral" else {})}
     for key, want in fixed.items():
         got = _nested(config, key, want)
@@ -196,6 +194,7 @@ def write_folder(
         beside: writes what else belongs into the folder, which has another name until it is whole.
 
     The folder appears when it is whole; ValueError where something else stands there."""
+    format_of(arch)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already and not empty: name another, or delete it")
     partial = folder.with_name(folder.name + ".partial")
@@ -215,7 +214,7 @@ def write_folder(
 
 def _write_shards(folder: Path, arch: Architecture, weights: Iterable[tuple[str, Tensor]]) -> str:
     """The dtype of what was written."""
-    form = FORMATS[arch.family]
+    form = format_of(arch)
     fused: dict[str, dict[int, Tensor]] = {}
     """Parts of tensors of which not all parts have come."""
     held: dict[str, Tensor] = {}

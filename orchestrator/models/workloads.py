@@ -43,7 +43,7 @@ def workload(arch: Architecture) -> Workload:
         block_parameters=block_parameters(arch),
         block_replicated_parameters=2 * norm_parameters(arch) + (2 * hidden if traits.bias else 0),
         embedding_parameters=embedding_parameters(arch),
-        position_rows=arch.max_position + traits.position_offset if traits.positions == "learned" else 0,
+        position_rows=arch.num_position_tables * arch.position_rows,
         head_parameters=head_parameters(arch),
         embedding_tensors=_embedding_tensors(arch),
         block_tensors=_block_tensors(arch),
@@ -88,8 +88,7 @@ def _block_tensors(arch: Architecture) -> tuple[Tensor, ...]:
 
 def _embedding_tensors(arch: Architecture) -> tuple[Tensor, ...]:
     tensors = [Tensor(arch.vocab_size, arch.embedding_size, "vocabulary")]
-    if arch.traits.positions == "learned":
-        tensors.append(Tensor(arch.max_position + arch.traits.position_offset, arch.hidden_size, "sequence"))
+    tensors += [Tensor(arch.position_rows, arch.hidden_size, "sequence")] * arch.num_position_tables
     if arch.word_embedding_size is not None:  # it widens each rank's part of the looked-up rows
         tensors.append(Tensor(arch.hidden_size, arch.word_embedding_size, "replicated_partial"))
     return (*tensors, *(_norm(arch) if arch.traits.embedding_norm else ()))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.models.architecture import BUILT
 from orchestrator.spec.errors import ErrorEntry, Fault, Keys, SpecError, dotted, place
 from orchestrator.spec.job import Job
 from strategies.catalog import unbuilt_pins
@@ -28,6 +27,7 @@ ACTS: Mapping[str, str] = {
     "model.path": _MODEL,
     **{f"model.{word}": _SHAPE for word in ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads")},
     **{f"model.{word}": _SHAPE for word in ("ffn_size", "vocab_size", "max_position", "tied_embeddings")},
+    "model.variant": _SHAPE,
     "model.initialize": _STEPS,
     "data.train": "orchestrator.training.prepare:request_of",
     "data.validation": "orchestrator.training.prepare:request_of",
@@ -36,7 +36,7 @@ ACTS: Mapping[str, str] = {
     "data.template": "orchestrator.training.inputs:request_of",
     "data.on_bad": "orchestrator.training.inputs:request_of",
     "batch.global_batch_size": "orchestrator.training.worker:set_up",
-    "batch.sequence_length": "orchestrator.training.worker:set_up",
+    "batch.sequence_length": "orchestrator.training.worker:datasets_of",
     "training.steps": _STEPS,
     "training.tokens": _STEPS,
     "training.precision": _OPTIMIZER,
@@ -110,6 +110,12 @@ UNBUILT: tuple[Unbuilt, ...] = (
         asked=lambda job: job.task == "ppo",
         told="reinforcement learning is not built: it is planned as plain pretraining of one model",
         fix="task: dpo learns from preferences without it",
+    ),
+    Unbuilt(
+        keys=("task",),
+        asked=lambda job: job.task in ("sft", "reward", "dpo") and job.architecture.traits.blank_filling,
+        told="family glm learns by filling blanks, and samples that share a row have none",
+        fix="task: pretrain, or a model of another family",
     ),
     Unbuilt(
         keys=("data", "template"),
@@ -268,15 +274,8 @@ def _faults(job: Job) -> Iterator[Fault]:
             for key in row.keys:
                 value = value[key]
             yield Fault(path=row.keys, message=f"`{dotted(row.keys)}` is {flow(value)}: {row.told}", fix=row.fix)
-    shape = job.architecture
-    if shape.family not in BUILT:
-        named = job.model.name or job.model.path
-        said = f"`model` is {named}" if named else f"`model.family` is {shape.family}"
-        told = f"family {shape.family} can be planned, not trained: it has no torch module"
-        path: Keys = ("model",) if named else ("model", "family")
-        yield Fault(path=path, message=f"{said}: {told}", fix=f"a model of family {' or '.join(BUILT)}")
     for name, limit in unbuilt_pins(job.pins):
-        path = ("training", name) if name == "compile" and job.strategy.compile is None else ("strategy", name)
+        path: Keys = ("training", name) if name == "compile" and job.strategy.compile is None else ("strategy", name)
         native = job.strategy.engine in (None, "native")
         fix = f"leave {name} out and let the planner choose" + ("" if native else ", or set engine: native")
         yield Fault(path=path, message=f"`{dotted(path)}` is {_said(job, name)}: {limit.reason}", fix=fix)

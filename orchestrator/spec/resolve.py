@@ -22,6 +22,7 @@ SHAPE = (
     "vocab_size",
     "max_position",
     "tied_embeddings",
+    "variant",
 )
 NEEDED = ("family", "num_layers", "hidden_size", "num_heads")
 

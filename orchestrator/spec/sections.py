@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from orchestrator.models.architecture import Family
+from orchestrator.models.architecture import Family, Variant
 from orchestrator.spec.values import (
     FILES,
     KEYS,
@@ -73,6 +73,9 @@ class ModelSpec(Section):
     """Longest sequence that the position table holds, in tokens."""
     tied_embeddings: bool | None = Field(default=None, examples=[True])
     """Whether the head is the transposed embedding. Absent: as the family was published."""
+    variant: Variant | None = Field(default=None, examples=["10b"])
+    """Form of family `glm`: GLM-10B's (two-dimensional learned positions, pre-norm, GELU) or GLM-130B's (rotary positions,
+    DeepNorm, GeGLU). Absent: `130b`. No other family has variants."""
     dropout: BelowOne = Field(default=0.0, examples=[0.1])
     """Probability of dropping an activation while training, 0 to 1. Only 0 is built."""
     initialize: Literal["weights", "random"] | None = Field(default=None, examples=["random"])

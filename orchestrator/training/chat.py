@@ -128,6 +128,12 @@ class Chat:
     """A conversation: the system's words, if any, then questions and answers in turn."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer, template: Template, *, system: str = "") -> None:
+        """Raises DataError where the model answers no conversation, or `system` cannot be written."""
+        if model.arch.traits.blank_filling:
+            raise DataError(
+                f"a model of family {model.arch.family} fills blanks and holds no conversation: `shardwise generate` lets it "
+                "fill in the rest of a text"
+            )
         self._model, self._tokenizer, self._template = model, tokenizer, template
         self._ends = ends_of(template, tokenizer)
         self._refuse_special(system)

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.models.decoder import Cache, Context, Decoder
+from orchestrator.models.context import Cache, Context, prefixed
+from orchestrator.models.decoder import Decoder
+from orchestrator.training.blanks import Specials
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.manifest import CheckpointRef, architecture_of, verify_files
 
@@ -66,6 +68,49 @@ def generate(
         if token == end_of_text:
             return
         tokens.append(token)
+        yield token
+
+
+@torch.inference_mode()
+def fill(
+    model: Decoder,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int,
+    vocab_size: int,
+    specials: Specials,
+    end_of_text: int | None = None,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield new token ids that a model of blank filling writes for the rest of a text whose beginning is the prompt, at most
+    max_tokens, until it ends the span or the text; see generate.
+
+    Raises ValueError where max_tokens leaves the prompt no position: positions belong to the whole text, so no window moves."""
+    room = model.arch.max_position - 2 - max_tokens
+    if room < 1:
+        raise ValueError(
+            f"{max_tokens} new tokens leave no room for a prompt among {model.arch.max_position} positions: ask for at most "
+            f"{max(1, model.arch.max_position - 3)}"
+        )
+    text = [*prompt[-room:], specials.document_mask, specials.start]
+    place, generator, cache = len(text) - 2, torch.Generator().manual_seed(seed), Cache()
+    allowed_V = torch.arange(model.arch.vocab_size) < vocab_size
+    allowed_V[[specials.mask, specials.document_mask, specials.start]] = False
+    allowed_V[specials.end] = True
+    for written in range(max_tokens):
+        new = text if not written else text[-1:]
+        of_new_Q = torch.arange(len(text) - len(new), len(text))
+        within_Q = (of_new_Q - place).clamp(min=0)
+        position_Q = of_new_Q.clamp(max=place) if model.arch.traits.block_positions else of_new_Q
+        whole = prefixed(torch.tensor([place + 1]), torch.zeros(1, 2, len(text), dtype=torch.int64))
+        context = Context(position_Q[None], whole.seen_B1QS[:, :, of_new_Q], cache, within_Q[None])
+        logits_V = model(torch.tensor([new]), context)[0, -1].masked_fill(~allowed_V, float("-inf"))
+        token = choose(logits_V, temperature=temperature, top_p=top_p, generator=generator)
+        if token in (specials.end, end_of_text):
+            return
+        text.append(token)
         yield token
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from orchestrator.training import collect, corpus
+from orchestrator.training import blanks, collect, corpus
 from orchestrator.training.collect import Policy
 from orchestrator.training.data import INDEX, DataError, DataIndex, Source
 from orchestrator.training.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, unfilled
@@ -40,6 +40,8 @@ class Request:
     """Tokens of a row; without effect on text."""
     template: Literal["auto", "alpaca", "chat"] = "auto"
     on_bad: Policy = "stop"
+    blank_filling: bool = False
+    """The model's family needs the special tokens of blanks (blanks.py)."""
 
     @property
     def directory(self) -> Path:
@@ -76,6 +78,7 @@ def request_of(job: Job) -> Request:
         sequence_length=job.batch.sequence_length,
         template=job.data.template,
         on_bad=job.data.on_bad,
+        blank_filling=job.architecture.traits.blank_filling,
     )
 
 
@@ -84,6 +87,8 @@ def given_tokenizer(request: Request) -> Tokenizer | None:
     if isinstance(request.tokenizer, int):
         if request.vocab_size is not None:
             check_vocabulary(request.tokenizer, request.vocab_size)
+            if request.blank_filling:
+                blanks.check_room(request.tokenizer, request.vocab_size)
         return None
     try:
         tokenizer = load_tokenizer(request.tokenizer, request.base)
@@ -96,6 +101,8 @@ def given_tokenizer(request: Request) -> Tokenizer | None:
         ) from None
     if request.vocab_size is not None:
         check_vocabulary(tokenizer.vocab_size, request.vocab_size)
+        if request.blank_filling:
+            blanks.specials_of(tokenizer, request.vocab_size)
     return tokenizer
 
 

@@ -230,7 +230,13 @@ def architecture_of(ref: CheckpointRef) -> Architecture:
     """The shape of a checkpoint's model. CheckpointRefused where the manifest tells none, or one with more parameters than
     the files have bytes for: nothing may be made of a size that only a manifest claims."""
     told = ref.manifest["architecture"]
-    kinds = {"int": (int,), "bool": (bool,), "float": (int, float), "int | None": (int, type(None))}
+    kinds = {
+        "int": (int,),
+        "bool": (bool,),
+        "float": (int, float),
+        "int | None": (int, type(None)),
+        "Variant | None": (str, type(None)),
+    }
     try:
         arch = Architecture(**told)
         for item in fields(arch):

@@ -39,8 +39,9 @@ from orchestrator.telemetry.records import Event, StepReport
 from orchestrator.training import checkpoint
 from orchestrator.training.assignment import Assignment, Outcome
 from orchestrator.training.batches import Batches, Share
+from orchestrator.training.blanks import open_blanks
 from orchestrator.training.checkpoint import CheckpointInfo, Saver
-from orchestrator.training.data import open_datasets
+from orchestrator.training.data import Dataset, open_datasets
 from orchestrator.training.loop import Groups, Loop, Reporter, Settings
 from orchestrator.training.losses import DpoLoss, RewardLoss
 from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, before, read_manifest, refusal
@@ -129,7 +130,7 @@ def set_up(
     should_stop: Callable[[], str | None],
 ) -> Loop:
     """Data, model, checkpoint: everything before the first step. ValueError where the user has something to mend."""
-    train_set, validation = open_datasets(assignment.data_directory, job.batch.sequence_length)
+    train_set, validation = datasets_of(assignment, job)
     check_vocabulary(train_set.index.vocab_size, job.architecture.vocab_size)
     info = CheckpointInfo(
         job=assignment.job,
@@ -255,6 +256,14 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
         loss=loss_of(job),
     )
     return session
+
+
+def datasets_of(assignment: Assignment, job: Job) -> tuple[Dataset, Dataset | None]:
+    """Return (train, validation): what was prepared, and where the model's family learns by filling blanks, rows with blanks."""
+    folder, length = assignment.data_directory, job.batch.sequence_length
+    if job.architecture.traits.blank_filling:
+        return open_blanks(folder, length, job.architecture, job.training.seed)
+    return open_datasets(folder, length)
 
 
 def weights_of(job: Job) -> Callable[[str, torch.Size], torch.Tensor]:

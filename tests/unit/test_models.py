@@ -145,11 +145,6 @@ def test_a_folder_that_lacks_a_weight_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "attention", "message"),
     [
-        (
-            {"family": "glm"},
-            "flash",
-            "the torch module of family 'glm' is not built; these are: opt, gpt, mpt, llama, bloom",
-        ),
         ({"dropout": 0.1}, "flash", "dropout 0.1 is not built; set model.dropout to 0"),
         ({}, "flsh", "attention 'flsh' is not known: choose one of flash, fused_softmax, math"),
     ],

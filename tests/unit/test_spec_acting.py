@@ -174,11 +174,9 @@ def texts() -> Iterator[Any]:
         yield pytest.param(text + more, *rest, id=name)
     for name, (model, *rest) in OF_THE_MODEL.items():
         yield pytest.param(JOB.replace("max_position: 64}", model) + LENGTH, *rest, id=name)
-    shape = JOB.replace("family: opt", "family: glm")
-    yield pytest.param(shape + LENGTH, "3:17", "`model.family` is glm: family glm can be planned", "opt or", id="glm")
-    named = "version: 1\nname: asked\nmodel: glm-130b\n" + JOB.split("\n", 3)[3]
+    records = "task: sft\n" + JOB.replace("family: opt", "family: glm")
     yield pytest.param(
-        named + LENGTH, "3:8", "`model` is glm-130b: family glm can be planned", "opt or", id="glm by name"
+        records + LENGTH, "1:7", "family glm learns by filling blanks", "task: pretrain", id="glm answers"
     )
     template = JOB.replace("train: [job.yaml]", "train: [job.yaml], template: alpaca")
     yield pytest.param(template + LENGTH, "6:37", "no template is applied", "leave template out", id="template of text")
@@ -233,12 +231,8 @@ def test_a_plan_notes_it_and_is_made():
     )
     made = plan(job, top=0)
     assert made.fits
-    assert [note.split(":")[0] for note in made.notes[:3]] == [
-        "`task` is ppo",
-        "`recovery.on_oom` is replan",
-        "`model` is glm-130b",
-    ]
-    assert all("`run` refuses it" in note for note in made.notes[:3])
+    assert [note.split(":")[0] for note in made.notes[:2]] == ["`task` is ppo", "`recovery.on_oom` is replan"]
+    assert all("`run` refuses it" in note for note in made.notes[:2])
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def why_not(plan: Plan) -> str | None:
         return limit.reason
     problem = plan.solution.problem
     if problem.arch.family != "opt":
-        return f"the family {problem.arch.family} is priced, its module is not built yet"
+        return f"family {problem.arch.family} is priced as its published stacks hold it, not as the module that trains here"
     on_host = plan.strategy.offload.parameters != "none" and reduces_early(plan.strategy)
     if on_host and plan.cluster.accelerator.kind != "cpu":
         return (
