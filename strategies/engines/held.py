@@ -4,7 +4,7 @@ checkpoints, norms and bytes are read the same way from every engine."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as Split
 
 from strategies.catalog import unbuilt, wrong_precision
-from strategies.engines.engine import Build, Layout
+from strategies.engines.engine import Build, Layout, MicroBatch
 from strategies.engines.native import NativeSession
 from strategies.strategy import Strategy
 from strategies.zero.states import Adam, Shard, rows
@@ -75,6 +75,10 @@ class HeldSession(NativeSession):
         cast("Held", self.states).take(state)
         super().load_state_dict(state)
 
+    def _share(self, micro_batches: Sequence[MicroBatch], num_targets: int) -> float:
+        """The libraries add gradients up by themselves."""
+        return 1.0
+
 
 class Held(ABC):
     """The part of States that is the same for every library."""
@@ -86,6 +90,7 @@ class Held(ABC):
     shapes: dict[str, torch.Size]
     """Shape of every whole parameter, on every rank the same."""
     num_replicas = 1
+    share = 1.0
 
     def __init__(self, build: Build) -> None:
         self.build, self.device = build, build.device

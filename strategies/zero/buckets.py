@@ -59,13 +59,15 @@ class Bucket:
         """Return this rank's part."""
         return self.gradients[self.rank * self.size : (self.rank + 1) * self.size]
 
-    def store(self, index: int, gradient: Tensor) -> None:
-        """Takes one whole gradient: the step's first is copied, the others are added."""
+    def store(self, index: int, gradient: Tensor, share: float = 1.0) -> None:
+        """Takes share x one whole gradient: the step's first is copied, the others are added."""
         for region, piece in self._regions(self.gradients, index, gradient):
             if self.filled[index]:
-                region.add_(piece)
+                region.add_(piece, alpha=share)
             else:
                 region.copy_(piece)
+                if share != 1.0:
+                    region.mul_(share)
         self.filled[index] = True
 
     def fill(self) -> None:
@@ -101,6 +103,8 @@ class Bucket:
 
 class BucketStates:
     """States of ZeRO 0 and 1 on one rank: replicas of one shard each (stage 0: one shard, the whole)."""
+
+    share = 1.0
 
     def __init__(self, build: Build, weights: Weights) -> None:
         self.build, self.device = build, build.device
@@ -170,7 +174,7 @@ class BucketStates:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return
-        bucket.store(index, gradient)
+        bucket.store(index, gradient, self.share)
         if self.last:
             bucket.awaited.discard(index)
             while self.next < len(self.buckets) and not self.buckets[self.next].awaited:

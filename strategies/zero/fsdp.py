@@ -23,6 +23,8 @@ from strategies.zero.states import DTYPES, Adam, Weights, as_global, rows
 class FsdpStates:
     """States of ZeRO 2 and 3 on one rank."""
 
+    share = 1.0
+
     def __init__(self, build: Build, weights: Weights) -> None:
         strategy = build.strategy
         self.build, self.device = build, build.device
@@ -127,15 +129,19 @@ class FsdpStates:
     def reduce(self) -> None:
         """FSDP2 reduced while backward ran, but under a pipeline it is told here what is left, as torch's own pipeline stages
         tell it."""
-        if not self.pipelined:
-            return
-        self.root.set_requires_gradient_sync(True)
-        self.root.set_requires_all_reduce(True)
-        self.root.set_reshard_after_backward(True)
-        self.root.set_is_last_backward(True)
-        for unit in self.units:
-            _scatter(unit)
-        self.root._get_fsdp_state()._root_post_backward_final_callback()
+        if self.pipelined:
+            self.root.set_requires_gradient_sync(True)
+            self.root.set_requires_all_reduce(True)
+            self.root.set_reshard_after_backward(True)
+            self.root.set_is_last_backward(True)
+            for unit in self.units:
+                _scatter(unit)
+            self.root._get_fsdp_state()._root_post_backward_final_callback()
+        if self.share != 1.0:  # sums in fp32, which have room
+            with torch.no_grad():
+                torch._foreach_mul_(
+                    [p.grad.to_local() for p in self.parameters.values() if p.grad is not None], self.share
+                )
 
     def gradients(self) -> dict[str, Tensor]:
         result = {}

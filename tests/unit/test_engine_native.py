@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from strategies.engines.engine import MicroBatch, OptimizerSettings
 from strategies.engines.loss import TOKEN_LOSS, TokenLoss
-from strategies.engines.native import NativeSession, build_session
+from strategies.engines.native import NativeSession, build_session, share_of
 from strategies.strategy import Offload, Stage, Strategy
 
 # B micro batch, S sequence, H hidden, V vocabulary
@@ -266,6 +266,42 @@ def test_the_scale_changes_neither_loss_nor_norm():
         results.append(step(one))
     assert results[0].loss == results[1].loss
     assert results[0].gradient_norm == pytest.approx(results[1].gradient_norm, rel=1e-3)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_large_batch_leaves_the_gradients_of_logits_their_digits_in_fp16(zero_stage):
+    """At 4 M tokens and a scale of 2**16 the loss of a token was multiplied by 1/64: an even gradient is five quanta there."""
+    one, largest = session(precision="fp16", zero_stage=zero_stage), 0.0
+
+    def watch(_module, _inputs, logits):
+        def note(gradient):
+            nonlocal largest
+            largest = max(largest, float(gradient.abs().max()))
+
+        logits.register_hook(note)
+
+    one.module.head.register_forward_hook(watch)
+    step(one, tokens=2**22)
+    one.close()
+    assert largest > 4.0
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("times", [1, 64])
+def test_what_waits_of_the_losss_divisor_changes_no_gradient(zero_stage, times):
+    norms = []
+    for precision in ("fp16", "fp32"):
+        one = session(precision=precision, zero_stage=zero_stage)
+        norms.append(step(one, micro_batch(), micro_batch(), tokens=16 * times).gradient_norm)
+        one.close()
+    assert norms[0] == pytest.approx(norms[1], rel=5e-3)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_targets", "share"), [(2048, 2048, 1), (2048, 7, 1), (2048, 2**22, 2**-11), (24, 84, 0.5)]
+)
+def test_a_share_is_a_power_of_two(num_tokens, num_targets, share):
+    assert share_of(num_tokens, num_targets) == share
 
 
 def test_an_overflow_that_no_scale_cures_stops_the_run():
