@@ -143,7 +143,7 @@ def refusals() -> Iterator[None]:
 def _planned(job: str, options: dict[str, Any]) -> tuple[Job, Plan, Node]:
     """The job, its plan and the node that it needs, or the error that `run` would answer with there."""
     from orchestrator.control.export.node import node_of, planned
-    from orchestrator.control.run import DoesNotFit
+    from orchestrator.control.refusals import DoesNotFit
     from orchestrator.planner.show.text import render
 
     loaded = load_job(job)

@@ -40,7 +40,8 @@ def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_
     from orchestrator.cli.outlet import silence
     from orchestrator.cli.screen import Screen
     from orchestrator.control.folder import RunRefused
-    from orchestrator.control.run import DoesNotFit, run_job
+    from orchestrator.control.refusals import DoesNotFit
+    from orchestrator.control.run import run_job
     from orchestrator.control.supervisor import Stop
     from orchestrator.planner.show.text import render
     from orchestrator.training.data import DataError

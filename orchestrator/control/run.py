@@ -17,6 +17,7 @@ from orchestrator.control.folder import RunFolder, RunRefused, held, named
 from orchestrator.control.host import Early, Host, RayHost
 from orchestrator.control.processes import end_marked
 from orchestrator.control.recovery import Policy
+from orchestrator.control.refusals import discovered, planned_for, refuse_incomplete
 from orchestrator.control.supervisor import Ending, Stop, Supervisor, Watcher
 from orchestrator.control.watch import Pace
 from orchestrator.spec import acting
@@ -27,22 +28,11 @@ from orchestrator.telemetry.records import Event, StepReport
 from orchestrator.training import manifest
 from orchestrator.training.assignment import Assignment
 from orchestrator.training.limits import SCALE, Limits, from_environment
-from strategies.catalog import ENGINES
-from strategies.engines.installed import is_installed
 
 if TYPE_CHECKING:
-    from clusters.cluster import Cluster
     from orchestrator.planner.plan import Plan
     from orchestrator.spec import Job
     from orchestrator.telemetry.metrics import Metrics
-
-
-class DoesNotFit(Exception):
-    """The plan does not fit the machine; `.plan` says by how much and what would."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__("the plan does not fit")
-        self.plan = plan
 
 
 @dataclass(kw_only=True)
@@ -151,23 +141,8 @@ def _run(
 
     limits = read_limits().for_steps_of(planned.price.time.step_s)
     document = planned.to_dict() | {"wanted": job.targets.tokens_per_second_per_gpu}
-    num_gpus = planned.strategy.num_gpus
     on_gpus = planned.cluster.accelerator.kind == "cuda"
-    supervisor = Supervisor(
-        folder=folder,
-        num_workers=num_gpus,
-        num_gpus=num_gpus if on_gpus else 0,
-        assign=lambda port, resume_from: (),
-        policy=Policy(max_restarts=job.recovery.max_restarts),
-        start_host=early.start,
-        stop=stop,
-        limits=limits,
-        pace=Pace(
-            predicted_step_s=planned.price.time.step_s, checkpoint_bytes=12.0 * document["model"]["num_parameters"]
-        ),
-        began_s=clock.began_s,
-        phases=clock.laps,
-    )
+    supervisor = _supervisor(job, planned, folder, early, clock, stop, limits, on_gpus=on_gpus)
     resume = manifest.latest(folder.checkpoints, report=lambda event: None, check=False)
     done = resume.step if resume else 0
     assert job.num_steps is not None
@@ -191,7 +166,7 @@ def _run(
         supervisor.journal.write(_begun(job, planned, done))
         if reads.changes:
             supervisor.journal.write(text.changed_event(reads, done))
-        metrics = Metrics(document, num_gpus=num_gpus)
+        metrics = Metrics(document, num_gpus=planned.strategy.num_gpus)
         live = LiveReport(folder, supervisor.journal)
         stack.callback(metrics.close)
         url = None if metrics_port is None else served(metrics, metrics_port)
@@ -206,69 +181,40 @@ def _run(
     return RunResult(folder=folder, ending=ending, num_steps=job.num_steps, metrics_url=url)
 
 
+def _supervisor(
+    job: Job,
+    planned: Plan,
+    folder: RunFolder,
+    early: Early,
+    clock: Clock,
+    stop: Stop,
+    limits: Limits,
+    *,
+    on_gpus: bool,
+) -> Supervisor:
+    """The supervisor of the plan's workers, before it is known what they read."""
+    num_gpus = planned.strategy.num_gpus
+    step_s, parameters = planned.price.time.step_s, planned.solution.problem.work.num_parameters
+    return Supervisor(
+        folder=folder,
+        num_workers=num_gpus,
+        num_gpus=num_gpus if on_gpus else 0,
+        assign=lambda port, resume_from: (),
+        policy=Policy(max_restarts=job.recovery.max_restarts),
+        start_host=early.start,
+        stop=stop,
+        limits=limits,
+        pace=Pace(predicted_step_s=step_s, checkpoint_bytes=12.0 * parameters),
+        began_s=clock.began_s,
+        phases=clock.laps,
+    )
+
+
 def read_limits() -> Limits:
     try:
         return from_environment()
     except ValueError as error:
         raise RunRefused(str(error), where=f"environment: {SCALE}", fix=f"unset {SCALE}") from None
-
-
-def refuse_incomplete(job: Job) -> None:
-    """RunRefused where a job can be planned and says too little to be run."""
-    if job.num_steps is None:
-        raise RunRefused(
-            "the job says no length", where=job.file, fix="set training.steps: 1000, or training.tokens: 300e9"
-        )
-    if job.data is None:
-        raise RunRefused("the job has no data", where=job.file, fix="add data: {train: [corpus/*.txt]}")
-
-
-def planned_for(job: Job, cluster: Cluster) -> Plan:
-    """The plan that runs here: of what is built, on GPUs that are here, and it fits."""
-    from orchestrator.planner.plan import plan
-
-    planned = plan(job, cluster=cluster, built_only=True)
-    refuse_uninstalled(planned.strategy.engine, job)
-    refuse_elsewhere(cluster, planned.strategy.num_gpus, job)
-    refuse_priced(planned)
-    if not planned.fits:
-        raise DoesNotFit(planned)
-    return planned
-
-
-def refuse_priced(planned: Plan) -> None:
-    """RunRefused where what the planner chose is priced and not built: a tensor group that the model or the sequence does not
-    divide by, a reduction for every micro batch of gradients that stand whole. What the job pins itself is refused earlier."""
-    strategy, job = planned.strategy, planned.job
-    tensor, heads, length = strategy.tensor_parallel_degree, job.architecture.num_kv_heads, job.batch.sequence_length
-    told = ""
-    once = strategy.engine == "native" and strategy.zero_stage < 2 and strategy.gradient_accumulation_steps > 1
-    if once and job.strategy.reduce == "per_micro_batch":
-        said = (
-            f"strategy.reduce is per_micro_batch, and the plan's zero_stage {strategy.zero_stage} reduces once a step"
-        )
-        raise RunRefused(said, where=job.place("strategy", "reduce"), fix="leave reduce out, or pin zero_stage: 2 or 3")
-    if heads % tensor:
-        told, fix = f"does not divide the model's {heads} key and value heads", "pin a degree that does"
-    elif strategy.sequence_parallel and length % tensor:
-        told, fix = (
-            f"does not divide the sequence of {length} tokens",
-            "pin sequence_parallel: false, or a degree that does",
-        )
-    if told:
-        said = f"the plan's tensor_parallel_degree {tensor} {told}, and padding is not built"
-        raise RunRefused(said, where=job.place("strategy"), fix=fix)
-
-
-def refuse_uninstalled(engine: str, job: Job) -> None:
-    """RunRefused before any process starts, where the engine's package is missing."""
-    package = ENGINES[engine].package
-    if package and not is_installed(engine, package):
-        raise RunRefused(
-            f"engine {engine} is not installed",
-            where=f"{job.file}: strategy.engine",
-            fix=f"run `make engine-{engine}`, or set engine: native",
-        )
 
 
 def served(metrics: Metrics, port: int) -> str:
@@ -309,40 +255,6 @@ def assigner(
         ]
 
     return assign
-
-
-def discovered() -> Cluster:
-    from clusters.inventory.local import discover
-
-    return discover()
-
-
-ELSEWHERE = "cluster: auto trains on what this machine has; `shardwise plan` prices any other"
-
-
-def refuse_nodes(cluster: Cluster, job: Job, *, fix: str = ELSEWHERE) -> None:
-    """RunRefused where a cluster has several nodes: `run` trains on one machine."""
-    if cluster.num_nodes > 1:
-        told = f"{cluster.name} is {cluster.num_nodes} nodes and `run` trains on one"
-        raise RunRefused(told, where=_where(job), fix=fix)
-
-
-def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
-    """RunRefused where a plan is not for this machine; `plan` may be for any."""
-    refuse_nodes(cluster, job)
-    if cluster.accelerator.kind == "cpu":
-        return
-    from clusters.inventory.local import nvml_devices
-
-    here = len(nvml_devices())
-    if here < num_gpus:
-        found = f"{here} GPUs" if here else "no GPU"
-        told = f"the plan is for {num_gpus} GPUs ({cluster.name}) and this machine has {found}"
-        raise RunRefused(told, where=_where(job), fix=ELSEWHERE)
-
-
-def _where(job: Job) -> str:
-    return f"cluster: {job.cluster if isinstance(job.cluster, str) else job.cluster.gpu}, in {job.file}"
 
 
 class LiveReport:

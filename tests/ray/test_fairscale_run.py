@@ -12,7 +12,7 @@ import yaml
 from benchmarks import chaos
 from orchestrator.control.folder import RunRefused
 from orchestrator.control.processes import end_marked
-from orchestrator.control.run import refuse_uninstalled
+from orchestrator.control.refusals import refuse_uninstalled
 from orchestrator.planner.plan import plan
 from orchestrator.spec import load_job
 from orchestrator.telemetry.records import Event, read, steps

@@ -16,7 +16,7 @@ from orchestrator.cli import main
 from orchestrator.control.disk import DiskWatch
 from orchestrator.control.folder import RunFolder, RunRefused, held, holder, refused_lock
 from orchestrator.control.processes import end_marked, is_stopped, marked, marked_environment
-from orchestrator.control.run import refuse_elsewhere
+from orchestrator.control.refusals import refuse_elsewhere
 from orchestrator.spec import parse_job
 
 JOB = {

@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.control.folder import RunRefused
-from orchestrator.control.run import refuse_priced
+from orchestrator.control.refusals import refuse_priced
 from orchestrator.planner.plan import plan
 from orchestrator.spec import SpecError, parse_job
 from orchestrator.spec.acting import ACTS, UNBUILT, refuse_unbuilt

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from orchestrator.control.folder import RunRefused
-from orchestrator.control.run import DoesNotFit, refuse_incomplete, refuse_nodes, refuse_priced
+from orchestrator.control.refusals import DoesNotFit, refuse_incomplete, refuse_nodes, refuse_priced
 from orchestrator.models.architecture import num_parameters
 from orchestrator.planner.plan import Plan, plan
 from orchestrator.planner.show.words import length_told, strategy_told

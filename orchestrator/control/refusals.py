@@ -1,0 +1,114 @@
+"""Refusals of a job that cannot run here, told before anything is made or started: unfinished jobs, plans of what is not built,
+GPUs that are not here, memory that does not suffice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from orchestrator.control.folder import RunRefused
+from strategies.catalog import ENGINES
+from strategies.engines.installed import is_installed
+
+if TYPE_CHECKING:
+    from clusters.cluster import Cluster
+    from orchestrator.planner.plan import Plan
+    from orchestrator.spec import Job
+
+ELSEWHERE = "cluster: auto trains on what this machine has; `shardwise plan` prices any other"
+
+
+class DoesNotFit(Exception):
+    """The plan does not fit the machine; `.plan` says by how much and what would."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__("the plan does not fit")
+        self.plan = plan
+
+
+def refuse_incomplete(job: Job) -> None:
+    """RunRefused where a job can be planned and says too little to be run."""
+    if job.num_steps is None:
+        raise RunRefused(
+            "the job says no length", where=job.file, fix="set training.steps: 1000, or training.tokens: 300e9"
+        )
+    if job.data is None:
+        raise RunRefused("the job has no data", where=job.file, fix="add data: {train: [corpus/*.txt]}")
+
+
+def planned_for(job: Job, cluster: Cluster) -> Plan:
+    """The plan that runs here: of what is built, on GPUs that are here, and it fits."""
+    from orchestrator.planner.plan import plan
+
+    planned = plan(job, cluster=cluster, built_only=True)
+    refuse_uninstalled(planned.strategy.engine, job)
+    refuse_elsewhere(cluster, planned.strategy.num_gpus, job)
+    refuse_priced(planned)
+    if not planned.fits:
+        raise DoesNotFit(planned)
+    return planned
+
+
+def refuse_priced(planned: Plan) -> None:
+    """RunRefused where what the planner chose is priced and not built: a tensor group that the model or the sequence does not
+    divide by, a reduction for every micro batch of gradients that stand whole. What the job pins itself is refused earlier."""
+    strategy, job = planned.strategy, planned.job
+    tensor, heads, length = strategy.tensor_parallel_degree, job.architecture.num_kv_heads, job.batch.sequence_length
+    told = ""
+    once = strategy.engine == "native" and strategy.zero_stage < 2 and strategy.gradient_accumulation_steps > 1
+    if once and job.strategy.reduce == "per_micro_batch":
+        said = (
+            f"strategy.reduce is per_micro_batch, and the plan's zero_stage {strategy.zero_stage} reduces once a step"
+        )
+        raise RunRefused(said, where=job.place("strategy", "reduce"), fix="leave reduce out, or pin zero_stage: 2 or 3")
+    if heads % tensor:
+        told, fix = f"does not divide the model's {heads} key and value heads", "pin a degree that does"
+    elif strategy.sequence_parallel and length % tensor:
+        told, fix = (
+            f"does not divide the sequence of {length} tokens",
+            "pin sequence_parallel: false, or a degree that does",
+        )
+    if told:
+        said = f"the plan's tensor_parallel_degree {tensor} {told}, and padding is not built"
+        raise RunRefused(said, where=job.place("strategy"), fix=fix)
+
+
+def refuse_uninstalled(engine: str, job: Job) -> None:
+    """RunRefused before any process starts, where the engine's package is missing."""
+    package = ENGINES[engine].package
+    if package and not is_installed(engine, package):
+        raise RunRefused(
+            f"engine {engine} is not installed",
+            where=f"{job.file}: strategy.engine",
+            fix=f"run `make engine-{engine}`, or set engine: native",
+        )
+
+
+def discovered() -> Cluster:
+    from clusters.inventory.local import discover
+
+    return discover()
+
+
+def refuse_nodes(cluster: Cluster, job: Job, *, fix: str = ELSEWHERE) -> None:
+    """RunRefused where a cluster has several nodes: `run` trains on one machine."""
+    if cluster.num_nodes > 1:
+        told = f"{cluster.name} is {cluster.num_nodes} nodes and `run` trains on one"
+        raise RunRefused(told, where=_where(job), fix=fix)
+
+
+def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
+    """RunRefused where a plan is not for this machine; `plan` may be for any."""
+    refuse_nodes(cluster, job)
+    if cluster.accelerator.kind == "cpu":
+        return
+    from clusters.inventory.local import nvml_devices
+
+    here = len(nvml_devices())
+    if here < num_gpus:
+        found = f"{here} GPUs" if here else "no GPU"
+        told = f"the plan is for {num_gpus} GPUs ({cluster.name}) and this machine has {found}"
+        raise RunRefused(told, where=_where(job), fix=ELSEWHERE)
+
+
+def _where(job: Job) -> str:
+    return f"cluster: {job.cluster if isinstance(job.cluster, str) else job.cluster.gpu}, in {job.file}"
