@@ -43,8 +43,8 @@ from orchestrator.training.checkpoint import CheckpointInfo
 from orchestrator.training.data import DataError
 from orchestrator.training.manifest import MANIFEST
 from orchestrator.training.prepare import prepare_job
+from orchestrator.training.resume import resumable
 from orchestrator.training.tokenizer import keep_tokenizer, kept_tokenizer, load_tokenizer
-from orchestrator.training.worker import resumable
 
 SHAPE = {
     "family": "opt",

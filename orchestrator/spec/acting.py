@@ -16,7 +16,7 @@ from strategies.catalog import unbuilt_pins
 
 _MODEL, _SHAPE = "orchestrator.spec.resolve:resolve_model", "orchestrator.spec.resolve:SHAPE"
 _BASE, _PARTS = "clusters.describe:_base", "clusters.describe:_overridden"
-_OPTIMIZER, _RATE = "orchestrator.training.worker:build", "orchestrator.training.worker:rate_of"
+_OPTIMIZER, _RATE = "orchestrator.training.worker:build", "orchestrator.training.resume:rate_of"
 _TARGETS = "orchestrator.planner.reasons.targets:wanted_of"
 _PROBLEM, _STEPS = "orchestrator.planner.problem:Problem", "orchestrator.spec.job:Job"
 

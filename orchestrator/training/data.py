@@ -237,13 +237,7 @@ class Dataset(Protocol):
 
 
 def open_datasets(directory: Path | str, sequence_length: int) -> tuple[Dataset, Dataset | None]:
-    """(train, validation); None where nothing that fills a sequence is held out."""
-    index = read_index(Path(directory))
-    if index.row_tokens:
-        from orchestrator.training.rows import RowDataset
-
-        rows = RowDataset(index, "train", sequence_length)
-        return rows, RowDataset(index, "validation", sequence_length) if index.num_tokens("validation") else None
+    """Return (train, validation) of a folder of prepared text; None where the held-out text does not fill one sequence."""
     train = TokenDataset(directory, "train", sequence_length)
     held_out = train.index.num_tokens("validation") > sequence_length
     return train, TokenDataset(directory, "validation", sequence_length) if held_out else None

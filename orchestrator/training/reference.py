@@ -4,6 +4,7 @@ the run."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +14,32 @@ from numpy.typing import NDArray
 
 from clusters.files import publish
 from orchestrator.training.batches import Share, cut
+from orchestrator.training.data import Dataset
 from orchestrator.training.losses import PairLogProbabilities
 from orchestrator.training.rows import RowDataset
 from strategies.engines.engine import Session
 
 
-def add_reference(
-    session: Session, dataset: RowDataset, share: Share, run_directory: Path, *, tensor_parallel_degree: int
+def add_references(
+    session: Session, datasets: Iterable[Dataset | None], share: Share, run_directory: Path, *, copies: int
 ) -> None:
-    """Gives the dataset the log-probabilities of its answers under the session's weights, which are the first ones; collective.
+    """Gives each dataset of rows the log-probabilities of its answers under the session's weights, which are the first ones;
+    collective. A run that is started again reads what its first start left in the run folder.
 
-    A run that is started again reads what its first start left in the run folder: they are the same under any strategy."""
+    Args:
+        copies: ranks of a tensor group, which work out the same.
+    """
+    for dataset in datasets:
+        if isinstance(dataset, RowDataset):
+            _add_reference(session, dataset, share, run_directory, copies)
+
+
+def _add_reference(session: Session, dataset: RowDataset, share: Share, run_directory: Path, copies: int) -> None:
     file = run_directory / f"reference-{dataset.split}-{dataset.index.fingerprint[:16]}.npy"
     shape = (len(dataset), dataset.num_pairs_of_a_row, 2)
     found = _read(file, shape)
     if found is None:
-        found = _computed(session, dataset, share, shape, tensor_parallel_degree)
+        found = _computed(session, dataset, share, shape, copies)
         if dist.get_rank() == 0:
             partial = file.with_name(f"{file.stem}.{os.getpid()}.npy")
             np.save(partial, found)

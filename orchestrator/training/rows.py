@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from orchestrator.training.collect import Place, collect, judge, split, told
-from orchestrator.training.data import SPLITS, DataError, DataIndex, Files, Source, Split
+from orchestrator.training.data import SPLITS, DataError, DataIndex, Files, Source, Split, read_index
 from orchestrator.training.inputs import Request, few
 from orchestrator.training.packing import IGNORED, Packed, Sample, pack
 from orchestrator.training.templates import AlpacaTemplate, Template, chat_template_of, samples
@@ -144,6 +144,13 @@ def _source(
         num_documents=count,
         num_tokens={split_name: tokens.get((str(path), split_name), 0) for split_name in SPLITS},
     )
+
+
+def open_rows(directory: Path | str, sequence_length: int) -> tuple[RowDataset, RowDataset | None]:
+    """Return (train, validation) of a folder of rows; None where no row is held out."""
+    index = read_index(Path(directory))
+    held_out = RowDataset(index, "validation", sequence_length) if index.num_tokens("validation") else None
+    return RowDataset(index, "train", sequence_length), held_out
 
 
 class RowDataset:

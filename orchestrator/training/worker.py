@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,22 +40,19 @@ from orchestrator.training.assignment import Assignment, Outcome
 from orchestrator.training.batches import Batches, Share
 from orchestrator.training.blanks import open_blanks
 from orchestrator.training.checkpoint import CheckpointInfo, Saver
-from orchestrator.training.data import Dataset, open_datasets
+from orchestrator.training.data import DataIndex, Dataset, open_datasets
 from orchestrator.training.loop import Groups, Loop, Reporter, Settings
 from orchestrator.training.losses import DpoLoss, RewardLoss
-from orchestrator.training.manifest import CheckpointRef, CheckpointRefused, before, read_manifest, refusal
 from orchestrator.training.pulse import Pulse
 from orchestrator.training.rank_log import LOG, Logged
-from orchestrator.training.reference import add_reference
-from orchestrator.training.rows import RowDataset
-from orchestrator.training.schedule import CheckpointEvery, learning_rate
+from orchestrator.training.reference import add_references
+from orchestrator.training.resume import newest_whole, rate_of, resumable, tell_of_resume
+from orchestrator.training.rows import open_rows
+from orchestrator.training.schedule import CheckpointEvery
 from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
 from strategies.engines.engine import Loss, OptimizerSettings, Session
 from strategies.engines.loss import TokenLoss
 from strategies.engines.native import build_session as build_native
-
-MAY_DIFFER = ("cluster", "strategy", "objective", "targets", "checkpoint", "recovery")
-"""Parts of the job that no loss depends on."""
 
 
 def train(
@@ -132,27 +128,18 @@ def set_up(
     """Data, model, checkpoint: everything before the first step. ValueError where the user has something to mend."""
     train_set, validation = datasets_of(assignment, job)
     check_vocabulary(train_set.index.vocab_size, job.architecture.vocab_size)
-    info = CheckpointInfo(
-        job=assignment.job,
-        architecture=asdict(job.architecture),
-        num_steps=length_of(job),
-        strategy=asdict(assignment.strategy),
-        data={"tokenizer": train_set.index.tokenizer["fingerprint"], "tokens": train_set.index.fingerprint},
-    )
+    info = info_of(assignment, job, train_set.index)
     ref = None if assignment.resume_from is None else resumable(Path(assignment.resume_from), job, info)
     settings = settings_of(assignment, job, info)
-    of_weights = spoken_of(job.directory / str(job.model.path)) if job.initializes_from_weights else None
     if world.rank == 0:
-        keep_tokenizer(train_set.index, Path(assignment.run_directory), of_weights)
+        keep_words(assignment, job, train_set.index)
         checkpoint.sweep(settings.checkpoint_directory)
     clock.lap("data_s")
     session = build(assignment, job, device)
     share = share_of(assignment, device)
     if job.task == "dpo":
-        for dataset in (train_set, validation):
-            if isinstance(dataset, RowDataset):
-                degree = assignment.strategy.tensor_parallel_degree
-                add_reference(session, dataset, share, Path(assignment.run_directory), tensor_parallel_degree=degree)
+        copies = assignment.strategy.tensor_parallel_degree
+        add_references(session, (train_set, validation), share, Path(assignment.run_directory), copies=copies)
     clock.lap("build_s")
     done = 0
     if ref is not None:
@@ -261,6 +248,8 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
 def datasets_of(assignment: Assignment, job: Job) -> tuple[Dataset, Dataset | None]:
     """Return (train, validation): what was prepared, and where the model's family learns by filling blanks, rows with blanks."""
     folder, length = assignment.data_directory, job.batch.sequence_length
+    if job.task != "pretrain":
+        return open_rows(folder, length)
     if job.architecture.traits.blank_filling:
         return open_blanks(folder, length, job.architecture, job.training.seed)
     return open_datasets(folder, length)
@@ -308,6 +297,23 @@ def share_of(assignment: Assignment, device: torch.device) -> Share:
     )
 
 
+def info_of(assignment: Assignment, job: Job, index: DataIndex) -> CheckpointInfo:
+    """Return what the checkpoints of this run say of it."""
+    return CheckpointInfo(
+        job=assignment.job,
+        architecture=asdict(job.architecture),
+        num_steps=length_of(job),
+        strategy=asdict(assignment.strategy),
+        data={"tokenizer": index.tokenizer["fingerprint"], "tokens": index.fingerprint},
+    )
+
+
+def keep_words(assignment: Assignment, job: Job, index: DataIndex) -> None:
+    """Leave the tokenizer in the run folder, and what the weights that training starts from say of special tokens."""
+    of_weights = spoken_of(job.directory / str(job.model.path)) if job.initializes_from_weights else None
+    keep_tokenizer(index, Path(assignment.run_directory), of_weights)
+
+
 def settings_of(assignment: Assignment, job: Job, info: CheckpointInfo) -> Settings:
     every = job.checkpoint.every
     checkpoint_every = None
@@ -336,79 +342,6 @@ def length_of(job: Job) -> int:
     if job.num_steps is None:
         raise ValueError("the job gives no length: set training.steps or training.tokens")
     return job.num_steps
-
-
-def rate_of(job: Job, num_steps: int) -> Callable[[int], float]:
-    schedule = job.training.schedule
-    return partial(
-        learning_rate,
-        peak=job.training.optimizer.learning_rate,
-        num_steps=num_steps,
-        warmup_steps=schedule.warmup_steps,
-        name=schedule.name,
-        final_fraction=schedule.final_fraction,
-    )
-
-
-# Resuming ------------------------------------------------------------------------------------------------------------
-
-
-def resumable(path: Path, job: Job, info: CheckpointInfo) -> CheckpointRef:
-    """The checkpoint, if this job may go on from it. Raises CheckpointRefused that says what differs."""
-    ref = read_manifest(path)
-    told = {key: value for key, value in ref.manifest["job"].items() if key not in MAY_DIFFER}
-    writer = parse_job(told, directory=job.directory)
-    if differences := job.trajectory_difference(writer):
-        raise CheckpointRefused(
-            path.name,
-            f"it is of a job that differs in {', '.join(differences)}; set these back, or start over with --fresh",
-        )
-    for what, mine in info.data.items():
-        if ref.manifest["data"].get(what) != mine:
-            raise CheckpointRefused(
-                path.name,
-                f"it was trained with {'another tokenizer' if what == 'tokenizer' else 'other text'} than the tokens here are "
-                "of; put the data back as it was, or start over with --fresh",
-            )
-    if ref.step > info.num_steps:
-        raise CheckpointRefused(
-            path.name, f"it is of step {ref.step} and the job ends at {info.num_steps}; set training.steps higher"
-        )
-    return ref
-
-
-def newest_whole(
-    ref: CheckpointRef, job: Job, info: CheckpointInfo, world: Groups, reporter: Reporter
-) -> CheckpointRef | None:
-    """The checkpoint, verified by all ranks together; where it is refused, the one before it that is not. None: the run
-    starts over. Each refusal is an event."""
-    while True:
-        try:
-            return checkpoint.verify_together(ref, group=world.checkpoints)
-        except CheckpointRefused as error:
-            reporter.report(refusal(error, ref.step, ref.path))
-        older = world.gather(str(before(ref) or "") if world.rank == 0 else "")[0]
-        if not older:
-            return None
-        ref = resumable(Path(older), job, info)
-
-
-def tell_of_resume(ref: CheckpointRef, settings: Settings, job: Job, reporter: Reporter) -> None:
-    """Tell where a run goes on; and, where the length of the run changed, how far the learning rate jumps."""
-    reporter.event("resumed", ref.step, f"training goes on after step {ref.step}", checkpoint=str(ref.path))
-    before, now = int(ref.manifest["num_steps"]), settings.num_steps
-    if before == now or ref.step == now:
-        return
-    step = ref.step + 1
-    old, new = rate_of(job, before)(step), settings.learning_rate(step)
-    reporter.event(
-        "schedule_changed",
-        ref.step,
-        f"the run is now {now} steps long instead of {before}: the learning rate of step {step} is {new:.3g} "
-        f"instead of {old:.3g}",
-        learning_rate=new,
-        learning_rate_before=old,
-    )
 
 
 # Small tools ---------------------------------------------------------------------------------------------------------

@@ -12,8 +12,9 @@ import pytest
 
 from orchestrator.spec import parse_job
 from orchestrator.training.assignment import Assignment
-from orchestrator.training.data import DataError, open_datasets
+from orchestrator.training.data import DataError
 from orchestrator.training.prepare import prepare_job
+from orchestrator.training.rows import open_rows
 from tests.unit.test_training import JOB, run, strategy
 
 LENGTH = 600
@@ -59,7 +60,7 @@ def test_only_answers_are_learned_and_every_example_is_in_a_row(tmp_path, monkey
     records = [{"instruction": q, "input": "", "output": f"<{a}>"} for a, q in enumerate(QUESTIONS)]
     mapping = job_of(tmp_path, "sft", records)
     index = prepared(tmp_path, mapping, monkeypatch)
-    train, validation = open_datasets(index.directory, LENGTH)
+    train, validation = open_rows(index.directory, LENGTH)
     learned = set()
     for dataset in (train, validation):
         rows = np.arange(len(dataset))
@@ -90,7 +91,7 @@ def test_bad_records_stop_or_are_left_out_and_told(tmp_path, monkeypatch):
     assert "1 bad record (1 wrong fields)" in index.report
     assert "1 bad record (1 too long)" in index.report
     with pytest.raises(DataError, match=r"the rows in .* have 600 tokens, and batch\.sequence_length is 96"):
-        open_datasets(index.directory, 96)
+        open_rows(index.directory, 96)
 
 
 def test_a_bpe_is_not_trained_on_records(tmp_path, monkeypatch):
