@@ -184,8 +184,6 @@ class Pipeline(Room):
                 moments=moments,
             )
         waits = share.layers * micro.pending
-        if strategy.pipeline_schedule == "zbv":
-            waits = max(waits, one)  # a search counts on no less (bounds.py)
         # A pass over the inputs turns what a stage's forward left into what its weights wait for, block by block.
         freed += waits / strategy.num_virtual_stages
         last = micro.checkpointed if share.all_checkpointed else min(micro.layer, micro.checkpointed)

@@ -162,8 +162,7 @@ def kept_sends(strategy: Strategy, pipeline_rank: int) -> tuple[int, int]:
     if schedule == "zbv":
         most = min(micro_batches - 1, min(degree, 6) if inside else 2)
         return most, most
-    # gpipe's have been received by then, but that no schedule holds less than 1F1B is what a search knows.
-    most = 1 + inside
+    most = 0 if schedule == "gpipe" else 1 + inside  # gpipe's have been received by then
     if strategy.num_virtual_stages == 1:
         ahead = micro_batches * (behind > 0) if schedule == "gpipe" else behind
     else:

@@ -22,7 +22,6 @@ from orchestrator.planner.search.result import Wanted
 from orchestrator.planner.search.solve import SLOWER, solve
 from strategies.catalog import unbuilt
 from strategies.pipeline.cost import bubble_fraction
-from strategies.pipeline.in_flight import in_flight_of
 from strategies.strategy import Offload
 
 NO_OFFLOAD = Offload()
@@ -227,7 +226,7 @@ def test_a_groups_bound_is_at_most_its_cheapest_member(seed: int) -> None:
             group = groups[shape, choice.micro, choice.sequence_parallel]
             sharding = Sharding(choice.zero, choice.group, choice.gather, choice.reduce)
             idle = bubble_fraction(choice.schedule, choice.pipeline, choice.virtual, group.batch.accumulation)
-            kept = in_flight_of(choice.schedule, choice.pipeline, choice.virtual, group.batch.accumulation, 0)
+            kept = bounds.in_flight(shape, choice.sequence_parallel, group.batch, choice.schedule, choice.virtual)
             floor_s = bounds.floor_s(shape, choice.sequence_parallel, group.batch, idle)
             assert group.floor_s <= step_s, choice
             for in_flight, at_least_s, bubble in ((group.in_flight, group.floor_s, group.idle), (kept, floor_s, idle)):

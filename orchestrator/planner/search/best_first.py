@@ -32,7 +32,6 @@ from orchestrator.planner.search.candidates import (
 from orchestrator.planner.search.result import Fits, Found, Rejection, SearchResult, Wanted
 from orchestrator.planner.search.smallest import closest
 from strategies.pipeline.cost import bubble_fraction
-from strategies.pipeline.in_flight import in_flight_of
 
 TOO_LARGE = "states and activations do not fit, however much is recomputed"
 
@@ -184,7 +183,7 @@ class _Search:
         shape, batch = micro.shape, micro.batch
         for schedule, virtual in batch.schedules:
             number = self.space.num_recomputes(shape.pipeline, virtual)
-            held = in_flight_of(schedule, shape.pipeline, virtual, batch.accumulation, 0)
+            held = self.bounds.in_flight(shape, micro.sequence_parallel, batch, schedule, virtual)
             least = self.bounds.least(micro, sharding, offload, held)
             if least is None:
                 self._reject(shape, f"memory {sharding.zero}", number, f"ZeRO {sharding.zero}: {TOO_LARGE}")

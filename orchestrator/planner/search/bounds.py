@@ -62,6 +62,8 @@ class LayerBytes(NamedTuple):
     selective: float
     full: float
     working: float
+    pending: float
+    """Bytes of a layer between the halves of a split backward pass."""
 
 
 class FixedCost(NamedTuple):
@@ -112,18 +114,26 @@ class Bounds:
         """Yield all micro batch groups of the space."""
         for shape in self.space.shapes():
             for batch in self.space.batches(shape):
-                idle, in_flight = self.bubble(shape.pipeline, batch.schedules, batch.accumulation)
+                idle = self.bubble(shape.pipeline, batch.schedules, batch.accumulation)
                 for flag in self.space.sequence_parallels(shape.tensor):
                     floor_s = self.floor_s(shape, flag, batch, idle)
-                    yield MicroBatchGroup(shape, batch, flag, idle, in_flight, floor_s)
+                    held = (self.in_flight(shape, flag, batch, *schedule) for schedule in batch.schedules)
+                    yield MicroBatchGroup(shape, batch, flag, idle, min(held), floor_s)
 
-    def _bubble(
-        self, pipeline: int, schedules: tuple[tuple[Schedule, int], ...], accumulation: int
-    ) -> tuple[float, float]:
-        """(the smallest bubble, the fewest micro batches in flight) of some schedules."""
-        idle = (bubble_fraction(schedule, pipeline, virtual, accumulation) for schedule, virtual in schedules)
-        held = (in_flight_of(schedule, pipeline, virtual, accumulation, 0) for schedule, virtual in schedules)
-        return min(idle), min(held)
+    def _bubble(self, pipeline: int, schedules: tuple[tuple[Schedule, int], ...], accumulation: int) -> float:
+        """Return the smallest bubble of some schedules."""
+        return min(bubble_fraction(schedule, pipeline, virtual, accumulation) for schedule, virtual in schedules)
+
+    def in_flight(
+        self, shape: Shape, sequence_parallel: bool, batch: BatchOption, schedule: Schedule, virtual: int
+    ) -> float:
+        """Return the fewest micro batches in flight on the first rank, by what each leaves between forward and backward: under
+        zbv some are between the halves of their backward pass, where they may keep less."""
+        held = in_flight_of(schedule, shape.pipeline, virtual, batch.accumulation, 0)
+        if schedule != "zbv":
+            return held
+        kept = self.layer_bytes(shape.tensor, sequence_parallel, batch.micro)
+        return held * min(1.0, kept.pending / kept.none)
 
     def _layouts(self, pipeline: int) -> Layouts:
         schedules = self.space.schedules(pipeline, accumulation=pipeline) or [("1f1b", 1)]
@@ -263,7 +273,7 @@ class Bounds:
             return self.problem.rank_memory.micro(self._one(tensor, sequence_parallel, micro, kind))
 
         none, selective, full = of("none"), of("selective"), of("full")
-        kept = none.layer, selective.checkpointed, full.checkpointed, none.working
+        kept = none.layer, selective.checkpointed, full.checkpointed, none.working, none.pending
         return LayerBytes(*(num_bytes * SLACK for num_bytes in kept))
 
     def _anything(self, pipeline: int) -> MinimumRecompute:
