@@ -99,7 +99,10 @@ def find_checkpoint(source: Path, directory: str) -> CheckpointRef:
         fix = "give a run with a finished checkpoint (`shardwise status`), or the checkpoint's folder"
         raise CommandError(f"{source} holds no whole checkpoint", fix, ExitCode.NOT_FOUND)
     if ref.manifest["job"].get("task") == "reward":
-        raise CommandError(f"{ref.path} is of a reward model, which gives a number and no text")
+        raise CommandError(
+            f"{ref.path} is of a reward model, which gives a number and no text",
+            fix="name the run of task sft, dpo or pretrain whose answers it judges",
+        )
     return ref
 
 

@@ -96,11 +96,6 @@ def load_speaker(source: Path, directory: str) -> tuple[CheckpointRef, Tokenizer
     from orchestrator.training.tokenizer import kept_tokenizer
 
     ref = find_checkpoint(source, directory)
-    if ref.manifest["job"].get("task") == "reward":
-        raise CommandError(
-            f"{ref.path} is a reward model (task: reward): it scores answers and writes none",
-            fix="name the run of task sft, dpo or pretrain whose answers it judges",
-        )
     try:
         tokenizer = kept_tokenizer(ref.path.absolute().parent.parent)
         model = load_model(ref)

@@ -201,7 +201,7 @@ def test_a_mistake_says_what_to_do(run, taught, tmp_path, monkeypatch, capsys):
     judge = kept_run(tmp_path / "judge", taught, job={"name": "judge", "task": "reward"})
     for verb in ("chat", "generate"):
         assert main([verb, str(judge)]) == 2
-        assert "is a reward model (task: reward): it scores answers and writes none" in capsys.readouterr().err
+        assert "is of a reward model, which gives a number and no text" in capsys.readouterr().err
     (run / "tokenizer" / "description.json").unlink()
     assert main(["chat", str(run)]) == 2
     assert "holds no tokenizer" in capsys.readouterr().err
