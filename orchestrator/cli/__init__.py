@@ -27,6 +27,11 @@ VERBS: Mapping[str, tuple[str, str, str]] = {
     "prepare": ("orchestrator.cli.prepare", "command", "Tokenize a job's text; what is there already is used."),
     "generate": ("orchestrator.cli.generate", "command", "Sample text from a checkpoint."),
     "chat": ("orchestrator.cli.chat", "command", "Talk with a checkpoint."),
+    "self-instruct": (
+        "orchestrator.cli.self_instruct",
+        "command",
+        "Let a model write instruction data from seed tasks.",
+    ),
     "convert": ("orchestrator.cli.convert", "command", "Write a checkpoint as a Hugging Face folder."),
     "export": ("orchestrator.cli.export", "command", "A RayJob or a Slurm script that runs a job on one node."),
     "schema": ("orchestrator.cli.schema", "command", "Print the JSON Schema of a job."),

@@ -74,7 +74,7 @@ def collect(paths: Sequence[Path], task: str, *, on_bad: Policy = "stop") -> Col
     first: dict[bytes, str] = {}
     num_records = 0
     for path in paths:
-        for where, record in _records(path):
+        for where, record in records(path):
             num_records += 1
             try:
                 if isinstance(record, BadRecord):
@@ -148,7 +148,7 @@ def _digest(example: Example) -> bytes:
 # Records -------------------------------------------------------------------------------------------------------------
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
+def records(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, record) of a file; a record that cannot be parsed is a BadRecord in its place. DataError where what follows a
     fault cannot be told from it."""
     suffix = path.suffix.lower()

@@ -26,8 +26,8 @@ from orchestrator.training.collect import Place, collect, judge, split, told
 from orchestrator.training.data import SPLITS, DataError, DataIndex, Files, Source, Split, read_index
 from orchestrator.training.inputs import Request, few
 from orchestrator.training.packing import IGNORED, Packed, Sample, pack
-from orchestrator.training.templates import AlpacaTemplate, Template, chat_template_of, samples
-from orchestrator.training.tokenizer import HuggingFaceTokenizer, Tokenizer
+from orchestrator.training.templates import samples, template_of
+from orchestrator.training.tokenizer import Tokenizer
 
 PAIRED = ("reward", "dpo")
 """Tasks whose examples are two answers to one prompt."""
@@ -38,7 +38,7 @@ def make(
 ) -> DataIndex:
     """Writes the rows of a request into the folder `whole`, and returns their index. Raises DataError where the data cannot be
     used: with file and line of what is bad, unless the request skips it."""
-    template = _template(request, tokenizer)
+    template = template_of(tokenizer, request.template)
     places, reports = _places(request, train, held_out)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     files: dict[Split, Files] = {}
@@ -74,14 +74,6 @@ def make(
         row_tokens=request.sequence_length,
         report="\n".join(reports),
     )
-
-
-def _template(request: Request, tokenizer: Tokenizer) -> Template:
-    """Return what `data.template` names; `auto` is the tokenizer's own chat template where it brings one, else Alpaca's."""
-    brings = isinstance(tokenizer, HuggingFaceTokenizer) and "chat_template" in tokenizer.config
-    if request.template == "chat" or (request.template == "auto" and brings):
-        return chat_template_of(tokenizer)
-    return AlpacaTemplate()
 
 
 def _places(
