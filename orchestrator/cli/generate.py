@@ -89,7 +89,7 @@ def command(
 
 def load_speaker(source: Path, directory: str) -> tuple[CheckpointRef, Tokenizer, Decoder]:
     """The newest whole checkpoint of a run, or the checkpoint at a path, with its tokenizer and its model. CommandError where
-    there is none, or where it writes no text."""
+    there is none."""
     from orchestrator.training.data import DataError
     from orchestrator.training.generate import load_model
     from orchestrator.training.manifest import CheckpointRefused
