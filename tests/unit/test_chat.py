@@ -245,14 +245,14 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(tmp_path):
     )
     os.close(theirs)
     try:
-        _read_until(ours, b"/quit or Ctrl-D ends the chat")
-        shown = _read_until(ours, b"> ")
+        screen = Screen(ours)
+        screen.until(b"/quit or Ctrl-D ends the chat")
+        screen.until(b"> ")
         os.write(ours, b"hi\n")
-        _read_until(ours, b"hi\r\n")
-        shown = _read_until(ours, b"", at_least=20)
+        screen.until(b"hi\r\n")
+        screen.more(20)
         os.write(ours, b"\x03")
-        shown = _read_until(ours, b"\r\n> ")
-        assert b"Traceback" not in shown
+        assert b"Traceback" not in screen.until(b"\r\n> ")
         os.write(ours, b"\x04")
         assert child.wait(timeout=60) == 0
     finally:
@@ -268,10 +268,28 @@ def _take_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def _read_until(descriptor: int, wanted: bytes, *, at_least: int = 0) -> bytes:
-    got, deadline = b"", time.monotonic() + 60
-    while wanted not in got or len(got) < at_least:
-        ready, _, _ = select.select([descriptor], [], [], max(0, deadline - time.monotonic()))
-        assert ready, f"no {wanted!r} within 60 s, but {got[-200:]!r}"
-        got += os.read(descriptor, 4096)
-    return got
+class Screen:
+    """What a terminal shows, read on from where the last look ended."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.unread = descriptor, b""
+
+    def until(self, wanted: bytes) -> bytes:
+        """What stands before the next place of `wanted`, which is passed over."""
+        deadline = time.monotonic() + 120
+        while wanted not in self.unread:
+            self._read(deadline)
+        before, _, self.unread = self.unread.partition(wanted)
+        return before
+
+    def more(self, num_bytes: int) -> None:
+        """Waits until so many bytes follow, which are passed over."""
+        deadline = time.monotonic() + 120
+        while len(self.unread) < num_bytes:
+            self._read(deadline)
+        self.unread = self.unread[num_bytes:]
+
+    def _read(self, deadline: float) -> None:
+        ready, _, _ = select.select([self.descriptor], [], [], max(0, deadline - time.monotonic()))
+        assert ready, f"nothing further within 120 s after {self.unread[-200:]!r}"
+        self.unread += os.read(self.descriptor, 4096)
