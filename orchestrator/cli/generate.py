@@ -101,7 +101,7 @@ def load_speaker(source: Path, directory: str) -> tuple[CheckpointRef, Tokenizer
         model = load_model(ref)
     except (DataError, CheckpointRefused) as error:
         raise CommandError(str(error)) from None
-    if tokenizer.fingerprint != ref.manifest["data"]["tokenizer"]:
+    if tokenizer.fingerprint != ref.manifest["data"].get("tokenizer"):
         raise CommandError(
             f"the tokenizer beside {ref.path} is not the one that the checkpoint was trained with",
             fix="put the run folder's `tokenizer` back as it was",
