@@ -89,7 +89,7 @@ def test_a_disk_that_was_full_for_a_while_costs_no_step_and_no_record(small_disk
     assert [report.step for report in read(folder / "metrics.jsonl", StepReport)] == list(range(1, 301))
     (delayed,) = [event for event in read(folder / "events.jsonl", Event) if event.kind == "records_delayed"]
     assert delayed.details["num_lost"] == 0
-    assert delayed.details["num_delayed"] > 10
+    assert delayed.details["num_delayed"] >= 1  # how many depends on the machine's speed
     assert "No space left on device" in delayed.cause
 
 
