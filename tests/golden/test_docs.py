@@ -2,7 +2,8 @@
 
 A `yaml` block is a job, or a part of one that is laid over a small job; one that begins with `# NAME.yaml` is also a file that
 the page's commands find. A `console` block is run line by line, in a folder with a corpus/ and a small Hugging Face folder hf/;
-`...` in its output stands for any text. Pages that train (`shardwise run` to its end) are tried by `make docs`.
+`...` in its output stands for any text. ENDPOINT is answered by a small server of the tests.
+Pages that train (`shardwise run` to its end) are tried by `make docs`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from clusters.inventory.local import nvml_devices
 from orchestrator.planner.plan import plan
 from orchestrator.spec import parse_job
 from orchestrator.spec.source import parse_document
+from tests.completion_server import serving
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path.relative_to(DOCS) for path in DOCS.rglob("*.md"))
@@ -53,8 +55,13 @@ def trains(page: Path) -> bool:
     return any(command.startswith("shardwise run") and not out.startswith("Error") for command, out in commands(page))
 
 
+ENDPOINT = "http://127.0.0.1:8000/v1"
+ADDRESS = ".endpoint"
+"""File of a workspace that holds the address of the server which stands for ENDPOINT."""
+
+
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with text and a Hugging Face folder, as a reader of the pages has them."""
     import torch
     from tokenizers import ByteLevelBPETokenizer
@@ -79,14 +86,19 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.train(files, vocab_size=512, special_tokens=["</s>"], show_progress=False)
     tokenizer.save(str(folder / "hf" / "tokenizer.json"))
     (folder / "hf" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    return folder
+    (folder / "examples").mkdir()
+    seeds = "self_instruct_seeds.jsonl"
+    (folder / "examples" / seeds).write_bytes((DOCS.parent / "examples" / seeds).read_bytes())
+    with serving() as served:
+        (folder / ADDRESS).write_text(served.url)
+        yield folder
 
 
 def printed(command: str, folder: Path, last_code: int) -> tuple[str, int]:
     """What a person with 88 columns sees, and the exit code."""
     if command == "echo $?":
         return f"{last_code}\n", 0
-    name, *arguments = shlex.split(command)
+    name, *arguments = shlex.split(command.replace(ENDPOINT, (folder / ADDRESS).read_text()))
     assert name == "shardwise", f"a page runs {name}; only shardwise and `echo $?` are tried here"
     done = subprocess.run(
         [sys.executable, "-m", "orchestrator.cli", *arguments],
