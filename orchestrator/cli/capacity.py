@@ -61,7 +61,7 @@ def command(
     as_json: bool,
     html: str | None,
 ) -> int:
-    """What fits on how many GPUs, how fast, in how many days, at what price."""
+    """Tells what fits on how many GPUs, how fast, in how many days, at what price."""
     from orchestrator.planner.capacity import Question, capacity, told
 
     question = Question(

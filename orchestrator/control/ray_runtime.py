@@ -51,8 +51,8 @@ QUIET = {
 """Environment of this process, inherited by raylet and workers: a runtime_env would cost a process start each."""
 
 OF_AN_OUTER_RAY = ("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_ADDRESS")
-"""What Ray gives to the command of a job, as KubeRay submits one, and what must not reach the Ray that is embedded here: by the
-first every worker would see all GPUs, and take the same one."""
+"""Variables that Ray gives to the command of a job, as KubeRay submits one, and that must not reach the Ray that is embedded
+here: by the first every worker would see all GPUs, and take the same one."""
 
 
 class Failed(Exception):

@@ -96,7 +96,7 @@ TRAITS: Mapping[Family, Traits] = {
         blank_filling=True,
     ),
 }
-"""Of GLM those of GLM-130B."""
+"""Traits of each family; of GLM those of GLM-130B."""
 GLM_10B = Traits(
     activation="gelu_tanh",
     positions="learned",
@@ -109,7 +109,7 @@ GLM_10B = Traits(
 
 
 def traits_of(family: Family, variant: Variant | None) -> Traits:
-    """What all models of a family, and of its variant where it has some, share."""
+    """Traits that all models of a family, and of its variant where it has some, share."""
     return GLM_10B if family == "glm" and variant == "10b" else TRAITS[family]
 
 
@@ -137,7 +137,7 @@ class Architecture:
     rope_theta: float = 10_000.0
     """Base of the rotary angles; without effect where positions are not rotary."""
     variant: Variant | None = None
-    """Of GLM, whose form it has: GLM-10B's (two-dimensional learned positions, pre-norm, GELU) or GLM-130B's (rotary positions,
+    """Form of a GLM: GLM-10B's (two-dimensional learned positions, pre-norm, GELU) or GLM-130B's (rotary positions,
     DeepNorm, GeGLU). None: another family."""
 
     def __post_init__(self) -> None:
@@ -208,7 +208,7 @@ class Architecture:
 
     @property
     def position_rows(self) -> int:
-        """Of each table of learned positions; 0 without one."""
+        """Rows of each table of learned positions; 0 without one."""
         traits = self.traits
         if traits.positions != "learned":
             return 0

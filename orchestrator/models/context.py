@@ -1,4 +1,4 @@
-"""What embedding and attention of the decoder know of a row beside its tokens: positions, who sees whom, keys of tokens before.
+"""Context of a row: positions, who sees whom, and keys of tokens before, as embedding and attention of the decoder need them.
 
 B micro batch, S sequence, Q queries, A heads, K key/value heads, D head dim.
 """

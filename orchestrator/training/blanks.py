@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from orchestrator.training.data import Dataset
 
 DOCUMENT_SHARE = 0.5
-"""Of the rows, those of the document objective; the others are of the sentence objective."""
+"""Share of the rows that are of the document objective; the others are of the sentence objective."""
 SENTENCE_SHARE = 0.15
-"""Of a text's tokens, masked by the sentence objective at least."""
+"""Share of a text's tokens that are masked by the sentence objective at least."""
 LEAST_TOKENS = 8
-"""Of a row."""
+"""Fewest tokens of a row."""
 IGNORED = -100
 CACHED_ROWS = 64
 _ENDS = ".?!;:\n。！？；：…"
@@ -61,7 +61,7 @@ class Specials:
 
 
 _NAMES = (("[MASK]",), ("[gMASK]",), ("<|startofpiece|>", "<sop>"), ("<|endofpiece|>", "<eop>"))
-"""What tokenizers of GLM call them, in the order of Specials."""
+"""Names that tokenizers of GLM give them, in the order of Specials."""
 
 
 def specials_of(tokenizer: Tokenizer, vocab_size: int) -> Specials:

@@ -1,4 +1,4 @@
-"""Where a run goes on: which checkpoint its job may go on from, the newest whole one of those, and what a person is told."""
+"""Resuming: which checkpoint its job may go on from, the newest whole one of those, and what a person is told."""
 
 from __future__ import annotations
 

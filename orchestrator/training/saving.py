@@ -262,7 +262,7 @@ class _Attempt:
     # What the ranks say to each other -----------------------------------------------------------------------------------
 
     def report(self, *, files: Mapping[str, Any] | None = None, error: str | None = None) -> None:
-        """This rank will not write into the folder any more; what it wrote, or why it could not."""
+        """Says that this rank will not write into the folder any more; what it wrote, or why it could not."""
         self.saver.store.set(f"{self.number} rank {self.saver.rank}", json.dumps({"files": files, "error": error}))
 
     def reported(self, rank: int) -> dict[str, Any] | None:

@@ -142,8 +142,7 @@ def set_up(
         add_references(session, (train_set, validation), share, Path(assignment.run_directory), copies=copies)
     clock.lap("build_s")
     done = 0
-    if ref is not None:
-        ref = newest_whole(ref, job, info, world, reporter)
+    ref = None if ref is None else newest_whole(ref, job, info, world, reporter)
     if ref is not None:
         checkpoint.load(session, ref, group=world.checkpoints)
         done = ref.step

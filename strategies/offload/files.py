@@ -80,7 +80,7 @@ class ScratchFile:
         return made
 
     def read(self, place: Tensor, into: Tensor) -> None:
-        """What stands at the place of a tensor of this file, into memory."""
+        """Reads what stands at the place of a tensor of this file into memory."""
         self._all(os.preadv, place, into)
 
     def write(self, place: Tensor, source: Tensor) -> None:

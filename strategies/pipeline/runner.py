@@ -175,7 +175,7 @@ class PipelineRunner:
             self.pending[key] = self._collected()
 
     def _made(self, action: Action, tensor: Tensor) -> None:
-        """What a pass made for the next one, which takes it from here or is sent it."""
+        """Keeps what a pass made for the next one, which takes it from here or is sent it."""
         following = self.pipeline.following(action)
         assert following is not None
         (self.inputs if self.pipeline.channel(following) is None else self.outputs)[following] = tensor

@@ -26,7 +26,7 @@ class States(Protocol):
     num_replicas: int
     """Ranks that hold the same shard."""
     share: float
-    """What the gradients of a micro batch are multiplied by as they are added up; a power of two, see native.share_of."""
+    """Factor that the gradients of a micro batch are multiplied by as they are added up; a power of two, see native.share_of."""
 
     def begin(self) -> None:
         """Before the first micro batch: no gradients."""

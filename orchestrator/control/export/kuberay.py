@@ -20,12 +20,12 @@ from orchestrator.control.folder import RunFolder, RunRefused, lock_of
 from orchestrator.spec import Job
 
 WORKSPACE = PurePosixPath("/workspace")
-"""Where the volume is mounted: text, runs, and the job file over it."""
+"""Folder where the volume is mounted: text, runs, and the job file over it."""
 SCRATCH = "/scratch"
 LONGEST_NAME = 47
-"""Of a RayJob (KubeRay's MaxRayJobNameLength)."""
+"""Longest name of a RayJob (KubeRay's MaxRayJobNameLength)."""
 OBJECT_STORE_BYTES = 100_000_000
-"""Of the Ray that KubeRay starts: it only starts `run`, which embeds a Ray of its own."""
+"""Object store of the Ray that KubeRay starts: it only starts `run`, which embeds a Ray of its own."""
 MONITOR = "RAY_memory_monitor_refresh_ms"
 """0: the Ray that KubeRay starts ends nobody where memory is short. It knows the run as one process and would end it (tried);
 the Ray inside the run, which keeps its default, ends a worker."""
@@ -35,10 +35,10 @@ TTL_S = 600
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What a plan cannot know of a Kubernetes cluster."""
+    """Settings that a plan cannot know of a Kubernetes cluster."""
 
     image: str
-    """With Shardwise, ray[default], a CUDA build of torch and nvidia-ml-py."""
+    """Image with Shardwise, ray[default], a CUDA build of torch and nvidia-ml-py."""
     claim: str
     """PersistentVolumeClaim with the text; runs are written there."""
     namespace: str | None = None

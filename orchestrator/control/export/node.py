@@ -1,4 +1,4 @@
-"""What the one node of a job needs, by its plan: the numbers that a RayJob and a Slurm script ask for. Pure."""
+"""Needs of the one node of a job, by its plan: the numbers that a RayJob and a Slurm script ask for. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from orchestrator.spec import Job, acting
 from orchestrator.training.limits import Limits
 
 RUN_CORES = 2
-"""For `run` itself, Ray and the writing of records."""
+"""Memory for `run` itself, Ray and the writing of records."""
 CORES_PER_GPU = 4
 """Assumed: the training thread, autograd's own, NCCL's and the writer of checkpoints. Where the optimizer is offloaded, the
 plan's speed rests on the cores of the node, and all of the GPUs' share is asked for."""
@@ -25,7 +25,7 @@ a CPU machine, a Ray around them (KubeRay's) 0.9."""
 CUDA_WORKER_BYTES = 6 * 2**30
 """Assumed for a worker on a GPU: CUDA's libraries and context, pinned buffers, torch. No run on a GPU has been measured."""
 SHARED_BYTES_PER_RANK = 2**30
-"""Of /dev/shm, for NCCL and gloo; Ray's object store is 80 MiB."""
+"""Size of /dev/shm, for NCCL and gloo; Ray's object store is 80 MiB."""
 START_S = 15 * 60.0
 """Allowed for starts, tokenizing and the reading of a checkpoint, beside the plan's seconds."""
 LEAST_GRACE_S = 300.0
@@ -41,12 +41,12 @@ class Node:
     """0: workers on cores."""
     num_cores: int
     memory_bytes: int
-    """Of the host, /dev/shm included."""
+    """Memory of the host, /dev/shm included."""
     shared_bytes: int
     scratch_bytes: int
-    """On a local disk, for what is offloaded to NVMe; 0: nothing is."""
+    """Space on a local disk, for what is offloaded to NVMe; 0: nothing is."""
     grace_s: int
-    """From the signal to the end: the step in flight and two checkpoints, of which one is being written already."""
+    """Time from the signal to the end: the step in flight and two checkpoints, of which one is being written already."""
     wall_s: int
     """The plan's seconds with its error, a start and the grace."""
 

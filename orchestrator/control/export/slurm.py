@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from orchestrator.control.export.node import Node
 
 LONGEST_SIGNAL_S = 65535
-"""What `--signal` takes at most (man sbatch)."""
+"""Most seconds that `--signal` takes (man sbatch)."""
 
 BODY = """\
 # `run` answers SIGTERM with a checkpoint and exit code 5. Slurm sends USR1 to this script alone before the time is over: the job
@@ -35,7 +35,7 @@ exit "$code"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """What a plan cannot know of a Slurm cluster. None: Slurm's own default."""
+    """Settings that a plan cannot know of a Slurm cluster. None: Slurm's own default."""
 
     partition: str | None = None
     account: str | None = None

@@ -123,7 +123,7 @@ class EndpointGenerator:
             raise _Passing(f"{type(reason).__name__}: {reason}" if str(reason) else type(reason).__name__) from None
 
     def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-        """What an HTTP error means: it passes, or it is the user's to mend."""
+        """Return what an HTTP error means: it passes, or it is the user's to mend."""
         try:
             said = error.read(2000).decode("utf-8", errors="replace")
         except (OSError, http.client.HTTPException):
@@ -164,5 +164,5 @@ def _read_until(answer: http.client.HTTPResponse, deadline: float) -> bytes:
 
 
 def _seconds(text: str | None) -> float:
-    """What Retry-After asks for; 0 where it is a date or nothing."""
+    """Return the seconds that Retry-After asks for; 0 where it is a date or nothing."""
     return float(text) if text and text.strip().isdecimal() else 0.0

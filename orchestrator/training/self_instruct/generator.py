@@ -1,4 +1,4 @@
-"""What completes a prompt: an endpoint or a local checkpoint."""
+"""Generators complete a prompt: an endpoint or a local checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What a model wrote."""
+    """A completion that a model wrote."""
 
     text: str
     truncated: bool
@@ -41,7 +41,7 @@ class Generator(Protocol):
 
     @property
     def name(self) -> str:
-        """What the provenance of a sample says of it."""
+        """Name in the provenance of a sample."""
 
     def complete(self, request: Request) -> Completion:
         """Raises GeneratorFailed."""

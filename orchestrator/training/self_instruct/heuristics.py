@@ -1,4 +1,4 @@
-"""Which generated instructions and instances are kept: rules on their text alone, those of the paper (arXiv:2212.10560, 2.2, 4).
+"""Rules for which generated instructions and instances are kept, by their text alone (arXiv:2212.10560, 2.2, 4).
 
 Every rule gives a reason to count by, or None.
 """

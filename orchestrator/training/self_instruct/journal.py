@@ -1,5 +1,5 @@
-"""What a Self-Instruct run has decided, a JSON line each, on the disk before the next request: the run goes on from it after any
-death, and the samples are derived from it.
+"""Journal of what a Self-Instruct run has decided, a JSON line each, on the disk before the next request: the run goes on from it
+after any death, and the samples are derived from it.
 
     OUT            the samples, Alpaca's {instruction, input, output} with their provenance; what `task: sft` reads
     OUT.journal    begin, then of every round its proposals, then a line for each of them: accepted or rejected, and why
@@ -25,16 +25,16 @@ VERSION = 1
 
 @dataclass(kw_only=True)
 class State:
-    """Where a run is: the fold of its journal."""
+    """State of a run: the fold of its journal."""
 
     generated: list[list[str]] = field(default_factory=list)
     """Accepted instructions, by round."""
     candidates: list[str] = field(default_factory=list)
-    """Of the last round."""
+    """Candidates of the last round."""
     shown: list[str] = field(default_factory=list)
     """Instructions that its prompt showed."""
     num_decided: int = 0
-    """Of its candidates."""
+    """Candidates of the last round that are decided."""
     num_accepted: int = 0
     num_samples: int = 0
     rejected: Counter[str] = field(default_factory=Counter)

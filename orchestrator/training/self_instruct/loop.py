@@ -20,7 +20,7 @@ from orchestrator.training.self_instruct.similarity import Pool
 from orchestrator.training.self_instruct.tasks import Task
 
 PROPOSAL_TOKENS, LABEL_TOKENS, INSTANCE_TOKENS = 1024, 8, 512
-"""Of the completions at most; the paper's are 1024, 3 and 300."""
+"""Most tokens of the completions; the paper's are 1024, 3 and 300."""
 
 
 class Barren(RuntimeError):
@@ -33,7 +33,7 @@ class Settings:
 
     seed: int
     temperature: float
-    """Of proposals; labels and instances are the likeliest ones."""
+    """Temperature of proposals; labels and instances are the likeliest ones."""
     top_p: float
     max_similarity: float
     """A candidate as similar as this to any instruction of the pool is left out (ROUGE-L; the paper's is 0.7)."""
@@ -42,7 +42,7 @@ class Settings:
 
 
 def identity(seeds: Sequence[Task], settings: Settings, generator: Generator) -> dict[str, Any]:
-    """What the course of a run depends on, for its journal."""
+    """Return what the course of a run depends on, for its journal."""
     text = json.dumps([asdict(task) for task in seeds], ensure_ascii=False)
     return {
         "seeds": hashlib.sha256(text.encode()).hexdigest()[:16],

@@ -112,7 +112,7 @@ def propose(shown: Sequence[str]) -> str:
 
 
 def end_of_proposals(num_shown: int) -> str:
-    """What begins the first task beyond those asked for."""
+    """Text that begins the first task beyond those asked for."""
     return f"\nTask {num_shown + NUM_NEW + 1}:"
 
 
@@ -136,7 +136,7 @@ def classify(instruction: str) -> str:
 
 
 def is_classification(text: str) -> bool | None:
-    """What a completion says: yes or no, None where it says neither."""
+    """Return what a completion says: yes or no, None where it says neither."""
     word = re.match(r"\W*(?:fixed labels\s*[:：])?\W*(yes\b|no\b|不是|否|是)", text, re.IGNORECASE)
     return None if word is None else word[1].lower() in ("yes", "是")
 

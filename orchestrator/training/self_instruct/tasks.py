@@ -25,7 +25,7 @@ class Instance:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What a model is asked, and at least one way to answer it."""
+    """A task: what a model is asked, and at least one way to answer it."""
 
     instruction: str
     instances: tuple[Instance, ...]
