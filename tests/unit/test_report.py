@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
+import shutil
+import subprocess
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -212,3 +215,50 @@ def test_a_long_report_is_kept_up_to_date_for_a_fraction_of_reading_it_anew(tmp_
     assert time.process_time() - began < first_s / 2
     assert len(history.steps()) == 20_001
     assert sum(values.nbytes for values in history.steps().columns.values()) == 20_001 * 12 * 8
+
+
+MEASURE = """<script>
+const holes = [];
+for (const grid of document.querySelectorAll(".grid")) {
+  const cells = [...grid.children].map(cell => cell.getBoundingClientRect()).filter(box => box.height);
+  for (const one of cells) for (const other of cells)
+    if (Math.abs(one.top - other.top) < 1 && one.bottom - other.bottom > 1) holes.push([other.left, other.bottom]);
+}
+for (const column of document.querySelectorAll(".column")) {
+  const last = column.lastElementChild.getBoundingClientRect();
+  if (column.getBoundingClientRect().bottom - last.bottom > 1) holes.push([last.left, last.bottom]);
+}
+const memory = [...document.querySelectorAll("h2")].find(title => title.textContent == "Memory by component");
+const wide = document.documentElement.scrollWidth - window.innerWidth;
+const cards = [...document.querySelectorAll(".grid")].map(grid => grid.children.length);
+document.title = JSON.stringify({holes, wide, cards, memory: Boolean(memory)});
+</script>"""
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="looks at the page in Chromium, which is not installed")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_no_card_of_the_page_leaves_a_hole_beside_its_neighbour(folder, tmp_path, width):
+    measured = tmp_path / "measured.html"
+    measured.write_text(report.write(folder).read_text(encoding="utf-8").replace("</body>", MEASURE + "</body>"))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
+    shown = subprocess.run(
+        [
+            "chromium",
+            *flags,
+            f"--user-data-dir={tmp_path / 'browser'}",
+            f"--window-size={width},2000",
+            "--dump-dom",
+            measured.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
+    title = re.search(r"<title>(.*?)</title>", shown)
+    assert title is not None, shown[:500]
+    seen = json.loads(html.unescape(title[1]))
+    assert seen["memory"]
+    assert max(seen["cards"]) > 6
+    assert seen["holes"] == []
+    assert seen["wide"] <= 0
