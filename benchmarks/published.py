@@ -28,6 +28,13 @@ NOISY = ("jzv100", "qwen", "bloomrun")
 """Repeats differ by up to 40 %, or too much is left unsaid: listed, not counted."""
 ORDER_ONLY = ("ultra", "vtrainS")
 """Grids far past sense (1B over 512 GPUs, launch-bound toys): their order counts, nothing else."""
+STACKS = {
+    "mosaic": "llm-foundry", "mosaicold": "llm-foundry", "korth": "Selene", "meg21t2": "Selene", "nemo": "Selene",
+    "vtrainM": "vTrain", "vtrainS": "vTrain", "bloom": "Jean Zay A100", "bloomrun": "Jean Zay A100",
+    "tr3m": "Jean Zay V100", "jzv100": "Jean Zay V100",
+}  # fmt: skip
+"""Source -> stack, where several sources ran the same code on the same machine; any other source is a stack of its own.
+What is left out of a fit is a whole stack: a source's twin would tell all about it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,11 @@ class Case:
     @property
     def source(self) -> str:
         return self.id.split("-")[0]
+
+    @property
+    def stack(self) -> str:
+        """Return the code and machine that the run shares with others."""
+        return STACKS.get(self.source, self.source)
 
     def speed(self, step_s: float) -> float:
         """Tokens a second and GPU of a step that takes so long."""
