@@ -10,8 +10,8 @@ import math
 from typing import Literal, NamedTuple
 
 from clusters.cluster import Cluster
-from clusters.hardware import Calibration
-from strategies.constants import HOP_S, TimeConstants
+from clusters.hardware import Calibration, Link
+from strategies.constants import TimeConstants
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "send", "receive"]
 Group = Literal["tensor", "shard", "replicate", "pipeline", "shared", "world"]
@@ -59,11 +59,19 @@ def ring(cluster: Cluster, constants: TimeConstants, *, size: int, stride: int, 
     span = size * stride
     # A group that does not divide the node straddles two of them somewhere.
     if cluster.num_nodes == 1 or (span <= per_node and per_node % span == 0):
-        return Ring(size, rate, HOP_S.get(inner.name, 2e-6), True, cluster.calibration)
+        return Ring(size, rate, _hop_s(inner, constants), True, cluster.calibration)
     local = max(1, min(size, per_node // stride))
     groups = min(per_node, num_gpus) / local
     network = outer.bytes_per_s * (1.0 if outer.measured else constants.network) / max(1.0, groups)
-    return Ring(size, min(rate, network), HOP_S.get(outer.name, 8e-6), False)
+    return Ring(size, min(rate, network), _hop_s(outer, constants), False)
+
+
+def _hop_s(link: Link, constants: TimeConstants) -> float:
+    """Return the seconds of one step of a ring over a link."""
+    if link.name == "shared_memory":
+        return 0.0
+    known = {"pcie": constants.pcie_hop_s, "network": constants.network_hop_s}
+    return known.get(link.name, constants.nvlink_hop_s)
 
 
 class Links:

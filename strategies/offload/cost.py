@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from clusters.cluster import Cluster
+from strategies.constants import TIME, TimeConstants
 from strategies.price.roofline import Roofline
 from strategies.rank import (
     MicroBatchBytes,
@@ -24,13 +25,6 @@ from strategies.rules import Rule
 from strategies.strategy import Offload, Strategy
 from strategies.zero.state_bytes import BYTES, SHARDING, gathers
 
-HOST_LINK = 0.75
-"""Reached of the host link's rate with pinned memory: 24 of 31.5 GB/s on PCIe 4.0 x16 (nvbandwidth)."""
-GPUS_PER_UPLINK = 2
-"""GPUs behind one PCIe switch of an eight-GPU NVLink board, which share its x16 uplink to the host (DGX A100 and DGX H100
-system architecture: four switches for eight GPUs). All of them offload at the same time."""
-HIDDEN = 0.9
-"""Part of a phase's compute that copies to and from the host can hide behind."""
 NUM_SLOTS = 3
 PIECE_ELEMENTS = 2**21
 """Pieces of the optimizer's states with host buffers at once, and elements of one (adam.py)."""
@@ -80,17 +74,19 @@ def buffer_bytes(largest: float, strategy: Strategy, wide: int, *, in_file: bool
     return NUM_SLOTS * min(PIECE_ELEMENTS, largest) * element * wide
 
 
-def host_bytes_per_s(cluster: Cluster) -> float:
+def host_bytes_per_s(cluster: Cluster, constants: TimeConstants = TIME) -> float:
     """One GPU's share of its way to the host, one direction, while its neighbours use it too."""
     shared = cluster.intra_node.name == "nvlink" and cluster.gpus_per_node >= 8
-    return cluster.accelerator.host_link_bytes_per_s * HOST_LINK / (GPUS_PER_UPLINK if shared else 1)
+    return (
+        cluster.accelerator.host_link_bytes_per_s * constants.host_link / (constants.gpus_per_uplink if shared else 1)
+    )
 
 
-def step_s(away: ModelStates, cluster: Cluster, *, num_ranks: int) -> float:
+def step_s(away: ModelStates, cluster: Cluster, *, num_ranks: int, constants: TimeConstants = TIME) -> float:
     """Seconds that a step's offload takes: gradients down and parameters up, the host's AdamW, NVMe both ways. Nothing of
     it is hidden: the next step needs the parameters."""
     host = cluster.host
-    link = away.link_bytes / host_bytes_per_s(cluster)
+    link = away.link_bytes / host_bytes_per_s(cluster, constants)
     stepped = 2 * away.optimizer_bytes_on_host * num_ranks / host.memory_bytes_per_s
     disk = 0.0
     if away.nvme_bytes:
@@ -99,16 +95,17 @@ def step_s(away: ModelStates, cluster: Cluster, *, num_ranks: int) -> float:
     return link + stepped + disk
 
 
-def activations_s(num_bytes: float, cluster: Cluster) -> float:
+def activations_s(num_bytes: float, cluster: Cluster, constants: TimeConstants = TIME) -> float:
     """Return the seconds of the host link for one micro batch's activations, down in forward and up in backward: one way at a
     time."""
-    return 2 * num_bytes / host_bytes_per_s(cluster)
+    return 2 * num_bytes / host_bytes_per_s(cluster, constants)
 
 
-def exposed_s(link_s: float, *, forward_s: float, backward_s: float) -> float:
+def exposed_s(link_s: float, *, forward_s: float, backward_s: float, constants: TimeConstants = TIME) -> float:
     """Return the part of activations_s that compute does not hide. The GPU holds two layers' activations and no more, so what
     forward sends down waits for forward's compute, and what backward fetches for backward's."""
-    return max(0.0, link_s / 2 - HIDDEN * forward_s) + max(0.0, link_s / 2 - HIDDEN * backward_s)
+    hidden = constants.offload_hidden
+    return max(0.0, link_s / 2 - hidden * forward_s) + max(0.0, link_s / 2 - hidden * backward_s)
 
 
 class Offloading(Room):
@@ -149,7 +146,7 @@ class Offloading(Room):
         if not strategy.offload.any:
             return {}
         num_ranks = min(roof.cluster.gpus_per_node, strategy.num_gpus)
-        return {"offload_s": step_s(states, roof.cluster, num_ranks=num_ranks)}
+        return {"offload_s": step_s(states, roof.cluster, num_ranks=num_ranks, constants=roof.constants)}
 
     def step_s(
         self, roof: Roofline, question: Question, strategy: Strategy, shape: Shape, rank: SlowestRank
@@ -160,9 +157,10 @@ class Offloading(Room):
         layer = roof.layer(strategy, shape, tokens, question.sequence_length)
         head = share.head * roof.head(tokens, shape.split)
         exposed = exposed_s(
-            activations_s(rank.saved_bytes, roof.cluster),
+            activations_s(rank.saved_bytes, roof.cluster, roof.constants),
             forward_s=share.layers * layer.forward_s + head / 3,
             backward_s=share.layers * layer.backward_s + head * 2 / 3,
+            constants=roof.constants,
         )
         return {"offload_s": strategy.gradient_accumulation_steps * exposed}
 

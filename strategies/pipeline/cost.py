@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from strategies.constants import TRANSFER_S
+from strategies.constants import TIME, TimeConstants
 from strategies.links import Message, all_reduce_s
 from strategies.pipeline.in_flight import first_in_flight, heads_in_flight, in_flight, kept_sends, splits, states
 from strategies.price.roofline import Roofline
@@ -27,22 +27,19 @@ from strategies.strategy import INTERLEAVED, SPLIT_BACKWARD, Schedule, Strategy
 from strategies.workload import Workload
 from strategies.zero.state_bytes import gradient_element
 
-SPLIT_S = 0.01
-"""Part of a rank's busy time that it takes longer where backward is split in two passes over the graph. A third of the bubble
-alone would make zbv 17 % faster than 1F1B where 16 % was measured (6.2B on 8 x H800, pipeline 8: 55 and 64 samples/s,
-sail-sg/zero-bubble-pipeline-parallelism issue 21)."""
 
-
-def bubble_fraction(schedule: Schedule, ranks: int, virtual: int, micro_batches: int) -> float:
+def bubble_fraction(
+    schedule: Schedule, ranks: int, virtual: int, micro_batches: int, constants: TimeConstants = TIME
+) -> float:
     """Idle time over busy time where the ranks are equal: (p - 1) / (m v); about a third of it where weight gradients fill the
     gaps, which takes longer itself."""
     if ranks == 1:
         return 0.0
     fraction = (ranks - 1) / (micro_batches * virtual)
-    return fraction / 3 + SPLIT_S if schedule in SPLIT_BACKWARD else fraction
+    return fraction * constants.split_bubble + constants.split_s if schedule in SPLIT_BACKWARD else fraction
 
 
-def bubble_s(strategy: Strategy, *, once_s: float, slowest_s: float) -> float:
+def bubble_s(strategy: Strategy, *, once_s: float, slowest_s: float, constants: TimeConstants = TIME) -> float:
     """Seconds in which the slowest rank waits for the pipeline to fill and drain: one pass over the other ranks.
 
     once_s: one micro batch over all ranks, forward and backward; slowest_s: over the slowest. Equal ranks: (p - 1) / (m v)."""
@@ -51,7 +48,7 @@ def bubble_s(strategy: Strategy, *, once_s: float, slowest_s: float) -> float:
     waits = (once_s - slowest_s) / strategy.num_virtual_stages
     if strategy.pipeline_schedule not in SPLIT_BACKWARD:
         return waits
-    return waits / 3 + SPLIT_S * slowest_s * strategy.gradient_accumulation_steps
+    return waits * constants.split_bubble + constants.split_s * slowest_s * strategy.gradient_accumulation_steps
 
 
 def messages(work: Workload, borders: int, *, whole_split: int, tokens: int, element: int) -> tuple[Message, ...]:
@@ -221,7 +218,7 @@ class Pipeline(Room):
     ) -> Mapping[str, float]:
         if strategy.pipeline_parallel_degree == 1:
             return {}
-        bubble = bubble_s(strategy, once_s=rank.all_ranks_s, slowest_s=rank.pass_s)
+        bubble = bubble_s(strategy, once_s=rank.all_ranks_s, slowest_s=rank.pass_s, constants=roof.constants)
         tokens = shape.tokens(question, strategy)
         crossing = _crossing_s(roof, strategy, rank.most_borders, whole_split=shape.whole_split, tokens=tokens)
         shared = tied_s(roof, strategy, rank.first_share, shape.split)
@@ -242,7 +239,7 @@ def _crossing_s(roof: Roofline, strategy: Strategy, borders: int, *, whole_split
     stride = num_gpus // degree if num_gpus <= per_node else max(num_gpus // degree, per_node)
     pairs = roof.links.ring(2, stride, num_gpus)
     sent, _ = messages(roof.work, borders, whole_split=whole_split, tokens=tokens, element=roof.element)
-    one = sent.num_bytes / pairs.bytes_per_s + sent.count * TRANSFER_S
+    one = sent.num_bytes / pairs.bytes_per_s + sent.count * roof.constants.transfer_s
     fill = (degree - 1) / strategy.num_virtual_stages
     return roof.links.constants.transfer * (strategy.gradient_accumulation_steps + fill) * one
 

@@ -21,12 +21,6 @@ from strategies.shares import Shares, shares
 from strategies.strategy import Strategy
 from strategies.workload import Workload
 
-CPU_FRAGMENTATION = 0.15
-"""Resident set over live tensors, less one, where malloc is left to its defaults."""
-CPU_PROCESS_BYTES = 218 * 2**20
-"""Resident after the imports."""
-COMMUNICATOR_BYTES = 64 * 2**20
-"""NCCL's buffers of one communicator beyond the first."""
 MEMORY_ERROR = 0.05
 """Margin kept of what the driver reports as total."""
 ROUNDING = 16
@@ -254,7 +248,7 @@ def _reserve(constants: MemoryConstants, kind: str) -> tuple[float, float]:
     """(part of the tensors, bytes) that are no tensors."""
     if kind == "cuda":
         return constants.fragmentation, constants.context_bytes
-    return CPU_FRAGMENTATION, CPU_PROCESS_BYTES
+    return constants.cpu_fragmentation, constants.cpu_process_bytes
 
 
 def reserve_bytes(tensors: int, kind: str, constants: MemoryConstants = MEMORY) -> int:

@@ -10,7 +10,7 @@ import math
 from typing import Any, NamedTuple
 
 from clusters.cluster import Cluster
-from strategies.constants import BACKWARD_FLASH, MATH_PASSES, SUSTAINED, TIME, TimeConstants
+from strategies.constants import SUSTAINED, TIME, TimeConstants
 from strategies.links import Links
 from strategies.rank import Shape
 from strategies.strategy import Strategy
@@ -19,10 +19,6 @@ from strategies.workload import Workload
 ELEMENT = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 """Bytes of an activation."""
 TILE_ROWS, TILE_COLUMNS = 128, 256
-CPU_LOGIT_BYTES = 32.0
-"""Bytes read and written of each fp32 logit by the project's own loss, forward and backward."""
-CPU_GRADIENT_PASSES = 3.0
-"""Each micro batch's gradients are written once more and added up, on top of the products' own output."""
 
 
 class Layer(NamedTuple):
@@ -144,17 +140,17 @@ def _gpu_layer(
     flash = attention == "flash" and not work.attention_bias
     if flash:  # half of the square is masked and skipped
         attend = flops / 2 / roof.flash
-        attend_back = BACKWARD_FLASH * attend
+        attend_back = constants.flash_backward * attend
     else:
         # Tensor cores want rows of whole 16 bytes: BLOOM's trials with heads of 108 ran a third slower than with 96 or 144.
-        aligned = 1.0 if work.head_dim % 8 == 0 else 0.35
-        passes = constants.score_bytes * (MATH_PASSES if attention == "math" else 1.0) * roof.element / 2
+        aligned = 1.0 if work.head_dim % 8 == 0 else constants.misaligned_head
+        passes = constants.score_bytes * (constants.math_passes if attention == "math" else 1.0) * roof.element / 2
         attend = flops / (roof.peak * constants.score_products * aligned) + passes * scores / roof.bandwidth
         attend_back = 2 * attend
     unfused = work.unfused_norm_elements if not fused_norm and roof.element == 2 else 0
     whole = (work.traffic_whole_elements + unfused) / whole_split
     traffic = tokens * (whole + work.traffic_split_elements / tensor) * roof.element / roof.bandwidth
-    floor = constants.layer_launch_s * (1.5 if unfused else 1.0)
+    floor = constants.layer_launch_s * (constants.unfused_launches if unfused else 1.0)
     forward = _rounded_max(products + attend + traffic, floor)
     backward = _rounded_max(2 * products + attend_back + 2 * traffic, 2 * floor)
     return Layer(forward, backward, forward, traffic + (0.0 if flash else attend))
@@ -193,7 +189,7 @@ def _cpu_layer(
     whole = work.traffic_whole_elements / whole_split
     traffic = tokens * (whole + work.traffic_split_elements / tensor) * element / rate
     launches = work.num_kernels * ((calibration.op_overhead_s if calibration else None) or 0.0)
-    gradients = CPU_GRADIENT_PASSES * work.block_parameters / tensor * element / roof.bandwidth
+    gradients = roof.constants.cpu_gradient_passes * work.block_parameters / tensor * element / roof.bandwidth
     forward = (products + attend) / 3 + traffic + launches
     backward = 2 * (products + attend) / 3 + 2 * traffic + 2 * launches + gradients
     return Layer(forward, backward, forward, traffic + launches)
@@ -205,20 +201,23 @@ def _cpu_head(roof: Roofline, tokens: int) -> float:
     volume = tokens * work.embedding_size * work.vocab_size
     logits = tokens * work.vocab_size
     product = 6 * volume / roof.rate(f"matmul_{precision}", volume, roof.peak)
-    table = 2 * CPU_GRADIENT_PASSES * work.vocab_size * work.embedding_size * element  # tied: from both its uses
-    return product + (logits * CPU_LOGIT_BYTES * max(1.0, element / 4) + table) / roof.bandwidth
+    constants = roof.constants
+    table = (
+        2 * constants.cpu_gradient_passes * work.vocab_size * work.embedding_size * element
+    )  # tied: from both its uses
+    return product + (logits * constants.cpu_logit_bytes * max(1.0, element / 4) + table) / roof.bandwidth
 
 
-_KNOWN: dict[tuple[int, int, str], Roofline] = {}
+_KNOWN: dict[tuple[int, int, str, int], Roofline] = {}
 _MOST_KNOWN = 512
 
 
-def roofline(work: Workload, cluster: Cluster, precision: str) -> Roofline:
+def roofline(work: Workload, cluster: Cluster, precision: str, constants: TimeConstants = TIME) -> Roofline:
     """Cached by identity: a search prices one model on one cluster a hundred thousand times."""
-    key = id(work), id(cluster), precision
+    key = id(work), id(cluster), precision, id(constants)
     known = _KNOWN.get(key)
-    if known is None or known.work is not work or known.cluster is not cluster:
+    if known is None or known.work is not work or known.cluster is not cluster or known.constants is not constants:
         if len(_KNOWN) >= _MOST_KNOWN:
             _KNOWN.clear()
-        known = _KNOWN[key] = Roofline(work, cluster, precision)
+        known = _KNOWN[key] = Roofline(work, cluster, precision, constants)
     return known

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple, TypedDict
 
 from clusters.cluster import Cluster
-from strategies.constants import MEMORY
+from strategies.constants import MEMORY, TIME, TimeConstants
 from strategies.model.cost import stepped_parameters
 from strategies.price.memory import MemoryPrice, price_memory
 from strategies.price.rank_memory import RankMemory, rank_memory
@@ -80,9 +80,10 @@ def price_time(
     global_batch_size: int,
     sequence_length: int,
     precision: str,
+    constants: TimeConstants = TIME,
 ) -> TimePrice:
     """Time of one step. Every replica runs gradient_accumulation_steps micro batches, full or not."""
-    return step_time(roofline(work, cluster, precision), strategy, sequence_length)
+    return step_time(roofline(work, cluster, precision, constants), strategy, sequence_length)
 
 
 _PASS, _ONCE, _UPDATE, _STEP = (having(door) for door in ("pass_s", "once_s", "update_s", "step_s"))

@@ -6,15 +6,17 @@ import dataclasses
 
 import pytest
 
-from benchmarks.oracle import fills, predict, table
+from benchmarks.fitting import fills, predict
+from benchmarks.oracle import scored
 from benchmarks.published import Case, cases, headline
-from strategies.constants import MemoryConstants, TimeConstants
+from strategies.constants import MEMORY, TIME, MemoryConstants, TimeConstants, fitted_names, table
 from strategies.price.roofline import roofline
+from strategies.price.step_time import price_time
 
 
 @pytest.fixture(scope="module")
 def scores():
-    return table(cases())
+    return scored(cases())
 
 
 @pytest.mark.parametrize(
@@ -46,7 +48,32 @@ def test_out_of_memory_is_told_before_it_happens(scores):
 
 
 def test_the_constants_are_few():
-    assert len(dataclasses.fields(TimeConstants)) + len(dataclasses.fields(MemoryConstants)) <= 26
+    assert len(fitted_names(TimeConstants)) + len(fitted_names(MemoryConstants)) <= 26
+
+
+@pytest.mark.parametrize(("of", "values"), [(TimeConstants, TIME), (MemoryConstants, MEMORY)])
+def test_each_constant_is_told_with_its_unit_meaning_source_and_range(of, values):
+    for name, known in table(of).items():
+        low, high = known.range
+        assert low <= getattr(values, name) <= high, name
+        assert known.meaning.endswith("."), name
+        assert all((known.unit, known.source)), name
+        if known.start is not None:
+            assert known.within[0] <= known.start <= known.within[1], name
+
+
+def test_a_price_takes_a_constant_at_the_end_of_its_range():
+    """An unanchored choice is priced there: benchmarks and confidence ask for it."""
+    case = next(case for case in cases() if case.strategy.num_virtual_stages > 1 and case.fits)
+    low, high = table(TimeConstants)["transfer"].range
+    job = {"global_batch_size": case.global_batch_size, "sequence_length": case.sequence_length}
+
+    def step_s(transfer: float) -> float:
+        constants = dataclasses.replace(TIME, transfer=transfer)
+        asked = {**job, "precision": case.precision, "constants": constants}
+        return price_time(case.work, case.strategy, case.cluster, **asked).step_s
+
+    assert step_s(low) < step_s(high)
 
 
 def _sample() -> list[Case]:

@@ -29,8 +29,9 @@ from orchestrator.planner.search.candidates import (
     Shape,
     Sharding,
 )
+from strategies.constants import TIME
 from strategies.model.cost import stepped_parameters
-from strategies.offload.cost import HIDDEN, activations_s, exposed_s
+from strategies.offload.cost import activations_s, exposed_s
 from strategies.pipeline.cost import bubble_fraction
 from strategies.pipeline.in_flight import in_flight_of
 from strategies.price.memory import ROUNDING, least_bytes, tensor_budget
@@ -261,10 +262,10 @@ class Bounds:
         if anything.layers is not None:
             less = whole - link_s("full")
             phases = layer.forward_s, layer.backward_s
-            kinks = [(whole - 2 * HIDDEN * phase) / less for phase in phases] if less else []
+            kinks = [(whole - 2 * TIME.offload_hidden * phase) / less for phase in phases] if less else []
             mixes = [mix for mix in (1.0, *kinks) if 0 <= mix <= 1]
             options += [exposed(whole - mix * less) + mix * layer.again_full_s for mix in mixes]
-        return CarriedSeconds(min(options), HIDDEN * roof.head(tokens, shape.split))
+        return CarriedSeconds(min(options), TIME.offload_hidden * roof.head(tokens, shape.split))
 
     # Bytes ----------------------------------------------------------------------------------------------------------
 
