@@ -264,7 +264,7 @@ class ValueHead(nn.Module):
             x_BSH = self.norm(x_BSH)
         if self.project is not None:
             x_BSH = self.project(x_BSH)
-        values_BS: Tensor = self.value(x_BSH)[..., 0]
+        values_BS: Tensor = self.value(x_BSH).sum(-1)  # of one: a tensor of its own, since FSDP2 warns of a view
         return self.region.whole(values_BS)
 
 

@@ -165,3 +165,10 @@ def test_every_parameter_has_one_place_in_the_split_table(arch):
     with torch.device("meta"):
         names = [name for name, _ in Decoder(arch).named_parameters()]
     assert {name: sum(fnmatchcase(name, pattern) for pattern in SPLIT) for name in names} == dict.fromkeys(names, 1)
+
+
+def test_values_are_a_tensor_of_their_own():
+    """FSDP2 warns of an output that is a view, since its hook for the backward pass is lost when one is written to."""
+    values_BS = Decoder(PRE_NORM, values=True)(torch.zeros(2, 5, dtype=torch.long))
+    assert values_BS.shape == (2, 5)
+    assert values_BS._base is None
