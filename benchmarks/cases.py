@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from orchestrator.models.architecture import Architecture, make_architecture
+from orchestrator.models.lora import TARGETS, Lora
 from strategies.pipeline.stages import cut
 from strategies.strategy import MESH_ORDER, Offload, Strategy
 
@@ -21,6 +22,7 @@ class Task:
     """Each row holds two samples."""
     loss: Literal["tokens", "reward", "dpo"] = "tokens"
     """What is trained; reward and dpo take the two samples of a packed row for a pair of answers."""
+    lora: Lora | None = None
 
     def __str__(self) -> str:
         """Only what differs from TASK."""
@@ -30,6 +32,7 @@ class Task:
         kin = f" {arch.variant}" if arch.variant else ""
         kin += " narrow" * (arch.word_embedding_size is not None) + " untied" * (not arch.tied_embeddings)
         packed = " packed" * self.packed + f" {self.loss}" * (self.loss != "tokens")
+        packed += f" lora {' '.join(self.lora.targets)}" if self.lora else ""
         family = f" {arch.family}" * (arch.family != TASK.arch.family)
         return f" of{family}{packed} {arch.num_layers}x{arch.hidden_size}{kin} on {self.global_batch_size}x{self.sequence_length}"
 
@@ -53,7 +56,15 @@ FAMILIES = {
 PACKED = tuple(replace(FAMILIES.get(family, TASK), packed=True) for family in ("opt", "llama", "bloom"))
 """One family for each kind of positions, with two samples in a row."""
 PAIRS = (replace(PACKED[0], loss="reward"), replace(PACKED[1], loss="dpo"))
-TASKS = (*FAMILIES.values(), *PACKED, *PAIRS)
+LORA = Lora(rank=3, alpha=6.0, targets=("q_proj", "v_proj"))
+"""A rank that no group of ranks divides."""
+ADAPTED = (
+    replace(TASK, lora=LORA),
+    replace(FAMILIES["llama"], lora=replace(LORA, targets=TARGETS)),
+    replace(PAIRS[0], lora=replace(LORA, targets=("k_proj", "down_proj"))),
+)
+"""Frozen weights and adapters: on attention alone, on every linear layer, and beside a value head that is trained."""
+TASKS = (*FAMILIES.values(), *PACKED, *PAIRS, *ADAPTED)
 NOWHERE = Offload()
 
 

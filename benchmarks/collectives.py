@@ -22,12 +22,13 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.cases import ARCH, TASK, Case, Run, Task
+from benchmarks.cases import ARCH, LORA, TASK, Case, Run, Task
 from benchmarks.drawn import drawn
 from benchmarks.matrix import compositions, offloaded, reductions
 from benchmarks.parity import BUCKET_BYTES, NUM_DRAWN, session_of, steps
 from benchmarks.pool import Pool
 from orchestrator.models.architecture import make_architecture
+from orchestrator.models.lora import TARGETS
 from orchestrator.models.workloads import workload
 from strategies.price.messages import Ledger, Line, ledger
 from strategies.sizes import GroupRanks
@@ -99,7 +100,7 @@ def priced(rank: int, run: Run) -> Ledger:
     at = strategy.degrees.coordinates(rank)
     shards = strategy.zero_group_size if strategy.zero_stage else 1
     return ledger(
-        workload(run.task.arch),
+        workload(run.task.arch, run.task.lora),
         strategy,
         sequence_length=run.task.sequence_length,
         precision=run.precision,
@@ -145,7 +146,7 @@ UNTIED = replace(ARCH, tied_embeddings=False)
 
 def rows() -> list[Run]:
     """ZeRO 0 to 3 alone, in hybrid groups, per step and per micro batch; every composition of the parity matrix, offload among
-    it; untied and narrow embeddings."""
+    it; untied and narrow embeddings; frozen weights with adapters."""
     cases = [
         Case(world_size=world, zero_stage=stage, precision=precision)
         for world, stage, precision in itertools.product((2, 3, 4), range(4), ("bf16", "fp32"))
@@ -171,6 +172,10 @@ def rows() -> list[Run]:
     for arch, (index, case) in itertools.product((UNTIED, NARROW), enumerate(some)):
         other = replace(case, precision="bf16" if index % 2 else "fp64")
         found.append(Run(other.strategy, other.precision, Task(arch, TASK.global_batch_size, TASK.sequence_length)))
+    of_linears = tuple(target for target in TARGETS if target != "gate_proj")
+    for targets in (LORA.targets, of_linears, ("k_proj", "down_proj")):
+        task = replace(TASK, lora=replace(LORA, targets=targets))
+        found += [Run(case.strategy, case.precision, task) for case in some]
     return list(dict.fromkeys(found))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-from benchmarks.cases import ARCH, TASKS, Case, Run, Trial
+from benchmarks.cases import ADAPTED, ARCH, TASKS, Case, Run, Trial
 from strategies.strategy import Offload
 
 
@@ -115,6 +115,18 @@ def families() -> list[Trial]:
         Case(world_size=4, zero_stage=1, tensor=2, sequence_parallel=True, recompute="full", offload=HOST),
     ]
     trials = []
+    # Frozen weights under what treats parameters and gradients in ways of its own.
+    more = [
+        Case(world_size=4, zero_stage=3, pipeline=2, virtual=2, schedule="zbv", micro_batch_size=1),
+        Case(world_size=4, zero_stage=2, tensor=2, sequence_parallel=True, micro_batch_size=1),
+        Case(world_size=2, zero_stage=2, pipeline=2, reduce="per_step", micro_batch_size=1),
+        Case(world_size=2, zero_stage=2, micro_batch_size=1, precision="bf16"),
+        Case(world_size=2, zero_stage=3, micro_batch_size=1, precision="bf16", offload=HOST),
+        Case(world_size=2, zero_stage=1, micro_batch_size=1, offload=FILES),
+        Case(world_size=2, zero_stage=1, tensor=2, pipeline=1, schedule="1f1b", micro_batch_size=1),
+    ]
+    trials += [Trial(Run(case.strategy, case.precision, task)) for task in ADAPTED for case in more]
+    trials += [Trial(run, run) for run in [Run(more[0].strategy, "fp64", ADAPTED[0])]]
     for task in TASKS:
         runs = [Run(case.strategy, case.precision, task) for case in splits]
         trials += [Trial(run) for run in runs] + [Trial(runs[0], runs[2])]

@@ -31,7 +31,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from benchmarks.cases import Run, Task, told
 from benchmarks.parity import LEARNING_RATE, micro_batches, session_of
 from benchmarks.pool import Pool
-from benchmarks.trace import SCHEDULES, Case, compare
+from benchmarks.trace import ATTENTION, EVERYWHERE, SCHEDULES, Case, compare
 from orchestrator.models.architecture import make_architecture
 from orchestrator.planner.problem import Choice
 from strategies.engines.engine import BUCKET_BYTES
@@ -150,7 +150,7 @@ class Line:
 def judge(pool: Pool, case: Case) -> list[Line]:
     problem = case.problem
     strategy = problem.strategy(case.choice)
-    task = Task(case.arch, problem.global_batch_size, case.sequence_length)
+    task = Task(case.arch, problem.global_batch_size, case.sequence_length, lora=case.lora)
     rows = list(compare(case))
     live: list[Bytes] = pool.run(play, Run(strategy, case.precision, task), world_size=strategy.num_gpus)
     mine = {row.pipeline_rank: live[strategy.degrees.rank({"pipeline": row.pipeline_rank})] for row in rows}
@@ -219,11 +219,22 @@ def rooms() -> Iterator[Case]:
     ]
     for fields, accumulation, precision in together:
         yield _case(fields, accumulation, precision)
+    frozen: list[tuple[dict[str, Any], int, str]] = [
+        ({}, 2, "fp32"),
+        ({"data": 2, "zero": 2, "group": 2}, 2, "bf16"),
+        ({"data": 2, "zero": 3, "group": 2}, 2, "fp32"),
+        ({"tensor": 2, "sequence_parallel": True}, 2, "bf16"),
+        ({"pipeline": 2}, 4, "fp32"),
+    ]
+    for fields, accumulation, precision in frozen:
+        for lora in (ATTENTION, EVERYWHERE):
+            yield replace(_case(fields, accumulation, precision), lora=lora)
 
 
 def name_of(case: Case) -> str:
     strategy = case.problem.strategy(case.choice)
-    return f"{case.precision} world {strategy.num_gpus}{told(strategy)}"
+    adapters = "" if case.lora is None else f" lora {' '.join(case.lora.targets)}"
+    return f"{case.precision} world {strategy.num_gpus}{told(strategy)}{adapters}"
 
 
 def _case(fields: dict[str, Any], accumulation: int, precision: str) -> Case:

@@ -155,8 +155,9 @@ def reference(task: Task, precision: str, num_steps: int) -> tuple[list[float], 
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(value(name, parameter.shape))
-    matrices = [p for p in module.parameters() if p.dim() >= 2]
-    vectors = [p for p in module.parameters() if p.dim() < 2]
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    matrices = [p for p in trained.values() if p.dim() >= 2]
+    vectors = [p for p in trained.values() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": OPTIMIZER.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=LEARNING_RATE,
@@ -174,14 +175,14 @@ def reference(task: Task, precision: str, num_steps: int) -> tuple[list[float], 
         else:
             loss = criterion(WHOLE, output, whole)[1] / criterion.num_targets(whole)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), OPTIMIZER.gradient_clip or 0.0)
+        torch.nn.utils.clip_grad_norm_(trained.values(), OPTIMIZER.gradient_clip or 0.0)
         optimizer.step()
         losses.append(loss.item())
-    return losses, {name: p.detach() for name, p in module.named_parameters()}
+    return losses, {name: p.detach() for name, p in trained.items()}
 
 
 def module_of(task: Task) -> Decoder:
-    return Decoder(task.arch, values=task.loss == "reward")
+    return Decoder(task.arch, values=task.loss == "reward", lora=task.lora)
 
 
 def session_of(case: Case | Run, bucket_bytes: int = BUCKET_BYTES) -> Any:

@@ -14,11 +14,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import CATALOG, Architecture, make_architecture
+from orchestrator.models.lora import Lora
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.trace.play import trace
 from strategies.rooms import impossible
@@ -43,11 +44,13 @@ class Case:
     accumulation: int = 2
     sequence_length: int = 2048
     precision: str = "bf16"
+    lora: Lora | None = None
 
     def __str__(self) -> str:
         defaults = Choice()._asdict()
         told = [f"{k} {v}" for k, v in self.choice._asdict().items() if v != defaults[k] and k != "offload"]
-        return f"{self.name} {self.precision} {', '.join(told)}, {self.accumulation} micro batches"
+        adapters = "" if self.lora is None else f", lora {' '.join(self.lora.targets)}"
+        return f"{self.name} {self.precision} {', '.join(told)}, {self.accumulation} micro batches{adapters}"
 
     @property
     def problem(self) -> Problem:
@@ -57,6 +60,7 @@ class Case:
             global_batch_size=self.choice.data * self.choice.micro * self.accumulation,
             sequence_length=self.sequence_length,
             precision=self.precision,
+            lora=self.lora,
         )
 
 
@@ -98,6 +102,7 @@ def compare(case: Case) -> Iterator[Row]:
             strategy,
             sequence_length=case.sequence_length,
             precision=case.precision,
+            lora=case.lora,
             pipeline_rank=rank,
             bytes_only=True,
         )
@@ -150,6 +155,21 @@ PAIR: dict[str, Any] = {"data": 2, "group": 2}
 STAGES: dict[str, Any] = {"pipeline": 2, "virtual": 2, "zero": 3, "reduce": "per_step"}
 WAITING: dict[str, Any] = {"zero": 2, "reduce": "per_step"}
 TURNS: dict[str, Any] = {"pipeline": 4, "schedule": "interleaved_1f1b", "virtual": 2}
+ATTENTION = Lora(rank=8, alpha=16.0, targets=("q_proj", "v_proj"))
+EVERYWHERE = Lora(rank=8, alpha=16.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
+ADAPTED = tuple(
+    Case("medium", MEDIUM, Choice(**fields), 4, 1024, precision, lora)
+    for fields, precision, lora in (
+        ({}, "fp32", EVERYWHERE),
+        ({"tensor": 4, "sequence_parallel": True}, "bf16", ATTENTION),
+        ({"tensor": 2, "recompute": "selective"}, "bf16", EVERYWHERE),
+        ({"data": 8, "zero": 1, "group": 8, "micro": 2, "recompute": "full"}, "fp32", EVERYWHERE),
+        ({"data": 8, "zero": 2, "group": 8}, "bf16", ATTENTION),
+        ({"data": 8, "zero": 3, "group": 8}, "bf16", EVERYWHERE),
+        ({"pipeline": 2, "schedule": "zbv", "virtual": 2}, "bf16", EVERYWHERE),
+    )
+)
+"""Frozen weights with adapters: what CI plays."""
 CASES = tuple(
     Case("medium", MEDIUM, Choice(**fields), accumulation, 1024, precision)
     for fields, accumulation, precision in (
@@ -179,11 +199,17 @@ def main() -> int:
     parser.add_argument("--ranks", default="1,8,64")
     parser.add_argument("--rooms", type=int, metavar="N", help="N compositions of all rooms instead")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument(
+        "--lora", action="store_true", help="the same with adapters on attention, and on every linear layer"
+    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     began, ratios, within = time.perf_counter(), [], 0
     print(f"{'plan MiB':>10} {'trace MiB':>10} {'ratio':>6} {'s':>5}")
-    for case in rooms(args.rooms, args.seed) if args.rooms else zero_and_recompute(args.models, args.ranks):
+    chosen = rooms(args.rooms, args.seed) if args.rooms else zero_and_recompute(args.models, args.ranks)
+    if args.lora:
+        chosen = (replace(case, lora=lora) for case in list(chosen) for lora in (ATTENTION, EVERYWHERE))
+    for case in chosen:
         for row in compare(case):
             ratios.append(row.ratio)
             within += row.holds

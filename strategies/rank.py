@@ -79,15 +79,24 @@ class ModelStates(NamedTuple):
     """Parameters of one block, a count."""
     outside: float = 0.0
     """Parameters outside the blocks, a count."""
+    trained: float = 0.0
+    """Parameters of the rank that are trained, a count; whole. The rest is frozen: no gradient, no state of an optimizer."""
+    trained_block: float = 0.0
+    """Trained parameters of one block, a count."""
+    trained_outside: float = 0.0
+    """Trained parameters outside the blocks, a count."""
     owned: float = 0.0
     """Parameters that the rank itself steps, a count."""
     largest: float = 0.0
     """Elements of the largest shard that is stepped at once."""
     table: int = 0
-    """Parameters of the table of tokens, a count, whether the rank holds one or not."""
+    """Trained parameters of the table of tokens, a count, whether the rank holds one or not."""
     matrix: float = 0.0
-    """Parameters of a block's largest matrix, a count."""
+    """Parameters of a block's largest trained matrix, a count."""
     padding: Padding = Padding()
+    """Padding of what is trained."""
+    frozen_padding: Padding = Padding()
+    """Padding of what is frozen, where that is dealt out too."""
     host_bytes: float = 0.0
     nvme_bytes: float = 0.0
     link_bytes: float = 0.0

@@ -35,7 +35,7 @@ class Matmul:
     inputs: int
     outputs: int
     split: str
-    """column: outputs are split over the tensor group; row: inputs are."""
+    """column: outputs are split over the tensor group; row: inputs are; whole: neither."""
     count: int = 1
 
 
@@ -96,9 +96,22 @@ class Workload:
     """Kernels of one block's forward pass."""
     attention_bias: bool
     """Scores carry a bias (ALiBi as BLOOM's stack adds it) that flash kernels do not take: unfused attention runs."""
+    trained: Workload | None = None
+    """What is trained where the rest is frozen, adapters (LoRA): their parameters and products alone. None: everything is."""
+    trained_columns: int = 2
+    """Inputs of column-parallel products in a block, of the two, that a gradient of weights needs."""
+    adapter_elements: int = 0
+    """Elements a token leaves for backward between the two products of all adapters of a block, whole on each rank."""
+    adapter_rows: int = 0
+    """Row-parallel products of a block that have an adapter."""
     native: bool
     """The project's own module and loss run this family, and its bytes are those of the code. Others are priced as the
     stacks that published them."""
+
+    @property
+    def trains(self) -> Workload:
+        """Return the part of the model that has gradients and optimizer states: all of it, or the adapters."""
+        return self.trained or self
 
     @property
     def num_parameters(self) -> int:
@@ -111,9 +124,12 @@ class Workload:
 
     def model_flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward, attention over the whole square: 6 N + 12 L h s (PaLM, arXiv:2204.02311, app. B), with N
-        the weights that multiply, the head's table among them."""
+        the weights that multiply, the head's table among them. Of frozen weights 4 N: they have no gradient."""
         weights = self.num_layers * self.block_matmul_elements + self.vocab_size * self.embedding_size
-        return 6.0 * weights + 12.0 * self.num_layers * self.num_heads * self.head_dim * sequence_length
+        of_weights = 6.0 * weights
+        if self.trained is not None:
+            of_weights = 4.0 * weights + 6.0 * self.num_layers * self.trained.block_matmul_elements
+        return of_weights + 12.0 * self.num_layers * self.num_heads * self.head_dim * sequence_length
 
     def recomputed_flops_per_token(self, num_layers: int, sequence_length: int) -> float:
         """One more forward pass of so many layers: what hfu counts and mfu does not."""

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from orchestrator.training.manifest import CheckpointRef
     from orchestrator.training.tokenizer import Tokenizer
 
-MAX_GROUP_BYTES = 4 * 2**30
-"""Bytes of a checkpoint's tensors in memory at once."""
-
 
 @click.command("convert")
 @click.argument("source", type=click.Path(path_type=Path))
@@ -37,18 +34,25 @@ MAX_GROUP_BYTES = 4 * 2**30
     show_default=True,
     help="Of the weights that are written.",
 )
+@click.option("--adapter", is_flag=True, help="Of a LoRA run: write the adapters alone, as a folder that peft reads.")
 @directory_option
 @click.option("--json", "as_json", is_flag=True, help="Print {target, checkpoint, step, num_parameters, tokenizer}.")
-def command(source: Path, target: Path, dtype: str, directory: str, as_json: bool) -> int:
+def command(source: Path, target: Path, dtype: str, adapter: bool, directory: str, as_json: bool) -> int:
     """Writes the newest whole checkpoint of SOURCE, a run's name or folder, or the checkpoint SOURCE, as the Hugging Face folder
-    TARGET, or as a GGUF file for llama.cpp where TARGET ends in .gguf."""
+    TARGET, or as a GGUF file for llama.cpp where TARGET ends in .gguf. Adapters of a LoRA run are merged into the weights that
+    they stand on."""
     from orchestrator.models.architecture import num_parameters
     from orchestrator.training.manifest import CheckpointRefused, architecture_of
 
     gguf = target.suffix == ".gguf"
+    if gguf and adapter:
+        raise CommandError("--adapter writes a folder for peft, and TARGET ends in .gguf", fix="leave one of them out")
     ref = find_checkpoint(source, directory)
     try:
-        arch, tokenizer = architecture_of(ref), _kept_tokenizer(ref)
+        arch = architecture_of(ref)
+        if adapter:
+            return _write_adapter(ref, arch, target, as_json)
+        tokenizer = _kept_tokenizer(ref)
         (_write_gguf if gguf else _write)(ref, arch, target, dtype, tokenizer)
     except (CheckpointRefused, ValueError) as error:
         raise CommandError(str(error)) from None
@@ -128,24 +132,37 @@ def _weights(ref: CheckpointRef, arch: Architecture, dtype: str) -> Iterator[tup
     """The model's parameters in the module's order, some of them in memory at a time."""
     import torch
 
-    from orchestrator.models.decoder import Decoder
-    from orchestrator.training.checkpoint import Reader
+    from orchestrator.training.adapters import whole_weights
 
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in Decoder(arch).named_parameters()}
-    reader = Reader(ref)  # find_checkpoint verified it: its files are not hashed again for each group
-    reader.refuse_unfit({f"model.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()})
-    names = list(shapes)
-    while names:
-        group: dict[str, Any] = {}
-        size = 0
-        while names and (not group or size < MAX_GROUP_BYTES):
-            name = names.pop(0)
-            group[f"model.{name}"] = torch.empty(shapes[name], dtype=torch.float32)
-            size += group[f"model.{name}"].nbytes
-        reader.fill(group)
-        for name, tensor in group.items():
-            yield name.removeprefix("model."), tensor.to(getattr(torch, dtype))
+    for name, tensor in whole_weights(ref, arch):
+        yield name, tensor.to(getattr(torch, dtype))
+
+
+def _write_adapter(ref: CheckpointRef, arch: Architecture, target: Path, as_json: bool) -> int:
+    """Writes a LoRA run's adapters for peft, and says so."""
+    from orchestrator.models.lora import num_adapter_parameters
+    from orchestrator.models.peft_folder import write_adapter_folder
+    from orchestrator.training.adapters import adapters
+
+    lora, tensors = adapters(ref, arch)
+    base = str(ref.manifest["lora"]["base"])
+    write_adapter_folder(target, arch, lora, tensors, base=base)
+    told = {
+        "target": str(target),
+        "checkpoint": str(ref.path),
+        "step": ref.step,
+        "num_parameters": num_adapter_parameters(arch, lora),
+        "tokenizer": None,
+        "base": base,
+    }
+    if as_json:
+        click.echo(json.dumps(told, indent=1))
+    else:
+        click.echo(
+            f"{target}: adapters of {told['num_parameters']:,} parameters of step {ref.step} in float32\n"
+            f"  read them with peft.PeftModel.from_pretrained(MODEL, {str(target)!r}), MODEL from {base}"
+        )
+    return ExitCode.DONE
 
 
 def _write_gguf(ref: CheckpointRef, arch: Architecture, target: Path, dtype: str, tokenizer: Tokenizer | None) -> None:

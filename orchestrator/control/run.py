@@ -194,7 +194,7 @@ def _supervisor(
 ) -> Supervisor:
     """The supervisor of the plan's workers, before it is known what they read."""
     num_gpus = planned.strategy.num_gpus
-    step_s, parameters = planned.price.time.step_s, planned.solution.problem.work.num_parameters
+    step_s, parameters = planned.price.time.step_s, planned.solution.problem.work.trains.num_parameters
     return Supervisor(
         folder=folder,
         num_workers=num_gpus,

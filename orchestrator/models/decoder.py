@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from orchestrator.models.architecture import Architecture
 from orchestrator.models.context import Context, future, packed, prefixed
+from orchestrator.models.lora import PLACES, A, B, Lora
 from strategies.tensor.region import WHOLE
 
 SPLIT: dict[str, str] = {
@@ -29,15 +30,17 @@ SPLIT: dict[str, str] = {
     "embed.block_positions.weight": "sequence",
     "embed.project.weight": "replicated_partial",  # it widens each rank's part of the looked-up rows
     "embed.norm.*": "replicated",
-    "blocks.*.attention.q.*": "column",
-    "blocks.*.attention.k.*": "column",
-    "blocks.*.attention.v.*": "column",
-    "blocks.*.attention.out.weight": "row",
-    "blocks.*.attention.out.bias": "replicated",
-    "blocks.*.mlp.gate.*": "column",
-    "blocks.*.mlp.up.*": "column",
-    "blocks.*.mlp.down.weight": "row",
-    "blocks.*.mlp.down.bias": "replicated",
+    # Of an adapter's two products the one at the split side is split; the other rank's gradient is a part of a sum.
+    **{
+        f"blocks.*.{place}.{leaf}": kind
+        for place in ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
+        for leaf, kind in (("weight", "column"), ("bias", "column"), (A, "replicated_partial"), (B, "column"))
+    },
+    **{
+        f"blocks.*.{place}.{leaf}": kind
+        for place in ("attention.out", "mlp.down")
+        for leaf, kind in (("weight", "row"), ("bias", "replicated"), (A, "row"), (B, "replicated_partial"))
+    },
     "blocks.*_norm.*": "replicated",
     "head.norm.*": "replicated",
     "head.project.weight": "replicated",
@@ -209,6 +212,8 @@ class Embed(nn.Module):
         self.project = nn.Linear(width, arch.hidden_size, bias=False) if width != arch.hidden_size else None
         self.norm = make_norm(arch) if arch.traits.embedding_norm else None
         self.region = WHOLE
+        self.frozen = False
+        """Nothing of it is trained, but something behind it is."""
 
     def forward(self, input_ids_BS: Tensor, context: Context | None = None) -> Tensor:
         sequence = input_ids_BS.shape[1]
@@ -224,7 +229,9 @@ class Embed(nn.Module):
             given = None if context is None else context.block_positions_BS
             x = x + self.region.rows(self.block_positions, torch.zeros_like(input_ids_BS) if given is None else given)
         x = self.region.leave(x)
-        return x if self.norm is None else self.norm(x)
+        x = x if self.norm is None else self.norm(x)
+        # So that every block runs the same backward pass, the first one too, wherever its adapters are.
+        return x.requires_grad_() if self.frozen and torch.is_grad_enabled() else x
 
 
 class Head(nn.Module):
@@ -274,7 +281,9 @@ class Decoder(nn.Module):
 
     split = SPLIT
 
-    def __init__(self, arch: Architecture, *, attention: str = "flash", values: bool = False) -> None:
+    def __init__(
+        self, arch: Architecture, *, attention: str = "flash", values: bool = False, lora: Lora | None = None
+    ) -> None:
         super().__init__()
         if arch.dropout:
             raise ValueError(f"dropout {arch.dropout} is not built; set model.dropout to 0")
@@ -288,6 +297,23 @@ class Decoder(nn.Module):
         """Counts that tensor_parallel_degree must divide: a head is never split."""
         self.shared = ("embed.tokens.weight",) if arch.tied_embeddings and not values else ()
         """Parameters of the embedding that the head uses too."""
+        if lora is not None:
+            self._adapt(lora)
+
+    def _adapt(self, lora: Lora) -> None:
+        """Freezes what is there, except a value head, and gives the blocks their adapters."""
+        self.requires_grad_(False)
+        if isinstance(self.head, ValueHead):
+            self.head.value.requires_grad_(True)
+        self.embed.frozen = True
+        for block in self.blocks:
+            for target in lora.targets:
+                linear: Any = block.get_submodule(PLACES[target])
+                if linear is None:
+                    raise ValueError(f"{target} is no linear layer of family {self.arch.family}")
+                linear.register_parameter(A, nn.Parameter(torch.empty(lora.rank, linear.in_features)))
+                linear.register_parameter(B, nn.Parameter(torch.empty(linear.out_features, lora.rank)))
+                linear.lora_scale = lora.scale
 
     def hugging_face(self) -> tuple[dict[str, Any], Callable[[str], str]]:
         """(configuration, name of a parameter) of the same model there, for engines that split Hugging Face's modules."""
@@ -324,7 +350,8 @@ def initial_weights(arch: Architecture, seed: int) -> Callable[[str, torch.Size]
     """(name, shape) -> that parameter's first value in fp64, a function of seed and name alone.
 
     Normal, of the family's standard deviation, the projections back into the residual stream divided by sqrt(2 L), biases 0,
-    norms 1: GPT-2, section 2.3; OPT, section 2.2. With DeepNorm the matrices of a block are Xavier's, of standard deviation
+    norms 1: GPT-2, section 2.3; OPT, section 2.2. Adapters begin as peft's do: A uniform within 1 / sqrt(inputs), B zero. With
+    DeepNorm the matrices of a block are Xavier's, of standard deviation
     sqrt(2 / (inputs + outputs)), those of values, attention's output and the feed-forward divided by sqrt(2 L): GLM-130B,
     section 2.1. A parameter at a time, so that a sharded model never exists whole."""
     residual = 1 / math.sqrt(2 * arch.num_layers)
@@ -338,10 +365,13 @@ def initial_weights(arch: Architecture, seed: int) -> Callable[[str, torch.Size]
     def value(name: str, shape: torch.Size) -> Tensor:
         if name.endswith("norm.weight"):
             return torch.ones(shape, dtype=torch.float64)
-        if name.endswith("bias"):
+        if name.endswith(("bias", B)):
             return torch.zeros(shape, dtype=torch.float64)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        if name.endswith(A):
+            bound = 1 / math.sqrt(shape[1])
+            return torch.rand(shape, generator=generator, dtype=torch.float32).mul_(2).sub_(1).mul_(bound).double()
         return torch.randn(shape, generator=generator, dtype=torch.float32).mul_(deviation(name, shape)).double()
 
     return value

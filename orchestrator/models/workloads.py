@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from orchestrator.models.architecture import (
@@ -12,7 +13,8 @@ from orchestrator.models.architecture import (
     head_parameters,
     norm_parameters,
 )
-from strategies.workload import Matmul, Tensor, Workload
+from orchestrator.models.lora import ROW_PARALLEL, Lora, sizes
+from strategies.workload import Matmul, Split, Tensor, Workload
 
 TRACED: tuple[Family, ...] = ("opt",)
 """Families whose bytes are priced as this project's own module holds them, held against its trace. Others are priced as the
@@ -20,8 +22,78 @@ stacks that published them, though some of them train here too."""
 
 
 @lru_cache(maxsize=256)
-def workload(arch: Architecture) -> Workload:
-    """Return what the strategies' cost doors see of an architecture."""
+def workload(arch: Architecture, lora: Lora | None = None) -> Workload:
+    """Return what the strategies' cost doors see of an architecture, all of it trained or its adapters alone."""
+    return _whole(arch) if lora is None else _adapted(_whole(arch), arch, lora)
+
+
+def _adapted(work: Workload, arch: Architecture, lora: Lora) -> Workload:
+    """Return the workload of a frozen model with adapters.
+
+    A frozen product keeps no input for a gradient of its weights: the norms' outputs go unless an adapter reads them, and so do
+    the inputs of the feed-forward's last product, but of ReLU, which keeps its output for itself."""
+    hidden, ffn, known, rank = arch.hidden_size, arch.ffn_size, sizes(arch), lora.rank
+    tensors: list[Tensor] = []
+    matmuls: list[Matmul] = []
+    for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        mine = [target for target in lora.targets if target in group]
+        if not mine:
+            continue
+        is_row = mine[0] in ROW_PARALLEL
+        splits: tuple[Split, Split] = ("row", "replicated_partial") if is_row else ("replicated_partial", "column")
+        for target in mine:
+            tensors += [Tensor(rank, known[target].inputs, splits[0]), Tensor(known[target].outputs, rank, splits[1])]
+            matmuls.append(
+                Matmul(
+                    name=f"{target} b",
+                    inputs=rank,
+                    outputs=known[target].outputs,
+                    split="whole" if is_row else "column",
+                )
+            )
+        first = "row" if is_row else "whole"
+        matmuls.append(Matmul(name="a", inputs=known[mine[0]].inputs, outputs=rank * len(mine), split=first))
+    read = [
+        any(t in lora.targets for t in group) for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+    ]
+    rows = [target for target in lora.targets if target in ROW_PARALLEL]
+    columns = sum(known[target].outputs for target in lora.targets if target not in ROW_PARALLEL)
+    lets_go = (0 if arch.post_norm else 2 - sum(read)) * hidden
+    lets_go_split = ffn if arch.traits.activation != "relu" and "down_proj" not in lora.targets else 0
+    replicated = sum(tensor.num_elements for tensor in tensors if tensor.split == "replicated_partial")
+    total = sum(tensor.num_elements for tensor in tensors)
+    trained = replace(
+        work,
+        block_parameters=total,
+        block_replicated_parameters=replicated,
+        embedding_parameters=0,
+        head_parameters=0,
+        position_rows=0,
+        embedding_tensors=(),
+        block_tensors=tuple(tensors),
+        head_tensors=(),
+        tied_embeddings=False,
+        matmuls=tuple(matmuls),
+    )
+    return replace(
+        work,
+        trained=trained,
+        trained_columns=sum(read),
+        adapter_elements=rank * len(lora.targets),
+        adapter_rows=len(rows),
+        block_parameters=work.block_parameters + total,
+        block_replicated_parameters=work.block_replicated_parameters + replicated,
+        block_tensors=work.block_tensors + tuple(tensors),
+        saved_whole_elements=work.saved_whole_elements - lets_go,
+        saved_split_elements=work.saved_split_elements - lets_go_split,
+        selective_whole_elements=work.selective_whole_elements + hidden * len(rows),
+        selective_split_elements=work.selective_split_elements + columns,
+        num_kernels=work.num_kernels + 4 * len(lora.targets),
+    )
+
+
+def _whole(arch: Architecture) -> Workload:
+    """Return the workload of an architecture of which everything is trained."""
     hidden, ffn, kv, traits = arch.hidden_size, arch.ffn_size, arch.kv_size, arch.traits
     num_up = 2 if traits.gated else 1
     # Saved of the feed-forward: ReLU its output; GeLU its input and output; a gate both projections, the activation of one

@@ -213,6 +213,7 @@ def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = F
         global_batch_size=job.batch.global_batch_size,
         sequence_length=job.batch.sequence_length,
         precision=job.training.precision,
+        lora=job.lora,
         pins=pins,
         objective=job.objective,
         built_only=built_only or not engine.plans_ahead,

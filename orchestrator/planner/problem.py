@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import Architecture, block_parameters
+from orchestrator.models.lora import Lora
 from orchestrator.models.workloads import workload
 from strategies.catalog import ENGINES, Capability
 from strategies.constants import MEMORY
@@ -62,6 +63,8 @@ class Problem:
     global_batch_size: int
     sequence_length: int
     precision: str
+    lora: Lora | None = None
+    """Adapters that are trained in the place of the model."""
     pins: Mapping[str, Any] = field(default_factory=dict)
     objective: str = "fastest"
     built_only: bool = False
@@ -70,7 +73,7 @@ class Problem:
 
     @cached_property
     def work(self) -> Workload:
-        return workload(self.arch)
+        return workload(self.arch, self.lora)
 
     @cached_property
     def engine(self) -> Capability:

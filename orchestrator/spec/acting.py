@@ -50,6 +50,7 @@ ACTS: Mapping[str, str] = {
     "training.z_loss": "orchestrator.training.worker:loss_of",
     "training.dpo_beta": "orchestrator.training.worker:loss_of",
     "training.deterministic": _OPTIMIZER,
+    **{f"training.lora.{word}": "orchestrator.models.lora:Lora" for word in ("rank", "alpha", "targets")},
     **{f"cluster.{word}": _BASE for word in ("gpu", "nodes", "gpus_per_node")},
     **{f"cluster.{word}": _PARTS for word in ("intra_node", "inter_node_gbps", "inter_node_measured_gbps")},
     **{f"cluster.{word}": _PARTS for word in ("host_memory_gib", "nvme_gib", "usd_per_gpu_hour")},
@@ -134,6 +135,24 @@ UNBUILT: tuple[Unbuilt, ...] = (
         asked=lambda job: job.task != "dpo" and job.training.wrote("dpo_beta"),
         told="only task dpo has it",
         fix="leave dpo_beta out, or task: dpo",
+    ),
+    Unbuilt(
+        keys=("training", "lora", "rank"),
+        asked=lambda job: job.lora is not None and not job.initializes_from_weights,
+        told="adapters stand beside weights that stay as they are, and this job's are random",
+        fix="name a trained model, `model: {path: FOLDER}`, or leave lora out",
+    ),
+    Unbuilt(
+        keys=("training", "lora", "dropout"),
+        asked=lambda job: job.training.lora is not None and job.training.lora.dropout > 0,
+        told="dropout is not built: a run would train without it",
+        fix="dropout: 0, or leave it out",
+    ),
+    Unbuilt(
+        keys=("strategy", "engine"),
+        asked=lambda job: job.lora is not None and job.strategy.engine in ("colossalai", "fairscale"),
+        told="adapters beside frozen weights are trained on the native engine alone",
+        fix="engine: native, or leave training.lora out",
     ),
     Unbuilt(
         keys=("training", "z_loss"),

@@ -8,6 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from orchestrator.models.architecture import Architecture
+from orchestrator.models.lora import sizes
 from orchestrator.spec.errors import Fault, Keys
 from orchestrator.spec.resolve import NEEDED, SHAPE
 from orchestrator.spec.sections import (
@@ -150,6 +151,20 @@ def check_shape(batch: BatchSpec, shape: Architecture) -> Iterator[Fault]:
             f"positions for {shape.max_position} tokens; the rest would have none",
             fix=f"write `sequence_length: {shape.max_position}` or less, or give the shape inline with a larger `max_position`",
         )
+
+
+def check_lora(training: TrainingSpec, shape: Architecture) -> Iterator[Fault]:
+    """Adapters on layers that the model has, small enough to be any use."""
+    if training.lora is None or training.lora.targets == "all-linear":
+        return
+    known = sizes(shape)
+    for place, target in enumerate(training.lora.targets):
+        if target not in known:
+            yield Fault(
+                path=("training", "lora", "targets", place),
+                message=f"`training.lora.targets` names {target}, but family {shape.family} has no such layer in a block",
+                fix=f"choose among {', '.join(known)}",
+            )
 
 
 def check_split(strategy: StrategySpec, shape: Architecture) -> Iterator[Fault]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Discriminator, Field, PrivateAttr, Tag
 
 from orchestrator.models.architecture import Architecture
+from orchestrator.models.lora import TARGETS, Lora, sizes
 from orchestrator.spec.errors import MAPPING, ErrorEntry, Fault, Keys, Spot
 from orchestrator.spec.sections import (
     DEFAULTS,
@@ -125,6 +126,16 @@ class Job(Section):
         from orchestrator.spec.resolve import resolve_model
 
         return resolve_model(self.model, self.directory)
+
+    @cached_property
+    def lora(self) -> Lora | None:
+        """The adapters that are trained; None where the model itself is."""
+        told = self.training.lora
+        if told is None:
+            return None
+        known = [target for target in TARGETS if target in sizes(self.architecture)]
+        wanted = known if told.targets == "all-linear" else [target for target in TARGETS if target in told.targets]
+        return Lora(rank=told.rank, alpha=told.alpha, targets=tuple(wanted))
 
     @cached_property
     def resolved_cluster(self) -> Cluster | None:

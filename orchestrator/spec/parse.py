@@ -87,6 +87,8 @@ def _checks(sections: dict[str, Any], directory: Path, shaky: set[str]) -> Itera
         yield from checks.check_training(training)
         if where is not None:
             yield from checks.check_precision(training, where)
+        if shape is not None:
+            yield from checks.check_lora(training, shape)
     if batch is not None and shape is not None:
         yield from checks.check_shape(batch, shape)
     if strategy is None or not strategy.model_fields_set:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from orchestrator.models.architecture import Family, Variant
+from orchestrator.models.lora import Target
 from orchestrator.spec.values import (
     FILES,
     KEYS,
@@ -163,6 +164,32 @@ class ScheduleSpec(Section):
     """Learning rate at the last step, as a part of the peak."""
 
 
+def _targets(value: Any) -> str:
+    return FILES if isinstance(value, (list, tuple)) else TEXT
+
+
+Targets = Annotated[
+    tuple[Target, ...], BeforeValidator(lambda v: tuple(v) if isinstance(v, list) else v), Field(min_length=1)
+]
+
+
+class LoraSpec(Section):
+    """LoRA (arXiv:2106.09685): the model is frozen, and small adapters beside its linear layers are trained in its place; of a
+    reward model its value head too. peft says r, lora_alpha, lora_dropout and target_modules."""
+
+    rank: Count = Field(default=8, examples=[16])
+    """Rank of an adapter's two matrices."""
+    alpha: Positive = Field(default=16.0, examples=[32])
+    """An adapter's product is multiplied by alpha / rank."""
+    dropout: BelowOne = Field(default=0.0, examples=[0.0])
+    """Probability of dropping an element of an adapter's input while training, 0 to 1. Only 0 is built."""
+    targets: Annotated[
+        Annotated[Literal["all-linear"], Tag(TEXT)] | Annotated[Targets, Tag(FILES)], Discriminator(_targets)
+    ] = Field(default=("q_proj", "v_proj"), examples=[["q_proj", "v_proj"]])
+    """Linear layers of each block that have an adapter, by the names of LLaMA's in transformers, whatever the model's family; or
+    `all-linear`. A family without a gate has no `gate_proj`."""
+
+
 class TrainingSpec(Section):
     """How long and how the model is trained."""
 
@@ -176,6 +203,8 @@ class TrainingSpec(Section):
         default_factory=DEFAULTS, validate_default=True, examples=[{"learning_rate": 2.0e-4}]
     )
     """The optimizer and its numbers."""
+    lora: LoraSpec | None = Field(default=None, examples=[{"rank": 16, "targets": ["q_proj", "v_proj"]}])
+    """Train adapters instead of the model. Absent: the model itself."""
     schedule: ScheduleSpec = Field(
         default_factory=DEFAULTS, validate_default=True, examples=[{"name": "cosine", "warmup_steps": 100}]
     )

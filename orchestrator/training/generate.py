@@ -8,6 +8,7 @@ S sequence, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,15 +16,25 @@ from torch import Tensor
 
 from orchestrator.models.context import Cache, Context, prefixed
 from orchestrator.models.decoder import Decoder
+from orchestrator.training.adapters import lora_of, whole_weights
 from orchestrator.training.blanks import Specials
 from orchestrator.training.checkpoint import Reader
 from orchestrator.training.manifest import CheckpointRef, architecture_of, verify_files
 
 
 def load_model(ref: CheckpointRef) -> Decoder:
-    """The model of a checkpoint of any strategy, whole, in fp32. Raises CheckpointRefused."""
+    """The model of a checkpoint of any strategy, whole, in fp32; adapters are merged into the weights that they stand on. Raises
+    CheckpointRefused, and ValueError where those weights are not whole."""
+    arch = architecture_of(ref)
     with torch.device("meta"):
-        model = Decoder(architecture_of(ref))
+        model = Decoder(arch)
+    if lora_of(ref, arch) is not None:
+        merged = whole_weights(verify_files(ref), arch)
+        first = next(merged)  # what is refused is refused before memory is taken
+        model = model.to(torch.float32).to_empty(device="cpu").eval().requires_grad_(False)
+        for name, tensor in chain([first], merged):
+            model.get_parameter(name).copy_(tensor)
+        return model
     reader = Reader(verify_files(ref))
     reader.refuse_unfit({f"model.{name}": parameter for name, parameter in model.named_parameters()})
     model = model.to(torch.float32).to_empty(device="cpu").eval().requires_grad_(False)

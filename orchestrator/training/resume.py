@@ -18,6 +18,14 @@ MAY_DIFFER = ("cluster", "strategy", "objective", "targets", "checkpoint", "reco
 """Parts of the job that no loss depends on."""
 
 
+OTHER = {
+    "tokenizer": "it was trained with another tokenizer than the tokens here are of",
+    "tokens": "it was trained with other text than the tokens here are of",
+    "weights": "it holds adapters of other weights than model.path has now",
+}
+"""What differs -> why a run may not go on."""
+
+
 def rate_of(job: Job, num_steps: int) -> Callable[[int], float]:
     schedule = job.training.schedule
     return partial(
@@ -40,12 +48,12 @@ def resumable(path: Path, job: Job, info: CheckpointInfo) -> CheckpointRef:
             path.name,
             f"it is of a job that differs in {', '.join(differences)}; set these back, or start over with --fresh",
         )
+    # Of the frozen weights: the same words in the job may name a folder that holds others now.
     for what, mine in info.data.items():
         if ref.manifest["data"].get(what) != mine:
             raise CheckpointRefused(
                 path.name,
-                f"it was trained with {'another tokenizer' if what == 'tokenizer' else 'other text'} than the tokens here are "
-                "of; put the data back as it was, or start over with --fresh",
+                f"{OTHER[what]}; put the data back as it was, or start over with --fresh",
             )
     if ref.step > info.num_steps:
         raise CheckpointRefused(

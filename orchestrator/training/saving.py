@@ -73,7 +73,9 @@ class CheckpointInfo:
     """Length of that run; it shapes the schedule, and may differ from the run that reads it."""
     strategy: Mapping[str, Any]
     data: Mapping[str, str]
-    """Fingerprints of what was trained on: tokenizer, tokens."""
+    """Fingerprints of what was trained on: tokenizer, tokens, and the frozen weights beside which adapters are trained."""
+    lora: Mapping[str, Any] | None = None
+    """Adapters that it holds in the place of a model, and the weights that they stand on (adapters.py)."""
 
 
 class PendingSave:
@@ -351,6 +353,7 @@ class _Attempt:
             "num_steps": info.num_steps,
             "strategy": dict(info.strategy),
             "data": dict(info.data),
+            **({"lora": dict(info.lora)} if info.lora is not None else {}),
             "world_size": saver.size,
             "torch": torch.__version__,
             "files": files,

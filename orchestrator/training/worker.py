@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import HashStore, Store, TCPStore
 from torch.overrides import TorchFunctionMode
 
 from orchestrator.models.decoder import Decoder, initial_weights
+from orchestrator.models.lora import is_adapter
 from orchestrator.models.weights import read_folder, spoken_of
 from orchestrator.models.workloads import workload
 from orchestrator.spec import parse_job
@@ -36,6 +37,7 @@ from orchestrator.spec.values import Duration
 from orchestrator.telemetry.journal import Journal
 from orchestrator.telemetry.records import Event, StepReport
 from orchestrator.training import checkpoint
+from orchestrator.training.adapters import told_of
 from orchestrator.training.assignment import Assignment, Outcome
 from orchestrator.training.batches import Batches, Share
 from orchestrator.training.blanks import open_blanks
@@ -221,7 +223,8 @@ def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
     """The module on the meta device, split by the engine, filled a parameter at a time: never whole in memory twice."""
     architecture = job.architecture
     with torch.device("meta"), LeftAsTheyAre():
-        module = Decoder(architecture, attention=assignment.strategy.attention, values=job.task == "reward")
+        attention, values = assignment.strategy.attention, job.task == "reward"
+        module = Decoder(architecture, attention=attention, values=values, lora=job.lora)
     optimizer = job.training.optimizer
     build_session: Any = build_native
     if assignment.strategy.engine != "native":
@@ -255,14 +258,15 @@ def datasets_of(assignment: Assignment, job: Job) -> tuple[Dataset, Dataset | No
 
 
 def weights_of(job: Job) -> Callable[[str, torch.Size], torch.Tensor]:
-    """(name, shape) -> that parameter's first value: from the folder that the job names, or drawn. A value head is drawn."""
+    """(name, shape) -> that parameter's first value: from the folder that the job names, or drawn. A value head and adapters are
+    drawn."""
     drawn = initial_weights(job.architecture, job.training.seed)
     if not job.initializes_from_weights:
         return drawn
     read = read_folder(job.directory / str(job.model.path), job.architecture)
 
     def value(name: str, shape: torch.Size) -> torch.Tensor:
-        return drawn(name, shape) if name == "head.value.weight" else read(name, shape)
+        return drawn(name, shape) if name == "head.value.weight" or is_adapter(name) else read(name, shape)
 
     return value
 
@@ -298,12 +302,15 @@ def share_of(assignment: Assignment, device: torch.device) -> Share:
 
 def info_of(assignment: Assignment, job: Job, index: DataIndex) -> CheckpointInfo:
     """Return what the checkpoints of this run say of it."""
+    lora = told_of(job)
+    weights = {} if lora is None else {"weights": str(lora["fingerprint"])}
     return CheckpointInfo(
         job=assignment.job,
         architecture=asdict(job.architecture),
         num_steps=length_of(job),
         strategy=asdict(assignment.strategy),
-        data={"tokenizer": index.tokenizer["fingerprint"], "tokens": index.fingerprint},
+        data={"tokenizer": index.tokenizer["fingerprint"], "tokens": index.fingerprint} | weights,
+        lora=lora,
     )
 
 
@@ -329,7 +336,7 @@ def settings_of(assignment: Assignment, job: Job, info: CheckpointInfo) -> Setti
         keep=job.checkpoint.keep,
         checkpoint_directory=Path(assignment.run_directory) / "checkpoints",
         info=info,
-        model_flops_per_token=workload(job.architecture).model_flops_per_token(job.batch.sequence_length),
+        model_flops_per_token=workload(job.architecture, job.lora).model_flops_per_token(job.batch.sequence_length),
         peak_flops=assignment.peak_flops,
         # A compiled block is opaque to a dispatch mode.
         measure_memory=assignment.measure_memory and not assignment.strategy.compile,

@@ -10,6 +10,7 @@ from strategies.constants import MemoryConstants
 from strategies.price.roofline import Roofline
 from strategies.rank import MicroBatchBytes, ModelStates, PassSeconds, Question, Shape, Share, StateBytes
 from strategies.room import Room
+from strategies.sizes import part
 from strategies.strategy import Strategy
 from strategies.workload import Workload
 
@@ -59,7 +60,7 @@ def outside_parameters(work: Workload, split: int, *, embedding: bool, head: boo
 
 def stepped_parameters(work: Workload, split: int, share: Share, *, is_pipelined: bool) -> float:
     """Return the parameters of the slowest pipeline rank, with the embedding or its tied copy, as the optimizer steps them."""
-    outside = 0.0
+    outside, work = 0.0, work.trains
     if share.embedding:
         outside += work.embedding_parameters
     if share.head:
@@ -110,8 +111,11 @@ def widened_bytes(work: Workload, split: int, *, tokens: int, element: int) -> f
 def working_bytes(work: Workload, split: int, tokens: int, element: int) -> float:
     """Return the bytes of the feed-forward's backward pass in the project's own modules: gradients of ReLU's output and input,
     of the residual stream and of the norm's output; or, where weights are larger than activations, one of its weight gradients
-    in place of the second."""
+    in place of the second. An adapter's gradients come beside those of its linear layer."""
     wide = tokens * work.ffn_size / split
+    if work.trained is not None:
+        narrow = 2 * tokens * work.adapter_elements + work.trained.block_parameters / split
+        return element * (2 * wide + 3 * tokens * work.hidden_size + narrow)
     weight = work.ffn_size * work.hidden_size / split
     vectors = 4 * work.hidden_size  # gradients of norms and biases
     return element * (wide + max(wide, weight) + 2 * tokens * work.hidden_size + vectors)
@@ -119,13 +123,28 @@ def working_bytes(work: Workload, split: int, tokens: int, element: int) -> floa
 
 def pending_elements(work: Workload, split: int) -> float:
     """Return the elements a token of one layer between the halves of a split backward pass: inputs of the products and gradients
-    of their outputs. Whole ones are whole beside sequence parallelism too, gathered for the pass over the inputs."""
+    of their outputs, where weights are trained. Whole ones are whole beside sequence parallelism too, gathered for the pass over
+    the inputs."""
     elements = 0.0
-    for matmul in work.matmuls:
-        columns = matmul.split == "column"
-        elements += matmul.inputs / (1 if columns else split)
-        elements += matmul.count * matmul.outputs / (split if columns else 1)
+    for matmul in work.trains.matmuls:
+        elements += matmul.inputs / (split if matmul.split == "row" else 1)
+        elements += matmul.count * matmul.outputs / (split if matmul.split == "column" else 1)
     return elements
+
+
+def _adapters_alone(trained: Workload, states: ModelStates, split: int, share: Share) -> ModelStates:
+    """Return the states of a rank whose adapters alone are trained."""
+    block = block_parameters(trained, split)
+    largest = max(part(tensor, split, 0).num_elements for tensor in trained.block_tensors)
+    return states._replace(
+        trained=share.layers * block,
+        trained_block=block,
+        trained_outside=0.0,
+        owned=share.layers * block,
+        largest=largest,
+        table=0,
+        matrix=largest,
+    )
 
 
 class Model(Room):
@@ -146,16 +165,20 @@ class Model(Room):
         matrix = work.ffn_size * work.hidden_size / split
         table = work.vocab_size * work.embedding_size if outside else 0
         parameters = share.layers * block + outside
-        return states._replace(
+        states = states._replace(
             gpu=StateBytes(0.0, 0.0, 0.0, 0.0),
             parameters=parameters,
             block=block,
             outside=outside,
+            trained=parameters,
+            trained_block=block,
+            trained_outside=outside,
             owned=parameters,
             largest=max(table, work.ffn_size * work.hidden_size) / split,
             table=table_parameters(work, split),
             matrix=matrix,
         )
+        return states if work.trained is None else _adapters_alone(work.trained, states, split, share)
 
     def micro_batch(
         self, question: Question, strategy: Strategy, shape: Shape, micro: MicroBatchBytes
@@ -169,7 +192,8 @@ class Model(Room):
         # Whole gradients, and the part that is scattered from them; of several samples they are put in the ranks' order in a
         # copy.
         gradients = (2 + (scatters and strategy.micro_batch_size > 1)) * hidden + final / 2 * scatters
-        wide = hidden * work.ffn_size / work.hidden_size / split
+        # An adapter's output and the sum with its linear layer's are made before either goes.
+        wide = hidden * work.ffn_size / work.hidden_size / split * (1 if work.trained is None else 3)
         return micro._replace(
             hidden=hidden,
             logits_at_loss=at_loss,

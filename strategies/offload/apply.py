@@ -57,7 +57,7 @@ def apply(build: Build) -> Build:
 
 
 def _adam(settings: Any, device: Any, dtype: Any, *, build: Build) -> Adam:
-    sizes = {name: parameter.shape for name, parameter in build.module.named_parameters()}
+    sizes = {name: parameter.shape for name, parameter in build.module.named_parameters() if parameter.requires_grad}
     fraction = build.strategy.offload.optimizer_fraction
     # Every rank that holds a parameter, or the same part of one, must step it in the same place: two processors round
     # differently. So whole parameters are weighed, and of those that two stages share none leaves alone.

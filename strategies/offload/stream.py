@@ -25,6 +25,7 @@ class Unit:
 
     def __init__(self, parameters: list[nn.Parameter], homes: dict[nn.Parameter, Tensor], streams: Streams) -> None:
         self.parameters, self.homes, self.streams = parameters, homes, streams
+        self.frozen = not all(parameter.requires_grad for parameter in parameters)
         self.here = False
         self.arrived: Any = None
         """CUDA event."""
@@ -77,9 +78,10 @@ class Unit:
         self.awaited = sum(parameter.requires_grad for parameter in self.parameters)
 
     def came(self, parameter: Tensor) -> None:
-        """A gradient arrived; behind the last one nothing of this backward pass reads the unit."""
+        """A gradient arrived; behind the last one nothing of this backward pass reads the unit, unless some of it is frozen:
+        then the pass through the block before lets it go."""
         self.awaited -= 1
-        if self.awaited == 0:
+        if self.awaited == 0 and not self.frozen:
             self.release()
 
 
@@ -105,7 +107,8 @@ class Streams:
         for unit in self.units:
             unit.release()
             for parameter in unit.parameters:
-                parameter.register_post_accumulate_grad_hook(unit.came)
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(unit.came)
 
     def _home(self, parameter: nn.Parameter, build: Build) -> Tensor:
         if self.file is not None:

@@ -39,6 +39,7 @@ def cut(build: Build) -> Build:
             del blocks._modules[name]  # an nn.ModuleList iterates over what is left, under its old names
     embedding, head = any(stage.embedding for stage in held), any(stage.head for stage in held)
     shared: tuple[str, ...] = getattr(module, "shared", ())
+    trains = any(module.get_parameter(name).requires_grad for name in shared)
     first = next(stage.pipeline_rank for stage in strategy.stages if stage.embedding)
     last = next(stage.pipeline_rank for stage in strategy.stages if stage.head)
     if not embedding:
@@ -46,7 +47,7 @@ def cut(build: Build) -> Build:
     if not head:
         _drop(module, "head.", keep=())
     requests = replace(build.requests, held=held)
-    if shared and first != last:
+    if trains and first != last:
         pair, groups = _pairs(build, first, last)
         requests = replace(requests, shared_group=pair, groups=tuple(groups))
         if not (embedding or head):

@@ -68,7 +68,7 @@ def shared_message(
 ) -> tuple[Message, ...]:
     """Return the message that adds up, once a step, the gradient of a tied table between the ranks of the first and the last
     stage: one of a rank's shard. `split`: ranks of the tensor group; `element`: bytes of a gradient."""
-    tied = work.tied_embeddings and strategy.pipeline_parallel_degree > 1
+    tied = work.trains.tied_embeddings and strategy.pipeline_parallel_degree > 1
     if not tied or share.embedding == share.head:
         return ()
     rows = table(work, split, strategy.num_shards, ranks)

@@ -79,7 +79,7 @@ class RankMemory:
 
     def evenly(self, strategy: Strategy, shape: Shape, parameters: float) -> ModelStates:
         """Return the states of so many parameters, whatever blocks they are in, dealt out without a rest."""
-        states = ModelStates(parameters=parameters, owned=parameters, largest=PIECE)
+        states = ModelStates(parameters=parameters, trained=parameters, owned=parameters, largest=PIECE)
         for room in _STATES[1:]:  # the model itself is first
             states = room.model_states(self.question, strategy, shape, NO_LAYERS, states)
         return states

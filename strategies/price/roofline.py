@@ -98,7 +98,9 @@ class Roofline:
                 known = _cpu_head(self, tokens)
             else:
                 product = self.product_s(tokens, work.embedding_size, columns)
-                known = 3 * product + self.constants.logit_bytes * tokens * columns / self.bandwidth
+                known = (
+                    3 if work.trained is None else 2
+                ) * product + self.constants.logit_bytes * tokens * columns / self.bandwidth
             self._heads[key] = known
         return known
 
@@ -128,13 +130,12 @@ def _gpu_layer(
     fused_norm: bool,
 ) -> Layer:
     work, constants = roof.work, roof.constants
-    products = 0.0
-    for matmul in work.matmuls:
-        if matmul.split == "column":
-            seconds = roof.product_s(tokens, matmul.inputs, matmul.outputs / tensor)
-        else:
-            seconds = roof.product_s(tokens, matmul.inputs / tensor, matmul.outputs)
-        products += matmul.count * seconds
+    products = _products_s(roof, work, tokens, tensor)
+    # A product's backward pass is two of its size; a frozen one's is one: its weights have no gradient.
+    products_back = 2 * products
+    if work.trained is not None:
+        adapters = _products_s(roof, work.trained, tokens, tensor)
+        products, products_back = products + adapters, products + 2 * adapters
     scores = tokens * sequence_length * work.num_heads / tensor
     flops = 4.0 * scores * work.head_dim
     flash = attention == "flash" and not work.attention_bias
@@ -152,8 +153,18 @@ def _gpu_layer(
     traffic = tokens * (whole + work.traffic_split_elements / tensor) * roof.element / roof.bandwidth
     floor = constants.layer_launch_s * (constants.unfused_launches if unfused else 1.0)
     forward = _rounded_max(products + attend + traffic, floor)
-    backward = _rounded_max(2 * products + attend_back + 2 * traffic, 2 * floor)
+    backward = _rounded_max(products_back + attend_back + 2 * traffic, 2 * floor)
     return Layer(forward, backward, forward, traffic + (0.0 if flash else attend))
+
+
+def _products_s(roof: Roofline, work: Workload, tokens: int, tensor: int) -> float:
+    """Return the seconds of a block's products on a GPU, forward."""
+    seconds = 0.0
+    for matmul in work.matmuls:
+        inputs = matmul.inputs / (tensor if matmul.split == "row" else 1)
+        outputs = matmul.outputs / (tensor if matmul.split == "column" else 1)
+        seconds += matmul.count * roof.product_s(tokens, inputs, outputs)
+    return seconds
 
 
 def _rounded_max(seconds: float, floor: float) -> float:
@@ -173,10 +184,11 @@ def _cpu_layer(
     """Measured curves give forward and backward together; a third of them is forward."""
     work, element = roof.work, roof.element
     precision = {2: "bf16", 4: "fp32", 8: "fp64"}[element]
-    products = 0.0
-    for matmul in work.matmuls:
-        volume = tokens * matmul.inputs * matmul.outputs / tensor
-        products += matmul.count * 6 * volume / roof.rate(f"matmul_{precision}", volume, roof.peak)
+    forward_products = _cpu_products_s(roof, work, tokens, tensor, precision)
+    products_back = 2 * forward_products
+    if work.trained is not None:  # frozen weights have no gradient
+        adapters = _cpu_products_s(roof, work.trained, tokens, tensor, precision)
+        forward_products, products_back = forward_products + adapters, forward_products + 2 * adapters
     scores = tokens * sequence_length * work.num_heads / tensor
     slow = roof.rate("matmul_fp32", tokens * work.head_dim * work.head_dim, roof.peak)
     calibration = roof.cluster.calibration
@@ -189,10 +201,19 @@ def _cpu_layer(
     whole = work.traffic_whole_elements / whole_split
     traffic = tokens * (whole + work.traffic_split_elements / tensor) * element / rate
     launches = work.num_kernels * ((calibration.op_overhead_s if calibration else None) or 0.0)
-    gradients = roof.constants.cpu_gradient_passes * work.block_parameters / tensor * element / roof.bandwidth
-    forward = (products + attend) / 3 + traffic + launches
-    backward = 2 * (products + attend) / 3 + 2 * traffic + 2 * launches + gradients
+    gradients = roof.constants.cpu_gradient_passes * work.trains.block_parameters / tensor * element / roof.bandwidth
+    forward = forward_products + attend / 3 + traffic + launches
+    backward = products_back + 2 * attend / 3 + 2 * traffic + 2 * launches + gradients
     return Layer(forward, backward, forward, traffic + launches)
+
+
+def _cpu_products_s(roof: Roofline, work: Workload, tokens: int, tensor: int, precision: str) -> float:
+    """Return the seconds of a block's products on a CPU, forward."""
+    seconds = 0.0
+    for matmul in work.matmuls:
+        volume = tokens * matmul.inputs * matmul.outputs / (1 if matmul.split == "whole" else tensor)
+        seconds += matmul.count * 2 * volume / roof.rate(f"matmul_{precision}", volume, roof.peak)
+    return seconds
 
 
 def _cpu_head(roof: Roofline, tokens: int) -> float:
@@ -200,11 +221,11 @@ def _cpu_head(roof: Roofline, tokens: int) -> float:
     precision = {2: "bf16", 4: "fp32", 8: "fp64"}[element]
     volume = tokens * work.embedding_size * work.vocab_size
     logits = tokens * work.vocab_size
-    product = 6 * volume / roof.rate(f"matmul_{precision}", volume, roof.peak)
+    trains = work.trained is None
+    product = (6 if trains else 4) * volume / roof.rate(f"matmul_{precision}", volume, roof.peak)
     constants = roof.constants
-    table = (
-        2 * constants.cpu_gradient_passes * work.vocab_size * work.embedding_size * element
-    )  # tied: from both its uses
+    # Tied: from both its uses.
+    table = trains * 2 * constants.cpu_gradient_passes * work.vocab_size * work.embedding_size * element
     return product + (logits * constants.cpu_logit_bytes * max(1.0, element / 4) + table) / roof.bandwidth
 
 

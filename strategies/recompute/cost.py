@@ -31,7 +31,7 @@ def saved_bytes(
 ) -> float:
     """Return the bytes that one layer leaves for backward, of one micro batch of `tokens`; with everything kept, or
     `selective`."""
-    tensor = shape.split
+    tensor, rows = shape.split, 2 + work.adapter_rows
     if selective:
         whole, split = work.selective_whole_elements, work.selective_split_elements
     else:
@@ -40,12 +40,13 @@ def saved_bytes(
             whole += int(constants.unfused_norm_elements * work.hidden_size)
     if shape.whole_split > 1 and selective and work.native:
         # Row-parallel products are kept as they are made: a part of the whole sum, before it is scattered.
-        products = 2 * work.hidden_size
+        products = rows * work.hidden_size
         elements = products + (whole - products + split) / tensor
     elif shape.whole_split > 1:
         elements = (whole + split) / tensor
     else:
         elements = whole + split / tensor
+    elements += work.adapter_elements
     heads = work.num_heads / tensor
     saved = tokens * elements * element
     if strategy.attention == "flash" and not work.attention_bias:
@@ -119,6 +120,10 @@ class Recompute(Room):
         if kind == "full":
             kept = micro.residual
             recomputed = layer - kept
+            if (
+                work.trained is not None
+            ):  # an adapter's output and the sum with its linear layer's, when it is made again
+                recomputed += 2 * micro.hidden
             wide = micro.hidden * work.ffn_size / work.hidden_size / shape.split + between
             if not work.native:
                 scores = score_bytes(
@@ -128,7 +133,8 @@ class Recompute(Room):
                 recomputed += constants.recompute_scores * scores
         elif kind == "selective":
             kept = saved(True)
-            if not (work.native and shape.whole_split > 1):
+            # Beside an adapter, whose products it keeps too, it keeps more than `none`.
+            if not (work.native and (shape.whole_split > 1 or work.trained is not None)):
                 kept = min(layer, kept)
             recomputed = selective_recomputed_bytes(work, shape, tokens=tokens, element=element)
             wide = between

@@ -93,4 +93,5 @@ def _cut(module: nn.Module, name: str, dim: int, size: int, rank: int) -> None:
         raise ValueError(
             f"tensor_parallel_degree {size} leaves the last rank nothing of {name}, {list(whole.shape)}; set it lower"
         )
-    setattr(owner, leaf, nn.Parameter(torch.empty(part.shape, dtype=whole.dtype, device="meta")))
+    cut = nn.Parameter(torch.empty(part.shape, dtype=whole.dtype, device="meta"), requires_grad=whole.requires_grad)
+    setattr(owner, leaf, cut)

@@ -51,18 +51,28 @@ def messages(work: Workload, strategy: Strategy, *, tokens: int, element: int) -
         embedding = [_message("all_reduce", activation, element)]
         head = [_message("all_reduce", narrow, element)]
     else:
-        layer = [_message("all_gather", activation, element, 6), _message("reduce_scatter", activation, element, 4)]
+        # Two enter and two leave rows; an input of columns is gathered again where a gradient of weights needs it.
+        gathers = 4 + work.trained_columns
+        layer = [
+            _message("all_gather", activation, element, gathers),
+            _message("reduce_scatter", activation, element, 4),
+        ]
         repeated = [
             _message("all_gather", activation, element, 2 if again else 0),
             _message("reduce_scatter", activation, element, again),
         ]
-        embedding = [_message("reduce_scatter", activation, element), _message("all_gather", activation, element)]
-        head = [_message("all_gather", narrow, element, 2), _message("reduce_scatter", narrow, element)]
+        trains = work.trained is None  # nothing goes back into a frozen embedding
+        embedding = [
+            _message("reduce_scatter", activation, element),
+            _message("all_gather", activation, element, int(trains)),
+        ]
+        head = [_message("all_gather", narrow, element, 1 + trains), _message("reduce_scatter", narrow, element)]
     if gathers_logits(work, strategy, strategy.tensor_parallel_degree):
         head.append(_message("all_gather", tokens * work.vocab_size * element, element))
     else:  # the largest logit of each token; then its target's and the sum of exponentials
         head.append(Message("all_reduce", "tensor", wide, 3 * tokens * wide, 2))
-    return Messages(tuple(layer), tuple(m for m in repeated if m.count), tuple(embedding), tuple(head))
+    parts = (tuple(m for m in part if m.count) for part in (layer, repeated, embedding, head))
+    return Messages(*parts)
 
 
 def _message(kind: Kind, num_bytes: float, element: int, count: int = 1) -> Message:
@@ -76,6 +86,7 @@ def gradient_message(
     tensor group has a part: one of the rank's shards. `element`: bytes of a gradient."""
     if strategy.tensor_parallel_degree == 1:
         return ()
+    work = work.trains
     sizes = partial(work, strategy.tensor_parallel_degree, strategy.num_shards, ranks.shard, strategy.sequence_parallel)
     held = sizes.held(work, layers=share.layers, embedding=share.embedding, head=share.head)
     return (_message("all_reduce", held * element, element),) if held else ()

@@ -47,11 +47,11 @@ class Region:
 
     def columns(self, x_BSH: Tensor, *linears: nn.Linear) -> tuple[Tensor, ...]:
         """Each linear of the same input; the outputs are this rank's."""
-        return tuple(self._linear(x_BSH, linear.weight, linear.bias) for linear in linears)
+        return tuple(self._product(x_BSH, linear, linear.bias) for linear in linears)
 
     def row(self, x: Tensor, linear: nn.Linear) -> Tensor:
         """A linear whose inputs are this rank's; the output is whole."""
-        return self._linear(x, linear.weight, linear.bias)
+        return self._product(x, linear, linear.bias)
 
     def rows(self, table: nn.Embedding, ids: Tensor) -> Tensor:
         """Rows of a table. Split: those this rank holds, zero for the others, to be summed by `leave`."""
@@ -73,8 +73,17 @@ class Region:
         """See engines/token_losses.py."""
         return token_losses(logits_NV, targets_N)
 
+    def _product(self, x: Tensor, linear: nn.Linear, bias: Tensor | None) -> Tensor:
+        """This rank's part of a linear, with what its adapter adds where it has one (orchestrator/models/lora.py)."""
+        y = self._linear(x, linear.weight, bias)
+        return self._adapted(y, self._linear(x, linear.lora_a, None), linear) if is_adapted(linear) else y
+
+    def _adapted(self, y: Tensor, narrow: Tensor, linear: Any) -> Tensor:
+        """A linear's output and its adapter's, of which the first product is done."""
+        return y + self._linear(narrow * linear.lora_scale, linear.lora_b, None)
+
     def _linear(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
-        if self.pending is None or not torch.is_grad_enabled():
+        if self.pending is None or not torch.is_grad_enabled() or not weight.requires_grad:
             return F.linear(x, weight, bias)
         apply: Any = _Deferred.apply
         result: Tensor = apply(x, bias, weight, self.pending)
@@ -103,10 +112,18 @@ class SplitRegion(Region):
         if not self.sequence_parallel:
             copy: Any = _Copy.apply
             return super().columns(copy(x_BSH, self.group), *linears)
-        return self._gathered(x_BSH, *((linear.weight, linear.bias) for linear in linears))
+        adapted = [linear for linear in linears if is_adapted(linear)]
+        own = [(linear.weight, linear.bias) for linear in linears]
+        first: list[tuple[Any, None]] = [(linear.lora_a, None) for linear in adapted]
+        outputs = self._gathered(x_BSH, *own, *first)
+        narrow = dict(zip(adapted, outputs[len(linears) :], strict=True))
+        return tuple(
+            self._adapted(y, narrow[linear], linear) if linear in narrow else y
+            for y, linear in zip(outputs, linears, strict=False)
+        )
 
     def row(self, x: Tensor, linear: nn.Linear) -> Tensor:
-        result = self.leave(self._linear(x, linear.weight, None))
+        result = self.leave(self._product(x, linear, None))
         return result if linear.bias is None else result + linear.bias
 
     def rows(self, table: nn.Embedding, ids: Tensor) -> Tensor:
@@ -150,6 +167,11 @@ class SplitRegion(Region):
         apply: Any = _GatheredColumns.apply
         result: tuple[Tensor, ...] = apply(x_BSH, self.group, self.pending, weights, *weights, *biases)
         return result
+
+
+def is_adapted(linear: nn.Module) -> bool:
+    """Whether a linear has an adapter."""
+    return "lora_a" in linear._parameters
 
 
 WHOLE = Region()
@@ -231,7 +253,7 @@ class _Whole(torch.autograd.Function):
 
 
 class _GatheredColumns(torch.autograd.Function):
-    """Linears of a gathered input, of which only this rank's part is kept."""
+    """Linears of a gathered input, of which only this rank's part is kept; nothing where no weight wants a gradient."""
 
     @staticmethod
     def forward(
@@ -240,7 +262,8 @@ class _GatheredColumns(torch.autograd.Function):
         count = len(leaves)
         weights, biases = tensors[:count], tensors[count:]
         ctx.group, ctx.pending, ctx.leaves, ctx.biased = group, pending, leaves, [b is not None for b in biases]
-        ctx.save_for_backward(x, *weights)
+        ctx.trained = [weight.requires_grad for weight in leaves]
+        ctx.save_for_backward(x if any(ctx.trained) else None, *weights)
         whole = gathered(x, group)
         return tuple(F.linear(whole, w, b) for w, b in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
@@ -248,19 +271,21 @@ class _GatheredColumns(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         x, *weights = ctx.saved_tensors
-        whole = gathered(x, ctx.group)
+        whole = gathered(x, ctx.group) if any(ctx.trained) else None
         result = None
         of_weights: list[Tensor | None] = []
         of_biases: list[Tensor | None] = []
-        for gradient, weight, leaf, biased in zip(gradients, weights, ctx.leaves, ctx.biased, strict=True):
+        for index, (gradient, weight) in enumerate(zip(gradients, weights, strict=True)):
             part = gradient @ weight
             result = part if result is None else result.add_(part)
-            of_biases.append(gradient.flatten(0, -2).sum(0) if biased else None)
+            of_biases.append(gradient.flatten(0, -2).sum(0) if ctx.biased[index] else None)
+            of_weights.append(None)
+            if whole is None or not ctx.trained[index]:
+                continue
             if ctx.pending is None:
-                of_weights.append(weight_gradient(gradient, whole))
+                of_weights[-1] = weight_gradient(gradient, whole)
             else:
-                ctx.pending.append((leaf, gradient, whole))
-                of_weights.append(None)
+                ctx.pending.append((ctx.leaves[index], gradient, whole))
         assert result is not None
         return scattered(result, ctx.group), None, None, None, *of_weights, *of_biases
 

@@ -101,15 +101,33 @@ class Units(NamedTuple):
     """Copies of what is scattered: one rank alone divides into a copy."""
 
 
+def gathered_parameters(states: ModelStates, strategy: Strategy, layers: int) -> tuple[float, float, float]:
+    """Return the parameters that ZeRO 2 and 3 shard, padding included, counts: (all of a rank, those outside the blocks, those of
+    one block). Stage 2 leaves what is not trained whole on every rank."""
+    group, rows = strategy.zero_group_size, states.padding
+    total, outside, block = states.trained, states.trained_outside, states.trained_block
+    if strategy.zero_stage == 3:
+        total, outside, block = states.parameters, states.outside, states.block
+        more = states.frozen_padding
+        rows = rows._replace(outside=rows.outside + more.outside, block=rows.block + more.block)
+    return (
+        total + group * (rows.outside + layers * rows.block),
+        outside + group * rows.outside,
+        block + group * rows.block,
+    )
+
+
 def units_of(rank: Rank, parts: Parts, *, waits: bool) -> Units:
     """Return the units of a rank. Gathered and scattered, every rank's part is as long as the longest."""
     _, strategy, share, states, micro, saved = rank
     element, group, layers, padding = rank.element, strategy.zero_group_size, share.layers, states.padding
     wide = max(4, element)
     keeps = strategy.zero_stage == 2 or strategy.gather == "per_step"
-    parameters = states.parameters + group * (padding.outside + layers * padding.block)
-    outside, block = states.outside + group * padding.outside, states.block + group * padding.block
-    root, unit = outside * element, min(block, parameters - outside) * element
+    trained = states.trained + group * (padding.outside + layers * padding.block)
+    outside, block = states.trained_outside + group * padding.outside, states.trained_block + group * padding.block
+    gathered, at_ends, of_block = gathered_parameters(states, strategy, layers)
+    root, unit = at_ends * element, min(of_block, gathered - at_ends) * element
+    gradient = min(block, trained - outside) * element
     # One rank alone copies its shards where others gather them.
     ahead = unit if layers > 1 and group > 1 and not keeps and ENGINES[strategy.engine].gathers_ahead else 0.0
     last = micro.checkpointed if share.all_checkpointed else min(micro.layer, micro.checkpointed)
@@ -117,7 +135,10 @@ def units_of(rank: Rank, parts: Parts, *, waits: bool) -> Units:
     # residual stream's size, the norm's output and what came in are there, the rest of what was saved is gone.
     working = added = micro.working + parts.recomputed
     weight = min(block, states.matrix) * element
-    if not saved.splits:
+    if states.trained < states.parameters:
+        # Beside the gradients of the adapters nothing else than activations comes and goes.
+        working = added = working + gradient
+    elif not saved.splits:
         attention = 6 * micro.hidden - (micro.hidden if share.all_checkpointed else last)
         # Of fp32, gradients that are added to those of a micro batch before are no others.
         added = max(weight + working, attention + (unit if element < 4 else 0.0))
@@ -127,13 +148,13 @@ def units_of(rank: Rank, parts: Parts, *, waits: bool) -> Units:
         unit=unit,
         wide_root=wide * outside,
         wide_block=wide * block,
-        at_head=parameters * element if keeps else root,
-        in_block=parameters * element if keeps else root + unit,
+        at_head=gathered * element if keeps else root,
+        in_block=gathered * element if keeps else root + unit,
         ahead=ahead,
         last=last,
         working=working,
         added=added,
         weight=weight,
-        whole=wide * parameters if waits else 0.0,
+        whole=wide * trained if waits else 0.0,
         copies=2 if group == 1 else 1,
     )

@@ -132,6 +132,9 @@ class BucketStates:
             build.optimizer, build.device, torch.promote_types(dtype, torch.float32)
         )
         self.shards = [self._fill(bucket, weights) for bucket in self.buckets]
+        self.frozen = [homes.get(p, p.detach()) for p in build.module.parameters() if not p.requires_grad]
+        """Homes of what is not trained: no bucket, no gradient, no state."""
+        self._fill_frozen(weights, homes)
         self.next, self.last = 0, False
         self.flying: deque[tuple[Bucket, Tensor | None, Any]] = deque()
         self.hooks = [
@@ -150,6 +153,12 @@ class BucketStates:
             local = rows(source, self.num_shards, bucket.rank)
             shards.append(self.adam.shard(name, parameter.shape, local, apart=self.has_master))
         return shards
+
+    @torch.no_grad()
+    def _fill_frozen(self, weights: Weights, homes: dict[nn.Parameter, Tensor]) -> None:
+        for name, parameter in self.build.module.named_parameters():
+            if not parameter.requires_grad:
+                homes.get(parameter, parameter).copy_(weights(name, parameter.shape))
 
     def begin(self) -> None:
         self.next, self.last = 0, False
@@ -276,7 +285,7 @@ class BucketStates:
     def tensors(self) -> dict[str, list[Tensor]]:
         shards = [shard for shards in self.shards for shard in shards]
         kept: dict[str, list[Tensor]] = {
-            "parameters": [home.detach() for bucket in self.buckets for home in bucket.homes],
+            "parameters": [*(home.detach() for bucket in self.buckets for home in bucket.homes), *self.frozen],
             "gradients": [bucket.gradients for bucket in self.buckets],
             **self.adam.tensors(shards),
         }
@@ -302,17 +311,20 @@ def _materialize(module: nn.Module, dtype: torch.dtype, device: torch.device, *,
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             if parameter not in made:
-                made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+                values = torch.empty(parameter.shape, dtype=dtype, device=device)
+                made[parameter] = nn.Parameter(values, requires_grad=parameter.requires_grad)
                 if hollow:
                     made[parameter].untyped_storage().resize_(0)
             setattr(part, name, made[parameter])
 
 
 def _layout(module: nn.Module, bucket_bytes: int, itemsize: int) -> list[list[tuple[str, nn.Parameter]]]:
-    """Parameters from last to first, as backward finishes them, in buckets of at most so many bytes (or one parameter)."""
+    """Trained parameters from last to first, as backward finishes them, in buckets of at most so many bytes (or one
+    parameter)."""
     buckets: list[list[tuple[str, nn.Parameter]]] = []
     room = 0
-    for name, parameter in reversed(list(module.named_parameters())):
+    trained = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    for name, parameter in reversed(trained):
         num_bytes = parameter.numel() * itemsize
         if num_bytes > room:
             buckets.append([])

@@ -30,7 +30,7 @@ from strategies.strategy import Strategy
 from strategies.workload import Workload
 from strategies.zero.alive import Rank
 from strategies.zero.peak import least_bytes, native_candidates, published_candidates
-from strategies.zero.state_bytes import BYTES, SHARDING, gathers, gradient_element, state_bytes
+from strategies.zero.state_bytes import BYTES, SHARDING, frozen_bytes, gathers, gradient_element, state_bytes
 
 
 def padding(work: Workload, split: int, group: int, *, embedding: bool, head: bool) -> Padding:
@@ -75,6 +75,7 @@ def messages(
     if strategy.data_parallel_degree == 1:
         return ()
     stage, shards = strategy.zero_stage, strategy.num_shards
+    everything, work = work, work.trains
     sizes = padded(work, split, ranks.tensor, shards)
     outside = sizes.outside(work, embedding=share.embedding, head=share.head)
     blocks, reduced = share.layers * sizes.block, gradient_element(strategy, element)
@@ -89,17 +90,21 @@ def messages(
     if shards > 1:
         if gathers(strategy):
             per_block, per_rest = _gathers(strategy)
-            num_bytes = (blocks * per_block + outside * per_rest) * element
+            # Stage 2 shards what is trained alone.
+            whole = everything if stage == 3 else work
+            parts = padded(whole, split, ranks.tensor, shards)
+            rest = parts.outside(whole, embedding=share.embedding, head=share.head)
+            num_bytes = (share.layers * parts.block * per_block + rest * per_rest) * element
             sent.append(
-                Message("all_gather", "shard", element, num_bytes, share.layers * per_block + bool(outside) * per_rest)
+                Message("all_gather", "shard", element, num_bytes, share.layers * per_block + bool(rest) * per_rest)
             )
         else:
             sent.append(scatter._replace(kind="all_gather", element=element, num_bytes=(blocks + outside) * element))
         if _reduces_once(strategy):
             sent.append(scatter)
         else:
-            times, (number, rest) = strategy.gradient_accumulation_steps, _rest(strategy, share, sizes, outside, work)
-            num_bytes = (times * blocks + rest) * reduced
+            times, (number, left) = strategy.gradient_accumulation_steps, _rest(strategy, share, sizes, outside, work)
+            num_bytes = (times * blocks + left) * reduced
             sent.append(scatter._replace(num_bytes=num_bytes, count=times * share.layers + number))
     if shards < strategy.data_parallel_degree:
         sent.append(scatter._replace(kind="all_reduce", group="replicate", num_bytes=scatter.num_bytes / shards))
@@ -248,11 +253,17 @@ class Zero(Room):
     def model_states(
         self, question: Question, strategy: Strategy, shape: Shape, share: Share, states: ModelStates
     ) -> ModelStates:
-        rows = Padding()
-        if question.work.native and strategy.zero_stage:
+        work, rows = question.work, Padding()
+        if work.trained is not None and strategy.zero_stage:
+            whole = padded(work.trained, shape.split, 0, strategy.zero_group_size).block
+            rows = Padding(0.0, (whole - states.trained_block) / strategy.zero_group_size if share.layers else 0.0)
+        elif work.native and strategy.zero_stage:
             ends = {"embedding": share.embedding, "head": share.head}
-            rows = padding(question.work, shape.split, strategy.zero_group_size, **ends)
-        return dealt(states, strategy, question.precision, rows, share.layers)
+            rows = padding(work, shape.split, strategy.zero_group_size, **ends)
+        found = dealt(states, strategy, question.precision, rows, share.layers)
+        if work.trained is None or states.parameters == states.trained:
+            return found
+        return _with_frozen(work, found, strategy, share, shape.split, question.element)
 
     def peak_candidates(
         self,
@@ -320,11 +331,29 @@ def dealt(states: ModelStates, strategy: Strategy, precision: str, rows: Padding
     """Return the states as a ZeRO group deals them out, with the padding of the rank that has the most."""
     shards = strategy.num_shards
     return states._replace(
-        gpu=state_bytes(states.parameters, strategy, precision, rows.outside + layers * rows.block),
-        owned=states.parameters / shards,
+        gpu=state_bytes(states.trained, strategy, precision, rows.outside + layers * rows.block),
+        owned=states.trained / shards,
         largest=states.largest / shards,
         padding=rows,
     )
+
+
+def _with_frozen(
+    work: Workload, states: ModelStates, strategy: Strategy, share: Share, split: int, element: int
+) -> ModelStates:
+    """Return the states with the bytes of what is not trained."""
+    assert work.trained is not None
+    rows = Padding()
+    if strategy.zero_stage == 3:
+        every, mine = (padded(each, split, 0, strategy.zero_group_size) for each in (work, work.trained))
+        block = states.block - states.trained_block
+        ends = every.outside(work, embedding=share.embedding, head=share.head)
+        group = strategy.zero_group_size
+        rows = Padding((ends - states.outside) / group, (every.block - mine.block - block) / group)
+    padding = rows.outside + share.layers * rows.block
+    frozen = frozen_bytes(states.parameters - states.trained, strategy, element, padding)
+    gpu = states.gpu._replace(parameters=states.gpu.parameters + frozen)
+    return states._replace(gpu=gpu, frozen_padding=rows)
 
 
 ROOM = Zero()

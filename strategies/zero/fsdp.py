@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from strategies.engines.engine import Build
 from strategies.offload.host import placed
@@ -46,15 +47,19 @@ class FsdpStates:
         home = build.device if policy is None else torch.device("cpu")
         with self._at_home():
             build.module.to_empty(device=home)
-        self.parameters: dict[str, Any] = dict(build.module.named_parameters())
+        every: dict[str, Any] = dict(build.module.named_parameters())
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                whole = weights(name, parameter.shape)
-                parameter.to_local().copy_(rows(whole, num_shards, rank))
+            for name, parameter in every.items():
+                first = weights(name, parameter.shape)
+                sharded = isinstance(parameter, DTensor)
+                _local(parameter).copy_(rows(first, num_shards, rank) if sharded else first)
+        self.parameters: dict[str, Any] = {name: p for name, p in every.items() if p.requires_grad}
         # Uneven shards move into padded storage at the first use; the optimizer must hold what is there afterwards.
         with self._at_home():
             self.root._get_fsdp_state()._lazy_init()
         self.locals: list[Tensor] = [parameter.to_local().detach() for parameter in self.parameters.values()]
+        self.frozen = [_local(p).detach() for p in build.module.parameters() if not p.requires_grad]
+        """This rank's part of what is not trained: whole at stage 2, rows at stage 3."""
         self.adam: Adam = (build.requests.adam or Adam)(build.optimizer, home, self.locals[0].dtype)
         with self._at_home():
             self.shards = [
@@ -178,7 +183,7 @@ class FsdpStates:
 
     def tensors(self) -> dict[str, list[Tensor]]:
         kept = {
-            "parameters": self.locals,
+            "parameters": [*self.locals, *self.frozen],
             "gradients": [p.grad.to_local() for p in self.parameters.values() if p.grad is not None],
             **self.adam.tensors(self.shards),
         }
@@ -214,6 +219,8 @@ def _scatter(unit: Any, *, whole: bool = False) -> None:
             if not hasattr(each, "_unsharded_param"):
                 continue
             parameter = each.unsharded_param
+            if not parameter.requires_grad:
+                continue
             if whole and each.unsharded_accumulated_grad is None and parameter.grad is None:
                 each.unsharded_accumulated_grad = torch.zeros_like(parameter, dtype=each.reduce_dtype)
         group.post_backward()
@@ -223,9 +230,14 @@ def _shard(build: Build, *, keeps: bool) -> None:
     """fully_shard on each block, then on the rest. keeps: from forward to backward nothing is let go."""
     low = DTYPES[build.precision] if build.precision in ("bf16", "fp16") else None
     build.module.to(torch.float64 if build.precision == "fp64" else torch.float32)
+    if low is not None:
+        _narrow_frozen(build.module, low)
+    # Stage 2 shards no parameters, and those that are not trained have nothing else.
+    ignored = {p for p in build.module.parameters() if not p.requires_grad} if build.strategy.zero_stage == 2 else None
     options: dict[str, Any] = {
         "mesh": build.mesh.data,
         **({"offload_policy": build.requests.fsdp_offload} if build.requests.fsdp_offload else {}),
+        **({"ignored_params": ignored} if ignored else {}),
         "mp_policy": MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None),
     }
     blocks: Any = build.module.blocks
@@ -238,6 +250,22 @@ def _shard(build: Build, *, keeps: bool) -> None:
             # Gradients are sums: the loss is already divided by the tokens of the whole global batch.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
+
+
+def _narrow_frozen(module: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters, on the meta device, in the precision in which they are used: no step needs more digits."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                known = made.setdefault(parameter, nn.Parameter(parameter.to(dtype), requires_grad=False))
+                setattr(part, name, known)
+
+
+def _local(parameter: Any) -> Tensor:
+    """What this rank holds of a parameter."""
+    local: Tensor = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return local
 
 
 def _fetch_by_stage(build: Build) -> None:

@@ -32,9 +32,11 @@ def published_candidates(rank: Rank) -> tuple[PeakCandidate, ...]:
     gpu, element = states.gpu, rank.element
     logits, at_head = (micro.logits_at_loss, micro.logits_copy) if share.head else (0.0, 0.0)
     sizes = states.parameters, states.block, states.outside
-    gathered = gathered_bytes(*sizes, strategy, element) or _streamed(states, element)
-    unit = max(states.block, states.outside)
-    scattered = unsharded_gradient_bytes(states.parameters, unit, strategy, element)
+    trained = states.trained, states.trained_block, states.trained_outside
+    sharded = sizes if strategy.zero_stage == 3 else trained  # what is not trained is whole until then
+    gathered = gathered_bytes(*sharded, strategy, element) or _streamed(states, element)
+    unit = max(sharded[1:])
+    scattered = unsharded_gradient_bytes(states.trained, max(trained[1:]), strategy, element)
     buffers = all_gather_bytes(unit, strategy, element)
     early = 0.0 if strategy.zero_stage >= 2 and strategy.gradient_accumulation_steps == 1 else gpu.gradients
     recomputed = micro.recomputed if share.checkpointed else 0.0
@@ -59,15 +61,18 @@ def least_bytes(question: Question, strategy: Strategy, states: ModelStates, *, 
     """Return what a rank holds at least while it goes back through a block, beside its states, the activations of its micro
     batches and `working`: gradients and gathered parameters. `late`: gradients are there while activations are at their most,
     as where micro batches are twice the pipeline ranks or more."""
-    gradients, parameters, outside, element = states.gpu.gradients, states.parameters, states.outside, question.element
+    gradients, element = states.gpu.gradients, question.element
     if not gathers(strategy):
         return gradients + _streamed(states, element)
-    one_block = (outside + min(states.block, parameters - outside)) * element
+    parameters, outside, block = states.parameters, states.outside, states.block
+    if strategy.zero_stage == 2:
+        parameters, outside, block = states.trained, states.trained_outside, states.trained_block
+    one_block = (outside + min(block, parameters - outside)) * element
     keeps = strategy.zero_stage == 2 or strategy.gather == "per_step"
     in_block = parameters * element if keeps else one_block
     if not (question.work.native and strategy.reduce == "per_step" and late):
         return in_block + gradients * late
-    whole = max(4, element) * parameters
+    whole = max(4, element) * states.trained
     if piped and strategy.gather != "per_step":
         return max(in_block, one_block + whole)
     return in_block + whole
@@ -77,7 +82,7 @@ def _buckets(rank: Rank) -> tuple[float, float, int]:
     """Return (buckets on their way, gradients widened for the optimizer, blocks that are through when the first bucket goes)."""
     _, strategy, _, states, _, _ = rank
     gpu, element, group = states.gpu, rank.element, strategy.num_shards
-    largest = states.table if states.outside else states.matrix
+    largest = states.table if states.trained_outside else states.matrix
     gradient = BYTES[strategy.states][1]
     through = BUCKET_BYTES / (min(4, gradient) * (element // 4 if element > 4 else 1)) - largest
     buckets = widened = 0.0
@@ -87,7 +92,7 @@ def _buckets(rank: Rank) -> tuple[float, float, int]:
             buckets = min(IN_FLIGHT * one, gpu.gradients / group)
         # gradients of 16 bit are widened for the optimizer
         widened = 2 * one if gpu.master_weights and gradient == 2 else 0.0
-    return buckets, widened, int(max(0.0, through) / states.block)
+    return buckets, widened, int(max(0.0, through) / states.trained_block)
 
 
 def whole_candidates(rank: Rank) -> tuple[PeakCandidate, ...]:
@@ -103,6 +108,8 @@ def whole_candidates(rank: Rank) -> tuple[PeakCandidate, ...]:
     buckets, widened, through = _buckets(rank)
     waiting = parts.head_table if parts.shared else 0.0
     at_work = waiting + micro.working + parts.recomputed
+    if saved.splits and states.trained < states.parameters:  # what an adapter adds to the gradient of its input
+        at_work += micro.hidden
     # Under a pipeline buckets go with the last pass of all, behind which nothing waits; after it, where passes are split.
     behind = saved.after_first_block if saved.piped else 0.0
     going = 0.0 if saved.splits else buckets

@@ -54,6 +54,13 @@ def state_bytes(num_parameters: float, strategy: Strategy, precision: str, paddi
     )
 
 
+def frozen_bytes(num_parameters: float, strategy: Strategy, element: int, padding: float = 0.0) -> float:
+    """Bytes of one rank's parameters that are not trained: whole in the precision in which they are used, but at stage 3, where
+    they are dealt out like the others."""
+    dealt = strategy.zero_stage == 3
+    return element * (num_parameters / strategy.zero_group_size + padding if dealt else num_parameters)
+
+
 def reduces_early(strategy: Strategy) -> bool:
     """Whether gradients are sharded, and so reduced while the backward pass runs: FSDP2 holds the states."""
     return strategy.zero_stage >= 2

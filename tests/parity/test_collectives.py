@@ -32,6 +32,7 @@ def kinds(run: Run) -> set[tuple[object, ...]]:
         ("model", run.task.arch.tied_embeddings, run.task.arch.post_norm),
         ("precision", run.precision),
         ("odd", run.world_size == 3),
+        ("lora", run.task.lora, split, s.sequence_parallel, s.zero_stage),
         ("away", s.offload.optimizer, s.offload.parameters, s.offload.activations),
     }
 

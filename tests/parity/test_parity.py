@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from torch import Tensor
 
-from benchmarks.cases import Case, Trial
+from benchmarks.cases import ADAPTED, Case, Run, Trial
 from benchmarks.drawn import ROOMS, coverage, drawn
 from benchmarks.matrix import matrix
 from benchmarks.parity import judge, micro_batches, session_of
@@ -65,6 +65,11 @@ ONE = Case(
         ),
         *sample("parity", 6),
         *sample("family", 4),
+        *(
+            Trial(Run(case.strategy, case.precision, task))
+            for case, task in zip((SPLIT, FOLDED, BOTH), ADAPTED, strict=True)
+        ),
+        Trial(Run(SPLIT.strategy, "fp64", ADAPTED[0]), Run(FOLDED.strategy, "fp64", ADAPTED[0])),
         Trial(SHARDED, HYBRID),
         Trial(HYBRID, Case(world_size=1, zero_stage=0)),
         *sample("resume", 2),

@@ -116,6 +116,9 @@ ASKED = {
     "packed rows elsewhere": (
         "task: sft\n" + LENGTH + "strategy: {engine: fairscale}\n", "9:20", "kept apart on the native engine", "engine: native",
     ),
+    "adapters of random weights": (
+        "training: {steps: 3, lora: {rank: 4}}\n", "7:35", "this job's are random", "model: {path: FOLDER}",
+    ),
     "compile auto": (
         "training: {steps: 3, precision: fp32, compile: auto}\n", "7:48", "`training.compile` is auto: nothing", "true or false",
     ),

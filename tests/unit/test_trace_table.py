@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.trace import CASES, MEDIUM, Case, compare
+from benchmarks.trace import ADAPTED, CASES, MEDIUM, Case, compare
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import make_architecture
 from orchestrator.planner.problem import Choice, Problem
@@ -15,7 +15,7 @@ CLUSTER = load_cluster("a100-80gb-1x8")
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *ADAPTED], ids=str)
 def test_the_closed_form_is_never_below_the_traced_step_and_at_most_5_percent_above(case):
     for row in compare(case):
         assert row.traced_bytes <= row.planned_bytes <= 1.05 * row.traced_bytes, str(row)

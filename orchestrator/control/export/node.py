@@ -8,7 +8,6 @@ from pathlib import PurePath
 
 from orchestrator.control.folder import RunRefused
 from orchestrator.control.refusals import DoesNotFit, refuse_incomplete, refuse_nodes, refuse_priced
-from orchestrator.models.architecture import num_parameters
 from orchestrator.planner.plan import Plan, plan
 from orchestrator.planner.show.words import length_told, strategy_told
 from orchestrator.spec import Job, acting
@@ -90,7 +89,7 @@ def node_of(
         held = memory.host_bytes_per_node or memory.peak_bytes * ranks
     shared = ranks * SHARED_BYTES_PER_RANK
     stop_s = 2 * made.price.time.step_s + 2 * Limits().for_bytes(
-        CHECKPOINT_BYTES_PER_PARAMETER * num_parameters(made.job.architecture)
+        CHECKPOINT_BYTES_PER_PARAMETER * made.solution.problem.work.trains.num_parameters
     )
     grace = math.ceil(max(LEAST_GRACE_S, stop_s) if grace_s is None else grace_s)
     wall_s = made.cost["wall_s"]

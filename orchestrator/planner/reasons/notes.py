@@ -26,6 +26,12 @@ def _notes(solution: Solution) -> Iterator[str]:
             f"engine {strategy.engine} is priced as {engine.semantics}: bytes may be {engine.memory_error:.0%} off or more, "
             f"seconds {engine.speed_error:.0%}"
         )
+    if problem.lora is not None:
+        lora = problem.lora
+        yield (
+            f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {problem.work.trains.num_parameters:,} of "
+            f"{problem.work.num_parameters:,} parameters are trained"
+        )
     idle = problem.cluster.num_gpus - strategy.num_gpus
     if idle:
         yield f"{idle} of {problem.cluster.num_gpus} GPUs stay idle: {_why_idle(problem, strategy)}"

@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.decoder import Decoder
+from orchestrator.models.lora import Lora
 from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.engine import BUCKET_BYTES, MicroBatch
 from strategies.engines.native import NativeSession, build_session
@@ -90,6 +91,7 @@ def trace(
     *,
     sequence_length: int,
     precision: str,
+    lora: Lora | None = None,
     pipeline_rank: int = 0,
     bytes_only: bool = False,
     whole: bool = False,
@@ -103,7 +105,7 @@ def trace(
     mine = [stage for stage in strategy.stages if stage.pipeline_rank == pipeline_rank]
     batches = _batches(strategy, sequence_length, pipeline_rank)
     piled = strategy.degrees.pipeline > 1 and strategy.pipeline_schedule == "gpipe"
-    short = arch.num_layers if whole else _shortest(arch, strategy, precision)
+    short = arch.num_layers if whole else _shortest(arch, strategy, precision) if lora is None else SHORT
     most = _Less(
         min(stage.num_checkpointed_layers for stage in mine) - short,
         min(stage.num_layers - stage.num_checkpointed_layers for stage in mine) - short,
@@ -116,7 +118,7 @@ def trace(
         layers.append(sum(stage.num_layers for stage in stages if stage.pipeline_rank == pipeline_rank))
         short = replace(strategy, stages=stages)
         held = replace(arch, num_layers=sum(stage.num_layers for stage in stages))
-        return _play(held, short, batches[less.micro_batches :], precision, pipeline_rank, bytes_only)
+        return _play(held, lora, short, batches[less.micro_batches :], precision, pipeline_rank, bytes_only)
 
     result = _lines(play, _Less(0, 0, 0), most, not reduces_early(strategy))
     return replace(result, num_layers_traced=tuple(dict.fromkeys(layers)), seconds=time.perf_counter() - started)
@@ -177,6 +179,7 @@ def _short(stages: Sequence[Stage], pipeline_rank: int, less: _Less) -> tuple[St
 
 def _play(
     arch: Architecture,
+    lora: Lora | None,
     strategy: Strategy,
     batches: list[MicroBatch],
     precision: str,
@@ -187,7 +190,7 @@ def _play(
     dist.init_process_group("fake", rank=rank, world_size=strategy.num_gpus, store=FakeStore())
     try:
         with torch.device("meta"):
-            module = Decoder(arch, attention=strategy.attention)
+            module = Decoder(arch, attention=strategy.attention, lora=lora)
         with FakeTensorMode(allow_non_fake_inputs=True):
             session = build_session(
                 module, strategy=strategy, precision=precision, weights=lambda _, shape: torch.zeros(shape)
@@ -263,6 +266,7 @@ def _main() -> None:
         trace(
             Architecture(**asked["arch"]),
             Strategy(**fields),
+            lora=asked["lora"] and Lora(**asked["lora"] | {"targets": tuple(asked["lora"]["targets"])}),
             sequence_length=asked["sequence_length"],
             precision=asked["precision"],
             pipeline_rank=rank,
