@@ -14,8 +14,10 @@ from clusters.hardware import Calibration, Link
 from strategies.constants import TimeConstants
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "send", "receive"]
-Group = Literal["tensor", "shard", "replicate", "pipeline", "shared", "world"]
+Group = Literal["tensor", "context", "shard", "replicate", "pipeline", "shared", "world"]
 """The axes of the mesh; `shared` are the first and last stage of a pipeline that hold one table; `world` is everybody."""
+BETWEEN_TWO: tuple[Group, ...] = ("pipeline", "context")
+"""The groups whose messages go between two of their ranks."""
 
 
 class Message(NamedTuple):

@@ -7,7 +7,7 @@ door that a room does not need is inherited and leaves everything as it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from strategies.links import Message
 from strategies.price.roofline import Roofline
@@ -36,8 +36,14 @@ class Room:
     """Door -> the fields of the Strategy that it reads. What is kept for a door is kept under these fields."""
     impossible: tuple[Rule, ...] = ()
     without_effect: tuple[Rule, ...] = ()
+    degrees: Mapping[str, Callable[[int, int], list[int]]] = {}
+    """Field of the Strategy -> (tokens of a sequence, GPUs) -> the degrees that a search tries where the field is open."""
     apply: tuple[str, ...] = ()
     """`module:function` of what is done to a torch module; imported by workers alone."""
+
+    def misfit(self, strategy: Strategy, sequence_length: int) -> str | None:
+        """Return why a sequence of so many tokens cannot be split so, and how to fix it; None where it can."""
+        return None
 
     # Bytes ----------------------------------------------------------------------------------------------------------
 

@@ -44,6 +44,18 @@ def without_effect(strategy: Strategy) -> list[Rule]:
     return [rule for room in ROOMS for rule in room.without_effect if rule.applies(strategy)]
 
 
+def misfit(strategy: Strategy, sequence_length: int) -> str | None:
+    """Return why a sequence of so many tokens cannot be split as the choices say, and how to fix it; None where it can."""
+    told = (room.misfit(strategy, sequence_length) for room in ROOMS)
+    return next((each for each in told if each is not None), None)
+
+
+def degrees(field: str, sequence_length: int, num_gpus: int) -> list[int]:
+    """Return the degrees of a field that a search tries: those that its room offers, or 1 alone."""
+    offers = [room.degrees[field] for room in ROOMS if field in room.degrees]
+    return offers[0](sequence_length, num_gpus) if offers else [1]
+
+
 @lru_cache(maxsize=64)
 def read_by(*doors: str) -> Callable[[Strategy], Any]:
     """Return a function from a strategy to the values of all fields that the rooms read in these doors: the key under which

@@ -64,7 +64,7 @@ class Strategy:
     sequence_parallel: bool = False
     zero_stage: int = 0
     zero_group_size: int = 1
-    """Data-parallel ranks that share one sharded copy, contiguous in mesh order."""
+    """Replicas that share one sharded copy, contiguous in mesh order."""
     states: States = "mixed"
     gather: Frequency = "per_micro_batch"
     reduce: Frequency = "per_micro_batch"
@@ -89,6 +89,12 @@ class Strategy:
         )
 
     @property
+    def num_replicas(self) -> int:
+        """Return how many ranks hold the same parameters, or a shard of them: their gradients are added up. Ranks of a context
+        group see other tokens of the same sequences, so they are replicas like those of data parallelism."""
+        return self.data_parallel_degree * self.context_parallel_degree
+
+    @property
     def num_shards(self) -> int:
         """Return how many ranks one copy of the optimizer states is dealt to."""
         return self.zero_group_size if self.zero_stage else 1
@@ -98,7 +104,8 @@ class Strategy:
         return {
             "tensor": self.tensor_parallel_degree,
             "shard": self.num_shards,
-            "replicate": self.data_parallel_degree // self.num_shards,
+            "replicate": self.num_replicas // self.num_shards,
+            "context": self.context_parallel_degree,
             "pipeline": self.pipeline_parallel_degree,
         }.get(group)
 
@@ -138,6 +145,12 @@ class Degrees:
         """Distance in ranks between two neighbours along the axis."""
         place = self.order.index(axis)
         return math.prod(self.size(later) for later in self.order[place + 1 :])
+
+    @property
+    def replica_stride(self) -> int:
+        """Distance in ranks between two neighbouring replicas, on data and context together."""
+        axes: tuple[Axis, ...] = ("data", "context") if self.context > 1 else ("data",)
+        return min(self.stride(axis) for axis in axes if self.size(axis) > 1 or axis == axes[-1])
 
     def coordinates(self, rank: int) -> dict[Axis, int]:
         if not 0 <= rank < self.world_size:

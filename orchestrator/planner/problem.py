@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,7 +19,7 @@ from strategies.price.memory import MemoryPrice, price_memory
 from strategies.price.rank_memory import RankMemory, rank_memory
 from strategies.price.roofline import Roofline, roofline
 from strategies.price.step_time import Price, TimePrice, price_time
-from strategies.rooms import impossible
+from strategies.rooms import impossible, misfit
 from strategies.strategy import MESH_ORDER, Offload, Schedule, States, Strategy
 from strategies.workload import Workload
 
@@ -36,6 +37,7 @@ class Choice(NamedTuple):
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
+    context: int = 1
     sequence_parallel: bool = False
     schedule: Schedule = "1f1b"
     virtual: int = 1
@@ -51,7 +53,7 @@ class Choice(NamedTuple):
 
     @property
     def num_gpus(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.data * self.context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,7 @@ class Problem:
         return Strategy(
             data_parallel_degree=c.data,
             tensor_parallel_degree=c.tensor,
+            context_parallel_degree=c.context,
             pipeline_parallel_degree=c.pipeline,
             num_virtual_stages=c.virtual,
             pipeline_schedule=c.schedule,
@@ -195,10 +198,12 @@ def check(problem: Problem) -> None:
         raise PlanError(
             f"training.precision {problem.precision} cannot run on {cluster.accelerator.name}\n  to fix: one of {known}"
         )
-    degrees = [pins.get(f"{axis}_parallel_degree", 1) for axis in ("data", "tensor", "pipeline")]
-    if degrees[0] * degrees[1] * degrees[2] > problem.num_gpus:
+    degrees = [pins.get(f"{axis}_parallel_degree", 1) for axis in ("data", "tensor", "pipeline", "context")]
+    needed, context = math.prod(degrees), degrees[3]
+    if needed > problem.num_gpus:
+        words = f" x context {context}" if context > 1 else ""
         raise PlanError(
-            f"data {degrees[0]} x tensor {degrees[1]} x pipeline {degrees[2]} needs {degrees[0] * degrees[1] * degrees[2]} GPUs, "
+            f"data {degrees[0]} x tensor {degrees[1]} x pipeline {degrees[2]}{words} needs {needed} GPUs, "
             f"{cluster.name} has {problem.num_gpus}\n  to fix: smaller degrees, or leave one out and let the planner choose it"
         )
     if arch.num_heads % degrees[1]:
@@ -207,6 +212,8 @@ def check(problem: Problem) -> None:
             f"tensor_parallel_degree {degrees[1]} does not divide the model's {arch.num_heads} heads\n"
             f"  to fix: one of {', '.join(map(str, fits))}"
         )
+    if told := misfit(Strategy(context_parallel_degree=context), problem.sequence_length):
+        raise PlanError(told)
     stages = degrees[2] * (pins.get("num_virtual_stages", 1) if degrees[2] > 1 else 1)
     if stages > arch.num_layers:
         raise PlanError(

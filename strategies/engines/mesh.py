@@ -1,7 +1,7 @@
 """The world as one torch DeviceMesh: pipeline x replicate x tensor x shard, laid as the strategy's `mesh_order` says.
 
-`data` is split in two: ranks of one `shard` group hold one sharded copy between them, those of one `replicate` group hold
-the same shard. Axes of size 1 have no dimension and no group, except `shard` where FSDP2 wants one.
+Data and context together are split in two: ranks of one `shard` group hold one sharded copy between them, those of one
+`replicate` group hold the same shard. Axes of size 1 have no dimension and no group, except `shard` where FSDP2 wants one.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def lay(strategy: Strategy, device_type: str) -> Mesh:
     num_shards = strategy.zero_group_size if strategy.zero_stage else 1
     sizes = {
         "pipeline": strategy.pipeline_parallel_degree,
-        "replicate": strategy.data_parallel_degree // num_shards,
+        "replicate": strategy.num_replicas // num_shards,
         "tensor": strategy.tensor_parallel_degree,
         "shard": num_shards,
     }
@@ -76,14 +76,11 @@ def lay(strategy: Strategy, device_type: str) -> Mesh:
 
 def _ranks(strategy: Strategy, sizes: Mapping[str, int]) -> torch.Tensor:
     degrees = strategy.degrees
-    shape: list[int] = []
-    names: list[str] = []
-    for axis in degrees.order:
-        parts = ("replicate", "shard") if axis == "data" else (axis,)
-        names += parts
-        shape += [sizes.get(part, 1) for part in parts]
-    ranks = torch.arange(degrees.world_size).reshape(shape)
-    return ranks.permute([names.index(name) for name in (*NAMES, "context")]).squeeze(-1)
+    ranks = torch.arange(degrees.world_size).reshape([degrees.size(axis) for axis in degrees.order])
+    replicas = sorted((degrees.order.index("data"), degrees.order.index("context")))
+    ranks = ranks.permute(degrees.order.index("pipeline"), *replicas, degrees.order.index("tensor"))
+    laid = ranks.reshape([sizes[name] for name in ("pipeline", "replicate", "shard", "tensor")])
+    return laid.permute(0, 1, 3, 2)
 
 
 def _part(whole: DeviceMesh, names: tuple[str, ...]) -> Any:

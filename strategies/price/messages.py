@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from strategies.constants import MEMORY
 from strategies.engines.engine import BUCKET_BYTES
-from strategies.links import Group, Kind, Message
+from strategies.links import BETWEEN_TWO, Group, Kind, Message
 from strategies.price.rank_memory import RankMemory, rank_memory
 from strategies.rooms import having
 from strategies.shares import shares
@@ -29,8 +29,8 @@ class Line(NamedTuple):
 
 
 Ledger = dict[tuple[Kind, Group, str], Line]
-"""(kind, group, dtype) -> all such messages. A group that spans the world is called `world`, whatever it is for; `pipeline` never
-is, since its messages go over groups of two."""
+"""(kind, group, dtype) -> all such messages. A group that spans the world is called `world`, whatever it is for, unless
+its messages go between two ranks."""
 
 
 def ledger(
@@ -66,7 +66,7 @@ def _messages(
 
 
 def _group(strategy: Strategy, message: Message) -> Group:
-    spans = message.group != "pipeline" and strategy.group_size(message.group) == strategy.num_gpus
+    spans = message.group not in BETWEEN_TWO and strategy.group_size(message.group) == strategy.num_gpus
     return "world" if spans else message.group
 
 

@@ -72,7 +72,7 @@ def messages(
         element: bytes of a parameter in use.
         bucket_bytes: of gradients in one message at ZeRO 0 and 1.
     """
-    if strategy.data_parallel_degree == 1:
+    if strategy.num_replicas == 1:
         return ()
     stage, shards = strategy.zero_stage, strategy.num_shards
     everything, work = work, work.trains
@@ -106,7 +106,7 @@ def messages(
             times, (number, left) = strategy.gradient_accumulation_steps, _rest(strategy, share, sizes, outside, work)
             num_bytes = (times * blocks + left) * reduced
             sent.append(scatter._replace(num_bytes=num_bytes, count=times * share.layers + number))
-    if shards < strategy.data_parallel_degree:
+    if shards < strategy.num_replicas:
         sent.append(scatter._replace(kind="all_reduce", group="replicate", num_bytes=scatter.num_bytes / shards))
     return tuple(message for message in sent if message.count)
 
@@ -132,7 +132,7 @@ def _rest(strategy: Strategy, share: Share, sizes: Sizes, outside: int, work: Wo
     replicas of a shard wait for the last micro batch, several stages of a rank would leave them different parts: once."""
     times = strategy.gradient_accumulation_steps
     if share.stages > 1:
-        if strategy.num_shards < strategy.data_parallel_degree:
+        if strategy.num_shards < strategy.num_replicas:
             return int(outside > 0), outside
         if share.embedding and share.head:
             return 2 * times, times * (sizes.embedding + sizes.head + sizes.table * work.tied_embeddings)
@@ -148,8 +148,8 @@ def data_parallel_s(strategy: Strategy, links: Links, sent: Sequence[Message]) -
     """Seconds of `messages`: (all of them, those that no compute hides, however long)."""
     if not sent:
         return 0.0, 0.0
-    size, shard, num_gpus = strategy.data_parallel_degree, strategy.num_shards, strategy.num_gpus
-    stride = strategy.degrees.stride("data")
+    size, shard, num_gpus = strategy.num_replicas, strategy.num_shards, strategy.num_gpus
+    stride = strategy.degrees.replica_stride
     constants, cpu = links.constants, links.cluster.accelerator.kind == "cpu"
     seconds = bytes_s = copied = 0.0
     for message in sent:
@@ -192,7 +192,7 @@ def step_parameters_s(roof: Roofline, strategy: Strategy, states: ModelStates) -
     return step + roof.constants.step_s if roof.cluster.accelerator.kind == "cuda" else step
 
 
-PEAK = (*SHARDING, "num_shards", "data_parallel_degree", "gather", "reduce", "gradient_accumulation_steps")
+PEAK = (*SHARDING, "num_shards", "num_replicas", "gather", "reduce", "gradient_accumulation_steps")
 
 
 class Zero(Room):
@@ -205,11 +205,11 @@ class Zero(Room):
         "peak_candidates": PEAK,
         "least_bytes": (*SHARDING, "gather", "reduce"),
         "messages": (
-            *(*SHARDING, "num_shards", "data_parallel_degree", "degrees", "num_gpus", "gather", "reduce"),
+            *(*SHARDING, "num_shards", "num_replicas", "degrees", "num_gpus", "gather", "reduce"),
             "gradient_accumulation_steps",
         ),
         "once_s": (
-            *(*SHARDING, "num_shards", "data_parallel_degree", "degrees", "num_gpus", "gather", "reduce"),
+            *(*SHARDING, "num_shards", "num_replicas", "degrees", "num_gpus", "gather", "reduce"),
             "gradient_accumulation_steps",
         ),
         "update_s": ("states",),
@@ -217,15 +217,22 @@ class Zero(Room):
     impossible = (
         Rule(
             fields=("zero_group_size", "data_parallel_degree"),
-            applies=lambda s: s.data_parallel_degree % s.zero_group_size != 0,
+            applies=lambda s: s.context_parallel_degree == 1 and s.data_parallel_degree % s.zero_group_size != 0,
             reason="zero_group_size {zero_group_size} does not divide data_parallel_degree {data_parallel_degree}",
             fix="a group size that divides the data-parallel degree",
+        ),
+        Rule(
+            fields=("zero_group_size", "data_parallel_degree", "context_parallel_degree"),
+            applies=lambda s: s.context_parallel_degree > 1 and s.num_replicas % s.zero_group_size != 0,
+            reason="zero_group_size {zero_group_size} does not divide data_parallel_degree {data_parallel_degree} x "
+            "context_parallel_degree {context_parallel_degree}",
+            fix="a group size that divides their product",
         ),
     )
     without_effect = (
         Rule(
             fields=("zero_stage", "data_parallel_degree"),
-            applies=lambda s: s.zero_stage > 0 and s.data_parallel_degree == 1,
+            applies=lambda s: s.zero_stage > 0 and s.num_replicas == 1,
             reason="zero_stage {zero_stage} has nothing to shard over at data_parallel_degree 1",
             fix="leave it out",
         ),
@@ -317,13 +324,13 @@ class Zero(Room):
         return {"optimizer_s": step_parameters_s(roof, strategy, states)}
 
     def choice_words(self, strategy: Strategy) -> str:
-        return f"ZeRO {strategy.zero_stage}" if strategy.data_parallel_degree > 1 else ""
+        return f"ZeRO {strategy.zero_stage}" if strategy.num_replicas > 1 else ""
 
 
 def sharding_words(strategy: Strategy) -> str:
     """Return "ZeRO 1 in groups of 8"; the groups where they are smaller than all replicas."""
     shards = strategy.num_shards
-    group = f" in groups of {shards}" if strategy.zero_stage and shards < strategy.data_parallel_degree else ""
+    group = f" in groups of {shards}" if strategy.zero_stage and shards < strategy.num_replicas else ""
     return f"ZeRO {strategy.zero_stage}{group}"
 
 

@@ -86,7 +86,7 @@ def _buckets(rank: Rank) -> tuple[float, float, int]:
     gradient = BYTES[strategy.states][1]
     through = BUCKET_BYTES / (min(4, gradient) * (element // 4 if element > 4 else 1)) - largest
     buckets = widened = 0.0
-    if strategy.data_parallel_degree > 1 or gpu.master_weights:
+    if strategy.num_replicas > 1 or gpu.master_weights:
         one = min(bucket_bytes(largest, strategy, element), gpu.gradients) / group
         if group > 1 and ENGINES[strategy.engine].buckets:
             buckets = min(IN_FLIGHT * one, gpu.gradients / group)

@@ -27,11 +27,11 @@ NAMES = {
     "memory": "usable_bytes peak_bytes host_bytes_per_node nvme_bytes_per_node stages",
     "memory.stages": "pipeline_rank peak_phase parameters gathered_parameters master_weights gradients optimizer_states "
     "activations logits communication_buffers temporary reserve tensor_peak_bytes peak_bytes",
-    "time": "step_s compute_s recompute_s tensor_parallel_s data_parallel_s data_parallel_exposed_s pipeline_bubble_s "
-    "pipeline_transfer_s offload_s optimizer_s",
+    "time": "step_s compute_s recompute_s tensor_parallel_s data_parallel_s data_parallel_exposed_s "
+    "pipeline_bubble_s pipeline_transfer_s offload_s optimizer_s",
     "throughput": "tokens_per_second tokens_per_second_per_gpu model_tflops_per_gpu mfu hfu",
     "cost": "gpu_hours usd wall_s",
-    "placement": "rank node local_rank data tensor pipeline",
+    "placement": "rank node local_rank data context tensor pipeline",
     "confidence": "source throughput_error memory_error",
     "alternatives": "strategy peak_bytes tokens_per_second_per_gpu rejected_because",
     "search": "candidates feasible seconds",

@@ -103,7 +103,7 @@ def _one_of_each(ordered: list[Alternative]) -> list[Alternative]:
 
 def changes(space: Space, best: Choice) -> Iterator[Change]:
     """Yield every single change of the chosen strategy that the job leaves open."""
-    shape = Shape(best.tensor, best.pipeline, best.data)
+    shape = Shape(best.tensor, best.pipeline, best.data, best.context)
     same = Change(
         field="",
         words="",
@@ -144,19 +144,21 @@ def changes(space: Space, best: Choice) -> Iterator[Change]:
 
 
 def _other_degrees(space: Space, best: Choice, same: Change) -> Iterator[Change]:
-    """Yield other degrees of tensor and pipeline parallelism; replicas fill the GPUs."""
-    others = [("tensor_parallel_degree", "tensor", t, t, best.pipeline) for t in space.tensors if t != best.tensor]
-    pipelines = space.pipelines(best.tensor)
-    others += [("pipeline_parallel_degree", "pipeline", p, best.tensor, p) for p in pipelines if p != best.pipeline]
-    for field, word, degree, tensor, pipeline in others:
-        datas = space.datas(tensor, pipeline)
+    """Yield other degrees of tensor, pipeline and context parallelism; replicas fill the GPUs."""
+    now = Shape(best.tensor, best.pipeline, best.data, best.context)
+    others = [("tensor", t, now._replace(tensor=t)) for t in space.tensors if t != now.tensor]
+    pipelines = space.pipelines(now.tensor, now.context)
+    others += [("pipeline", p, now._replace(pipeline=p)) for p in pipelines if p != now.pipeline]
+    others += [("context", c, now._replace(context=c)) for c in space.contexts if c != now.context]
+    for word, degree, (tensor, pipeline, _, context) in others:
+        datas = space.datas(tensor, pipeline, context)
         if datas:
             yield same._replace(
-                field=field,
+                field=f"{word}_parallel_degree",
                 words=f"{word} {degree}",
-                shape=Shape(tensor, pipeline, datas[-1]),
+                shape=Shape(tensor, pipeline, datas[-1], context),
                 sequence_parallel=best.sequence_parallel and tensor > 1,
-                zero=best.zero if datas[-1] > 1 else 0,
+                zero=best.zero if datas[-1] * context > 1 else 0,
                 sharding=None,
             )
 
@@ -167,7 +169,7 @@ def _other_offloads(space: Space, best: Choice, same: Change) -> Iterator[Change
     if not best.offload.any and best.recompute == "none":
         return
     seen: set[tuple[bool, ...]] = set()
-    for offload in space.offloads_of(best.zero, best.data):
+    for offload in space.offloads_of(best.zero, best.data * best.context):
         kind = offload.optimizer != "none", offload.parameters != "none", offload.activations != "none"
         if offload != best.offload and kind not in seen:
             seen.add(kind)
@@ -200,7 +202,7 @@ def _options(space: Space, change: Change, best: Choice) -> Iterator[tuple[Pipel
                 change.shape, change.sequence_parallel, batch.micro, schedule, virtual
             )
             for sharding in batch.shardings.get(change.zero, ()):
-                if change.offload not in space.offloads_of(change.zero, change.shape.data):
+                if change.offload not in space.offloads_of(change.zero, change.shape.replicas):
                     continue
                 kept = change.sharding in (None, (sharding.gather, sharding.reduce))
                 if kept and (change.field != "micro_batch_size" or sharding.group == best.group):

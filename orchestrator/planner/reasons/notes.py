@@ -76,7 +76,7 @@ def _other_offload(solution: Solution, other: Solution) -> Iterator[str]:
 
 
 def _why_idle(problem: Problem, strategy: Strategy) -> str:
-    product = strategy.degrees.tensor * strategy.degrees.pipeline
+    product = strategy.degrees.tensor * strategy.degrees.pipeline * strategy.degrees.context
     if "data_parallel_degree" in problem.pins and product * (strategy.degrees.data + 1) <= problem.num_gpus:
         return "the pinned degrees use fewer"
     if strategy.degrees.data >= problem.global_batch_size:

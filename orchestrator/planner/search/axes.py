@@ -23,6 +23,7 @@ from orchestrator.planner.search.candidates import (
     point,
 )
 from strategies.catalog import unbuilt, wrong_precision
+from strategies.rooms import degrees
 from strategies.strategy import INTERLEAVED, Offload, Schedule, Strategy
 
 
@@ -62,9 +63,9 @@ class Space:
         kept = self._kept(values, field)
         return [value for value in kept if self._is_built("compile", compile=compiled, **{field: value})]
 
-    def offloads_of(self, zero: int, data: int) -> list[Offload]:
+    def offloads_of(self, zero: int, replicas: int) -> list[Offload]:
         """Parameters stream in block by block, as ZeRO 3 gathers them, or on a single replica."""
-        if zero == 3 or data == 1 or "offload" in self.pins:
+        if zero == 3 or replicas == 1 or "offload" in self.pins:
             return self._built_offloads(zero)
         return [offload for offload in self._built_offloads(zero) if offload.parameters == "none"]
 
@@ -99,15 +100,22 @@ class Space:
         heads, most = self.problem.arch.num_heads, self.problem.num_gpus
         return self._degrees([n for n in range(1, min(heads, most) + 1) if heads % n == 0], "tensor_parallel_degree")
 
-    def pipelines(self, tensor: int) -> list[int]:
+    @cached_property
+    def contexts(self) -> list[int]:
+        if "context_parallel_degree" in self.pins:
+            return [self.pins["context_parallel_degree"]]
+        tried = degrees("context_parallel_degree", self.problem.sequence_length, self.problem.num_gpus)
+        return self._degrees(tried, "context_parallel_degree")
+
+    def pipelines(self, tensor: int, context: int = 1) -> list[int]:
         if "pipeline_parallel_degree" in self.pins:
             return [self.pins["pipeline_parallel_degree"]]
-        layers, room = self.problem.arch.num_layers, self.problem.num_gpus // tensor
+        layers, room = self.problem.arch.num_layers, self.problem.num_gpus // (tensor * context)
         values = [n for n in range(1, min(layers, room) + 1) if layers % n == 0 or room % n == 0]
         return self._degrees(values, "pipeline_parallel_degree")
 
-    def datas(self, tensor: int, pipeline: int) -> list[int]:
-        room = self.problem.num_gpus // (tensor * pipeline)
+    def datas(self, tensor: int, pipeline: int, context: int = 1) -> list[int]:
+        room = self.problem.num_gpus // (tensor * pipeline * context)
         if "data_parallel_degree" in self.pins:
             pinned = self.pins["data_parallel_degree"]
             return [pinned] if pinned <= room else []
@@ -116,19 +124,19 @@ class Space:
         batch = self.problem.global_batch_size
         most = min(room, batch)
         if not self.every_size:
-            degrees = {most, _tight(batch, most)}
+            tried = {most, _tight(batch, most)}
         elif most <= 64:
-            degrees = {most} | {_tight(batch, degree) for degree in range(1, most + 1)}
+            tried = {most} | {_tight(batch, degree) for degree in range(1, most + 1)}
         else:
-            degrees = {most, _tight(batch, most)} | {2**i for i in range(most.bit_length())}
+            tried = {most, _tight(batch, most)} | {2**i for i in range(most.bit_length())}
         group = self.pins.get("zero_group_size", 1)
-        return sorted(degree for degree in degrees if degree % group == 0)
+        return sorted(degree for degree in tried if degree * context % group == 0)
 
     def shapes(self) -> Iterator[Shape]:
-        for tensor in self.tensors:
-            for pipeline in self.pipelines(tensor):
-                for data in self.datas(tensor, pipeline):
-                    yield Shape(tensor, pipeline, data)
+        for context, tensor in product(self.contexts, self.tensors):
+            for pipeline in self.pipelines(tensor, context):
+                for data in self.datas(tensor, pipeline, context):
+                    yield Shape(tensor, pipeline, data, context)
 
     def sequence_parallels(self, tensor: int) -> list[bool]:
         if "sequence_parallel" in self.pins:
@@ -171,12 +179,12 @@ class Space:
 
     def shardings(self, shape: Shape, accumulation: int) -> list[Sharding]:
         pins = self.pins
-        stages = [pins["zero_stage"]] if "zero_stage" in pins else [0, 1, 2, 3] if shape.data > 1 else [0]
+        stages = [pins["zero_stage"]] if "zero_stage" in pins else [0, 1, 2, 3] if shape.replicas > 1 else [0]
         stages = [zero for zero in stages if self._is_built_stage(zero, shape)]
         return [
             Sharding(zero, group, gather, reduce)
             for zero in stages
-            for group in self._groups(zero, shape.tensor, shape.data)
+            for group in self._groups(zero, shape.tensor, shape.replicas)
             for gather, reduce in self._frequencies(zero, accumulation, shape.pipeline)
         ]
 
@@ -192,16 +200,18 @@ class Space:
         computes = wrong_precision(Strategy(engine=self.engine, **choices), self.problem.precision) is None
         return computes and all(self._is_built(field, **choices) for field in ("zero_stage", "states"))
 
-    def _groups(self, zero: int, tensor: int, data: int) -> list[int]:
+    def _groups(self, zero: int, tensor: int, replicas: int) -> list[int]:
         """Ranks that share one copy: all replicas, or those of one node."""
         if "zero_group_size" in self.pins:
             return [self.pins["zero_group_size"]]
-        if zero == 0 or data == 1:
+        if zero == 0 or replicas == 1:
             return [1]
         near = max(1, self.problem.cluster.gpus_per_node // tensor)
-        inside = next(n for n in range(min(near, data), 0, -1) if data % n == 0)
-        groups = [data, inside] if 1 < inside < data else [data]
-        return [n for n in groups if self._is_built("zero_group_size", data_parallel_degree=data, zero_group_size=n)]
+        inside = next(n for n in range(min(near, replicas), 0, -1) if replicas % n == 0)
+        groups = [replicas, inside] if 1 < inside < replicas else [replicas]
+        return [
+            n for n in groups if self._is_built("zero_group_size", data_parallel_degree=replicas, zero_group_size=n)
+        ]
 
     def _frequencies(self, zero: int, accumulation: int, pipeline: int) -> list[tuple[str, str]]:
         often = zero >= 2
@@ -292,7 +302,7 @@ class Space:
 
     def shape_size(self, shape: Shape) -> int:
         """Candidates that share these degrees."""
-        total, offloads = 0, [len(self.offloads_of(zero, shape.data)) for zero in range(4)]
+        total, offloads = 0, [len(self.offloads_of(zero, shape.replicas)) for zero in range(4)]
         for batch in self.batches(shape):
             total += batch.num_recomputes * sum(len(kept) * offloads[zero] for zero, kept in batch.shardings.items())
         return total * len(self.sequence_parallels(shape.tensor))
@@ -309,7 +319,7 @@ class Space:
                         ("full", count) for count in counts
                     ]
                     for sharding, (kind, layers) in product(shardings, recomputes):
-                        for offload in self.offloads_of(sharding.zero, shape.data):
+                        for offload in self.offloads_of(sharding.zero, shape.replicas):
                             yield point(core, sharding, offload, kind, layers)
 
     def layers_of(self, kind: str) -> int | None:
@@ -324,15 +334,15 @@ class Space:
         if any(f"{axis}_parallel_degree" not in pins for axis in ("data", "tensor", "pipeline")):
             return None
         tensor, pipeline, data = (pins[f"{axis}_parallel_degree"] for axis in ("tensor", "pipeline", "data"))
-        if "activation_checkpointing" not in pins or "offload" not in pins:
+        if len(self.contexts) != 1 or "activation_checkpointing" not in pins or "offload" not in pins:
             return None
         if tensor > 1 and "sequence_parallel" not in pins:
             return None
         micros = self.micros(data)
-        stages = (pins["zero_stage"],) if "zero_stage" in pins else (0,) if data == 1 else ()
+        stages = (pins["zero_stage"],) if "zero_stage" in pins else (0,) if data * self.contexts[0] == 1 else ()
         if len(micros) != 1 or not stages:
             return None
-        groups = self._groups(stages[0], tensor, data)
+        groups = self._groups(stages[0], tensor, data * self.contexts[0])
         schedules = self.schedules(pipeline, self.problem.accumulation(data, micros[0]))
         if not schedules and "pipeline_schedule" in pins and "num_virtual_stages" in pins:
             # none passes the rules: the rule that the pinned one breaks refuses it by name
@@ -344,6 +354,7 @@ class Space:
             tensor=tensor,
             pipeline=pipeline,
             data=data,
+            context=self.contexts[0],
             sequence_parallel=pins.get("sequence_parallel", False),
             schedule=schedules[0][0],
             virtual=schedules[0][1],

@@ -85,7 +85,7 @@ class _Search:
     def run(self, started: float) -> SearchResult:
         result, bounds = self.result, self.bounds
         for group in bounds.groups():
-            offloads = {zero: len(self.space.offloads_of(zero, group.shape.data)) for zero in group.batch.shardings}
+            offloads = {zero: len(self.space.offloads_of(zero, group.shape.replicas)) for zero in group.batch.shardings}
             choices = sum(len(kept) * offloads[zero] for zero, kept in group.batch.shardings.items())
             size = group.batch.num_recomputes * choices
             result.num_candidates += size
@@ -116,8 +116,7 @@ class _Search:
             if not is_leaf:
                 self._reject(shape, "slower", size, f"at least {step_s:.3g} s a step, {than}")
         self.result.rejections = [
-            Rejection(f"tensor {s.tensor}, pipeline {s.pipeline}, data {s.data}", number, reason)
-            for (s, _), (number, reason) in self.rejected.items()
+            Rejection(_degrees(s), number, reason) for (s, _), (number, reason) in self.rejected.items()
         ]
 
     def _hopeless(self, step_s: float, shape: Shape) -> bool:
@@ -133,7 +132,8 @@ class _Search:
     def _push_leaf(self, choice: Choice) -> None:
         self.result.num_feasible += 1
         step_s = self.problem.time(self.problem.strategy(choice)).step_s
-        shape, key = Shape(choice.tensor, choice.pipeline, choice.data), self.problem.key(step_s, choice.num_gpus)
+        shape = Shape(choice.tensor, choice.pipeline, choice.data, choice.context)
+        key = self.problem.key(step_s, choice.num_gpus)
         entry = key, 1, simplicity(choice), next(self.order), shape, 1, step_s, Found(choice, step_s)
         heapq.heappush(self.heap, entry)
 
@@ -168,7 +168,7 @@ class _Search:
         """Push each sharding and offload of a micro batch group."""
         shape, bounds = group.shape, self.bounds
         for zero, shardings in group.batch.shardings.items():
-            for offload in self.space.offloads_of(zero, shape.data):
+            for offload in self.space.offloads_of(zero, shape.replicas):
                 for sharding in shardings:
                     least = bounds.least(group, sharding, offload, group.in_flight)
                     if least is None:
@@ -250,3 +250,8 @@ class _Search:
             middle = (low + high) // 2
         taken = one + (found if carried else found[:1])
         return [counts[place] for place in taken], len({*asked, *taken})
+
+
+def _degrees(shape: Shape) -> str:
+    context = f"context {shape.context}, " if shape.context > 1 else ""
+    return f"tensor {shape.tensor}, {context}pipeline {shape.pipeline}, data {shape.data}"

@@ -133,7 +133,7 @@ class Bounds:
         held = in_flight_of(schedule, shape.pipeline, virtual, batch.accumulation, 0)
         if schedule != "zbv":
             return held
-        kept = self.layer_bytes(shape.tensor, sequence_parallel, batch.micro)
+        kept = self.layer_bytes(shape.tensor, shape.context, sequence_parallel, batch.micro)
         return held * min(1.0, kept.pending / kept.none)
 
     def _layouts(self, pipeline: int) -> Layouts:
@@ -155,31 +155,36 @@ class Bounds:
 
     # Seconds --------------------------------------------------------------------------------------------------------
 
-    def _one_micro_batch(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> Strategy:
+    def _one_micro_batch(self, tensor: int, context: int, sequence_parallel: bool, micro: int, kind: str) -> Strategy:
         """Return the strategy of one micro batch on one tensor group."""
         choice = Choice(
-            tensor=tensor, sequence_parallel=sequence_parallel, micro=micro, reduce=PER_STEP, recompute=kind
+            tensor=tensor,
+            context=context,
+            sequence_parallel=sequence_parallel,
+            micro=micro,
+            reduce=PER_STEP,
+            recompute=kind,
         )
         return self.problem.strategy(choice)
 
-    def _parts(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> list[PassSeconds]:
+    def _parts(self, tensor: int, context: int, sequence_parallel: bool, micro: int, kind: str) -> list[PassSeconds]:
         """Return the seconds of one micro batch on one tensor group, messages among them where they cost the same everywhere."""
         problem = self.problem
-        found = passes(problem.roof, problem.rank_memory, self._one(tensor, sequence_parallel, micro, kind))
+        found = passes(problem.roof, problem.rank_memory, self._one(tensor, context, sequence_parallel, micro, kind))
         return [part for part in found.parts if self.messages_count or part.term in ("compute_s", "recompute_s")]
 
-    def _plain_pass(self, tensor: int, sequence_parallel: bool, micro: int) -> PassSeconds:
-        parts = self._parts(tensor, sequence_parallel, micro, "none")
+    def _plain_pass(self, tensor: int, context: int, sequence_parallel: bool, micro: int) -> PassSeconds:
+        parts = self._parts(tensor, context, sequence_parallel, micro, "none")
         return PassSeconds("", *(sum(seconds) for seconds in zip(*(part[1:] for part in parts), strict=True)))
 
-    def _added_s(self, tensor: int, sequence_parallel: bool, micro: int, kind: str) -> float:
+    def _added_s(self, tensor: int, context: int, sequence_parallel: bool, micro: int, kind: str) -> float:
         """Return the seconds that recomputing a layer adds to one micro batch."""
-        plain, again = (self._parts(tensor, sequence_parallel, micro, each) for each in ("none", kind))
+        plain, again = (self._parts(tensor, context, sequence_parallel, micro, each) for each in ("none", kind))
         return sum(part.layer + part.checkpointed for part in again) - sum(part.layer for part in plain)
 
     def floor_s(self, shape: Shape, sequence_parallel: bool, batch: BatchOption, idle: float) -> float:
         """Return the seconds of a step with such a bubble, nothing recomputed and nothing sent between replicas."""
-        one = self._pass(shape.tensor, sequence_parallel, batch.micro)
+        one = self._pass(shape.tensor, shape.context, sequence_parallel, batch.micro)
         layers = self.problem.arch.num_layers
         total_s = batch.accumulation * one.of(Share(layers, 0, True, True))
         if shape.pipeline == 1:
@@ -192,7 +197,7 @@ class Bounds:
         """Return the seconds of gradients and gathers that no compute hides, of a pipeline rank with the fewest layers and
         neither end of the model."""
         problem = self.problem
-        if shape.data == 1 or problem.cluster.calibration:  # measured rates need not make fewer bytes faster
+        if shape.replicas == 1 or problem.cluster.calibration:  # measured rates need not make fewer bytes faster
             return 0.0
         strategy = problem.strategy(Choice(*shape, micro=micro, **sharding._asdict()))
         share = Share(self.layouts(shape.pipeline).fewest, 0, False, False)
@@ -216,7 +221,9 @@ class Bounds:
         carried_s = 0.0
         if offload.activations != "none":
             anything = self.anything(group.shape.pipeline)
-            one = self.carried_s(group.shape.tensor, group.sequence_parallel, group.batch.micro, anything)
+            one = self.carried_s(
+                group.shape.tensor, group.shape.context, group.sequence_parallel, group.batch.micro, anything
+            )
             layers = self.layouts(group.shape.pipeline).fewest
             carried_s = group.batch.accumulation * (one.layer_s * layers - one.hidden_s)
         sent = self.exposed_s(group.shape, sharding, micro)
@@ -227,7 +234,7 @@ class Bounds:
         kinds, layers = least
         if "none" in kinds or self.partly:
             return 0.0
-        key, seconds = (group.shape.tensor, group.sequence_parallel, group.batch.micro), INFINITE
+        key, seconds = (group.shape.tensor, group.shape.context, group.sequence_parallel, group.batch.micro), INFINITE
         fewest = self.layouts(group.shape.pipeline).fewest
         if "selective" in kinds:
             seconds = self.added_s(*key, "selective") * fewest
@@ -236,20 +243,20 @@ class Bounds:
         return group.batch.accumulation * seconds
 
     def _carried_s(
-        self, tensor: int, sequence_parallel: bool, micro: int, anything: MinimumRecompute
+        self, tensor: int, context: int, sequence_parallel: bool, micro: int, anything: MinimumRecompute
     ) -> CarriedSeconds:
         """Return what carrying activations adds under the recomputing that makes it least. Of checkpointed and plain layers any
         mix may be best: seconds are piecewise linear in it, so its ends and kinks are tried."""
         problem = self.problem
         memory, roof, length = problem.rank_memory, problem.roof, problem.sequence_length
-        plain = self._one(tensor, sequence_parallel, micro, "none")
+        plain = self._one(tensor, context, sequence_parallel, micro, "none")
         shape = memory.shape(plain)
         tokens = shape.tokens(memory.question, plain)
         layer = roof.layer(plain, shape, tokens, length)
 
         def link_s(kind: str) -> float:
             share = Share(1, int(kind != "none"), False, False)
-            kept = memory.micro(self._one(tensor, sequence_parallel, micro, kind)).of(share)
+            kept = memory.micro(self._one(tensor, context, sequence_parallel, micro, kind)).of(share)
             return activations_s(kept, problem.cluster)
 
         def exposed(link: float) -> float:
@@ -269,9 +276,9 @@ class Bounds:
 
     # Bytes ----------------------------------------------------------------------------------------------------------
 
-    def _layer_bytes(self, tensor: int, sequence_parallel: bool, micro: int) -> LayerBytes:
+    def _layer_bytes(self, tensor: int, context: int, sequence_parallel: bool, micro: int) -> LayerBytes:
         def of(kind: str) -> MicroBatchBytes:
-            return self.problem.rank_memory.micro(self._one(tensor, sequence_parallel, micro, kind))
+            return self.problem.rank_memory.micro(self._one(tensor, context, sequence_parallel, micro, kind))
 
         none, selective, full = of("none"), of("selective"), of("full")
         kept = none.layer, selective.checkpointed, full.checkpointed, none.working, none.pending
@@ -292,7 +299,7 @@ class Bounds:
             return anything
         kinds, counts = anything
         fixed = self.fixed(group.shape, sharding, without_activations(offload))
-        kept = self.layer_bytes(group.shape.tensor, group.sequence_parallel, group.batch.micro)
+        kept = self.layer_bytes(group.shape.tensor, group.shape.context, group.sequence_parallel, group.batch.micro)
         first, late = (
             self.layouts(group.shape.pipeline).first,
             group.batch.accumulation >= 2 * group.shape.pipeline,

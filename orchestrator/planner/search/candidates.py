@@ -18,10 +18,16 @@ class Shape(NamedTuple):
     tensor: int
     pipeline: int
     data: int
+    context: int = 1
+
+    @property
+    def replicas(self) -> int:
+        """Return how many ranks hold the same parameters, or a shard of them."""
+        return self.data * self.context
 
     @property
     def num_gpus(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.replicas
 
 
 class Sharding(NamedTuple):
@@ -98,6 +104,7 @@ def point(
         tensor=shape.tensor,
         pipeline=shape.pipeline,
         data=shape.data,
+        context=shape.context,
         sequence_parallel=core.sequence_parallel,
         schedule=core.schedule,
         virtual=core.virtual,
@@ -121,6 +128,7 @@ def simplicity(choice: Choice) -> tuple[Any, ...]:
         choice.num_gpus,
         choice.pipeline,
         choice.tensor,
+        choice.context,
         choice.zero,
         choice.schedule != "1f1b",
         choice.virtual,

@@ -40,7 +40,7 @@ class Fits:
 
     def __call__(self, choice: Choice) -> bool:
         """Return whether a choice fits."""
-        key = (*choice[:4], holds_like(choice.schedule, choice.virtual), *choice[5:])
+        key = (*choice[:5], holds_like(choice.schedule, choice.virtual), *choice[6:])
         if key not in self._known:
             self._known[key] = self.problem.memory(self.problem.strategy(choice)).fits
         return self._known[key]

@@ -32,7 +32,7 @@ def closest(space: Space, bounds: Bounds) -> TooLarge | None:
 
 def smallest(space: Space, bounds: Bounds, shape: Shape, zero: int) -> Iterator[Choice]:
     """Yield the candidates of some degrees and a ZeRO stage of which one holds the fewest bytes."""
-    batches, offloads = space.batches_of(shape, zero), space.offloads_of(zero, shape.data)
+    batches, offloads = space.batches_of(shape, zero), space.offloads_of(zero, shape.replicas)
     if not batches or not offloads:
         return
     first = batches[0]

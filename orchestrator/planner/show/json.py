@@ -42,6 +42,7 @@ def placement(strategy: Strategy, gpus_per_node: int) -> list[dict[str, int]]:
                 "node": rank // gpus_per_node,
                 "local_rank": rank % gpus_per_node,
                 "data": at["data"],
+                "context": at["context"],
                 "tensor": at["tensor"],
                 "pipeline": at["pipeline"],
             }
