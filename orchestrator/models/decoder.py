@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.models.architecture import Architecture
-from orchestrator.models.context import Context, future, packed, prefixed
+from orchestrator.models.context import Context, packed, prefixed
 from orchestrator.models.lora import PLACES, A, B, Lora
+from strategies.engines.sequence import WHOLE_SEQUENCE
 from strategies.tensor.region import WHOLE
 
 SPLIT: dict[str, str] = {
@@ -99,46 +100,54 @@ class Attention(nn.Module):
         self.q = nn.Linear(hidden, hidden, bias=bias)
         self.k, self.v = (nn.Linear(hidden, arch.kv_size, bias=bias) for _ in range(2))
         self.out = nn.Linear(hidden, hidden, bias=bias)
-        self.region = WHOLE
+        self.region, self.sequence = WHOLE, WHOLE_SEQUENCE
 
     def forward(self, x_BSH: Tensor, context: Context | None = None) -> Tensor:
         columns = self.region.columns(x_BSH, self.q, self.k, self.v)
         batch, sequence, _ = columns[0].shape  # whole, where x_BSH may be split by sequence
         q_BASD, k_BKSD, v_BKSD = (y.view(batch, sequence, -1, self.head_dim).transpose(1, 2) for y in columns)
+        if context is not None:
+            y_BASD = self._attend(q_BASD, k_BKSD, v_BKSD, context)
+        else:
+            if self.positions == "rotary":
+                places_1S = self.sequence.places(sequence, x_BSH.device)[None]
+                q_BASD, k_BKSD = (rotated(x, self.theta, places_1S) for x in (q_BASD, k_BKSD))
+            bias = self._alibi_of(q_BASD) if self.positions == "alibi" else None
+            y_BASD = self.sequence.attention(q_BASD, k_BKSD, v_BKSD, flash=self.kind == "flash", bias=bias)
+        return self.region.row(y_BASD.transpose(1, 2).reshape(batch, sequence, -1), self.out)
+
+    def _attend(self, q_BASD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, context: Context) -> Tensor:
+        """Return the attention of rows that are not simply one sample from its first token on, y_BASD."""
         if self.positions == "rotary":
-            positions_BS = None if context is None else context.positions_BS
-            q_BASD, k_BKSD = (rotated(x, self.theta, positions_BS) for x in (q_BASD, k_BKSD))
-        if context is not None and context.cache is not None:
+            q_BASD, k_BKSD = (rotated(x, self.theta, context.positions_BS) for x in (q_BASD, k_BKSD))
+        if context.cache is not None:
             k_BKSD, v_BKSD = context.cache.extend(self.layer, k_BKSD, v_BKSD)
         if (group := q_BASD.shape[1] // k_BKSD.shape[1]) > 1:  # grouped-query heads (arXiv:2305.13245)
             k_BKSD, v_BKSD = k_BKSD.repeat_interleave(group, 1), v_BKSD.repeat_interleave(group, 1)
-        # None, true where a key is seen, or what is added to the scores.
-        mask = None if context is None else context.seen_B1QS
+        mask = context.seen_B1QS  # true where a key is seen, or what is added to the scores
         if self.positions == "alibi":
-            seen = ~future(sequence, x_BSH.device) if mask is None else mask
-            mask = self._alibi(q_BASD, k_BKSD.shape[2]).masked_fill(~seen, float("-inf"))
+            num_keys, sequence = k_BKSD.shape[2], q_BASD.shape[2]
+            keys_S = torch.arange(num_keys, device=q_BASD.device)
+            bias = self._alibi_of(q_BASD)(keys_S[num_keys - sequence :], keys_S)
+            mask = bias.masked_fill(~mask, float("-inf"))
         if self.kind == "flash":
-            y_BASD = F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None)
-        else:
-            scores = q_BASD @ k_BKSD.transpose(-1, -2) / math.sqrt(self.head_dim)
-            if mask is not None and mask.is_floating_point():
-                scores = scores + mask
-            else:
-                hidden = future(sequence, x_BSH.device) if mask is None else ~mask
-                scores = scores.masked_fill(hidden, float("-inf"))
-            y_BASD = scores.softmax(-1) @ v_BKSD
-        return self.region.row(y_BASD.transpose(1, 2).reshape(batch, sequence, -1), self.out)
+            return F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, attn_mask=mask)
+        scores = q_BASD @ k_BKSD.transpose(-1, -2) / math.sqrt(self.head_dim)
+        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, float("-inf"))
+        return scores.softmax(-1) @ v_BKSD
 
-    def _alibi(self, q_BASD: Tensor, num_keys: int) -> Tensor:
-        """Return what ALiBi adds to the scores of this rank's heads, [A, Q, S]: slope x (key - query). The queries are the last
-        of the keys' tokens."""
-        heads, sequence = q_BASD.shape[1:3]
+    def _alibi_of(self, q_BASD: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return what makes, of the places of queries and keys, what ALiBi adds to the scores of this rank's heads, [A, Q, S]:
+        slope x (key - query)."""
+        heads = q_BASD.shape[1]
         first = self.region.rank * heads
         slopes = alibi_slopes(self.num_heads)[first : first + heads]
         slopes_A = torch.tensor(slopes, device=q_BASD.device, dtype=q_BASD.dtype)
-        keys_S = torch.arange(num_keys, device=q_BASD.device)
-        distance_QS = (keys_S[None, :] - keys_S[num_keys - sequence :, None]).to(q_BASD.dtype)
-        return slopes_A[:, None, None] * distance_QS
+
+        def bias(queries_Q: Tensor, keys_S: Tensor) -> Tensor:
+            return slopes_A[:, None, None] * (keys_S[None, :] - queries_Q[:, None]).to(q_BASD.dtype)
+
+        return bias
 
 
 class MLP(nn.Module):
@@ -211,19 +220,21 @@ class Embed(nn.Module):
         self.block_positions = nn.Embedding(arch.position_rows, arch.hidden_size) if in_blocks else None
         self.project = nn.Linear(width, arch.hidden_size, bias=False) if width != arch.hidden_size else None
         self.norm = make_norm(arch) if arch.traits.embedding_norm else None
-        self.region = WHOLE
+        self.region, self.sequence = WHOLE, WHOLE_SEQUENCE
         self.frozen = False
         """Nothing of it is trained, but something behind it is."""
 
     def forward(self, input_ids_BS: Tensor, context: Context | None = None) -> Tensor:
         sequence = input_ids_BS.shape[1]
-        if self.positions is not None and sequence > self.max_position:
-            raise ValueError(f"a sequence of {sequence} tokens is longer than max_position {self.max_position}")
+        whole = sequence * self.sequence.size
+        if self.positions is not None and whole > self.max_position:
+            raise ValueError(f"a sequence of {whole} tokens is longer than max_position {self.max_position}")
         x = self.region.rows(self.tokens, input_ids_BS)
         if self.project is not None:
             x = self.project(x)
         if self.positions is not None:
-            positions = torch.arange(sequence, device=input_ids_BS.device) if context is None else context.positions_BS
+            places = self.sequence.places(sequence, input_ids_BS.device)
+            positions = places if context is None else context.positions_BS
             x = x + self.region.rows(self.positions, positions + self.offset)
         if self.block_positions is not None:
             given = None if context is None else context.block_positions_BS

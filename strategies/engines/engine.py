@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from strategies.engines.mesh import Mesh
+    from strategies.engines.sequence import WholeSequence
     from strategies.tensor.region import Region
 
 BUCKET_BYTES = 64 * 2**20
@@ -126,6 +127,8 @@ class Requests:
     """Group of the two ranks that share a tied table; None where none is shared."""
     channels: Mapping[Any, Any] = field(default_factory=dict)
     """Process group of each channel between pipeline stages (pipeline/messages.py)."""
+    part: Callable[[MicroBatch], MicroBatch] | None = None
+    """Takes what this rank computes of a micro batch; None: all of it."""
     runner: Callable[..., Any] | None = None
     """Makes the runner of a session's micro batches from its build, states and loss."""
     make_states: Callable[[Build, Callable[[str, torch.Size], Tensor]], Any] | None = None
@@ -160,6 +163,8 @@ class Build:
     """The world, by axis."""
     region: Region
     """The region that the module's parts ask for their products at the borders of a split."""
+    sequence: WholeSequence | None = None
+    """The sequences that the module's parts ask for their tokens' places and for attention; None: each is whole on this rank."""
     layout: Mapping[str, Layout] = field(default_factory=dict)
     """Layout of each parameter; empty where tensor parallelism splits none."""
     shared: tuple[str, ...] = ()

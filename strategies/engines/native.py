@@ -98,6 +98,8 @@ def build_session(
         for part in module.modules():
             if hasattr(part, "region"):
                 cast("Any", part).region = build.region
+            if build.sequence is not None and hasattr(part, "sequence"):
+                cast("Any", part).sequence = build.sequence
         assert build.requests.make_states is not None, "the ZeRO room chooses who holds the states"
         states: States = build.requests.make_states(build, _parts(build, weights))
     except BaseException:
@@ -127,10 +129,6 @@ def _parts(build: Build, weights: Weights) -> Weights:
 def _refuse_unbuilt(module: nn.Module, strategy: Strategy, precision: str) -> None:
     if precision not in DTYPES:
         raise ValueError(f"precision {precision!r} is unknown; set it to one of {', '.join(DTYPES)}")
-    if strategy.context_parallel_degree != 1:
-        raise ValueError(
-            f"context_parallel_degree {strategy.context_parallel_degree} is not built on the native engine; set it to 1"
-        )
     for limit in ENGINES["native"].limits:
         # The ZeRO room says what the states may be, by precision, and the offload room what may leave.
         if limit.field not in ("states", "offload") and limit.applies(strategy):
@@ -148,7 +146,7 @@ def _refuse_unbuilt(module: nn.Module, strategy: Strategy, precision: str) -> No
 
 
 def _degrees(strategy: Strategy) -> str:
-    names = ("data_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree")
+    names = tuple(f"{axis}_parallel_degree" for axis in ("data", "tensor", "pipeline", "context"))
     told = [f"{name} {degree}" for name in names if (degree := getattr(strategy, name)) > 1]
     return " x ".join(told) or "data_parallel_degree 1"
 
@@ -171,8 +169,9 @@ class NativeSession:
     def step(self, micro_batches: Sequence[MicroBatch], *, num_targets: int, learning_rate: float) -> StepResult:
         """See engine.Session. The device is waited for once, between backward and the optimizer."""
         self.states.begin()
-        self.states.share = self._share(micro_batches, num_targets)
-        total = self.runner.train(micro_batches, (self.scale or 1.0) / num_targets / self.states.share)
+        mine = list(self._mine(micro_batches))
+        self.states.share = self._share(mine, num_targets)
+        total = self.runner.train(mine, (self.scale or 1.0) / num_targets / self.states.share)
         self.states.reduce()
         self._add_parts()
         told, norm = self._totals(total / num_targets)
@@ -192,6 +191,11 @@ class NativeSession:
     def _share(self, micro_batches: Sequence[MicroBatch], num_targets: int) -> float:
         """The same on every rank: the shape of a micro batch is."""
         return 1.0 if self.scale is None else share_of(micro_batches[0].input_ids_BS.numel(), num_targets)
+
+    def _mine(self, micro_batches: Iterable[MicroBatch]) -> Iterable[MicroBatch]:
+        """Return what this rank computes of its replica's micro batches."""
+        part = self.build.requests.part
+        return micro_batches if part is None else map(part, micro_batches)
 
     @torch.no_grad()
     def _add_parts(self) -> None:
@@ -244,7 +248,7 @@ class NativeSession:
         """See engine.Session."""
         names = self.loss.names
         total = torch.zeros(len(names) + 1, dtype=torch.float64, device=self.build.device)
-        for batch in micro_batches:
+        for batch in self._mine(micro_batches):
             told_K = self.runner.evaluate(batch)
             if told_K is not None:
                 total[:-1] += told_K
@@ -262,7 +266,7 @@ class NativeSession:
         """See engine.Session."""
         self.runner.loss, own = loss, self.runner.loss
         try:
-            told = [self.runner.evaluate(batch) for batch in micro_batches]
+            told = [self.runner.evaluate(batch) for batch in self._mine(micro_batches)]
         finally:
             self.runner.loss = own
         self.runner.settle()

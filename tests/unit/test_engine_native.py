@@ -106,7 +106,7 @@ def _no_group_left():
         ("fp32", {"tensor_parallel_degree": 2}, "tensor_parallel_degree 2 wants a process group of 2, this one has 1"),
         ("fp32", {"pipeline_parallel_degree": 4}, "pipeline_parallel_degree 4 wants a process group of 4, this one has 1"),
         ("fp32", {"tensor_parallel_degree": 2, "compile": True}, "torch.compile of blocks that talk to a tensor group"),
-        ("fp32", {"context_parallel_degree": 2}, "context_parallel_degree 2 is not built"),
+        ("fp32", {"context_parallel_degree": 2}, "no room splits sequences"),
         ("fp32", {"offload": Offload(parameters="host")}, "offload.parameters host wants what steps them away too; set"),
         ("fp32", {"offload": Offload(optimizer="nvme", parameters="nvme"), "zero_stage": 3}, "set it to host, or zero_stage to"),
         ("fp32", {"offload": Offload(optimizer="host", optimizer_fraction=0.0)}, "optimizer_fraction 0.0 must be above 0"),
