@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clusters.files import write_atomically
+from orchestrator.planner.show.words import TIMES
 from orchestrator.telemetry.goodput import ENDS, Ledger
 from orchestrator.telemetry.history import History, Steps
 from orchestrator.telemetry.records import Event
@@ -24,16 +25,7 @@ SHOWN_EVENTS = 300
 WARM_UP_STEPS = 3
 """Steps after a start that are left out of medians: allocations, and the step that is measured."""
 NOT_BYTES = ("pipeline_rank", "peak_phase", "tensor_peak_bytes", "peak_bytes")
-OF_TIME = (
-    "compute_s",
-    "recompute_s",
-    "tensor_parallel_s",
-    "data_parallel_exposed_s",
-    "pipeline_bubble_s",
-    "pipeline_transfer_s",
-    "offload_s",
-    "optimizer_s",
-)
+OF_TIME = tuple(part.name for part in TIMES)
 """Parts of a plan's step; they sum to step_s."""
 PHASES = (
     "plan_s",

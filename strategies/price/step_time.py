@@ -1,7 +1,7 @@
 """Seconds of one step by component: the fold of the rooms' cost doors over the slowest pipeline rank.
 
-step_s = compute + recompute + tensor_parallel + data_parallel_exposed + pipeline_bubble + pipeline_transfer + offload
-+ optimizer. The terms and their sources: docs/explanation/time-model.md.
+step_s = compute + recompute + tensor_parallel + context_parallel + data_parallel_exposed + pipeline_bubble
++ pipeline_transfer + offload + optimizer. The terms and their sources: docs/explanation/time-model.md.
 
 For a search, all else equal: a step takes at least (micro batches) x (compute of one on the slowest rank) and the bubble of
 the others; compute_s and tensor_parallel_s of one pipeline rank are proportional to gradient_accumulation_steps; sharding (ZeRO,
@@ -34,6 +34,7 @@ class TimePrice:
     compute_s: float
     recompute_s: float
     tensor_parallel_s: float
+    context_parallel_s: float
     data_parallel_s: float
     data_parallel_exposed_s: float
     pipeline_bubble_s: float

@@ -27,7 +27,7 @@ NAMES = {
     "memory": "usable_bytes peak_bytes host_bytes_per_node nvme_bytes_per_node stages",
     "memory.stages": "pipeline_rank peak_phase parameters gathered_parameters master_weights gradients optimizer_states "
     "activations logits communication_buffers temporary reserve tensor_peak_bytes peak_bytes",
-    "time": "step_s compute_s recompute_s tensor_parallel_s data_parallel_s data_parallel_exposed_s "
+    "time": "step_s compute_s recompute_s tensor_parallel_s context_parallel_s data_parallel_s data_parallel_exposed_s "
     "pipeline_bubble_s pipeline_transfer_s offload_s optimizer_s",
     "throughput": "tokens_per_second tokens_per_second_per_gpu model_tflops_per_gpu mfu hfu",
     "cost": "gpu_hours usd wall_s",

@@ -302,6 +302,7 @@ _PARTS = {
     "compute_s": "smaller or fewer products",
     "recompute_s": "forward again",
     "tensor_parallel_s": "tensor messages",
+    "context_parallel_s": "waiting for keys and values",
     "data_parallel_exposed_s": "waiting for replicas",
     "pipeline_bubble_s": "bubble",
     "pipeline_transfer_s": "pipeline transfers",

@@ -48,7 +48,9 @@ def time_formulas(plan: Plan) -> dict[str, str]:
         "recompute_s": f"the forward of checkpointed layers once more, {accumulation} times",
         "tensor_parallel_s": f"{accumulation} x the collectives of layers, embedding, head and loss over "
         f"{s.degrees.tensor} GPUs; recomputing a layer sends its forward again",
-        "data_parallel_exposed_s": f"gradients and parameters over {s.degrees.data} replicas "
+        "context_parallel_s": f"{accumulation} x the keys, values and their gradients that travel around "
+        f"{s.degrees.context} GPUs, less what attention over those that are here hides",
+        "data_parallel_exposed_s": f"gradients and parameters over {s.num_replicas} replicas "
         f"({plan.price.time.data_parallel_s:.3g} s in all), less what backward hides; gradients that tensor ranks, first "
         "and last stage add up; the norm",
         "pipeline_bubble_s": f"(p - 1) / (m v) of the busy time, a third of it where weight gradients fill the gaps: "

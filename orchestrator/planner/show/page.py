@@ -45,13 +45,7 @@ COLOURS = dict(
         ),
         strict=True,
     )
-) | dict(
-    zip(
-        [name for name, _, _ in TIMES],
-        ("compute", "recompute", "tensor", "data", "bubble", "transfer", "offload", "step"),
-        strict=True,
-    )
-)
+) | {part.name: part.colour for part in TIMES}
 
 
 def write_page(plan: Plan, path: str | Path) -> None:
@@ -157,7 +151,7 @@ def _memory(plan: Plan) -> str:
 
 def _time(plan: Plan) -> str:
     time, formulas = plan.price.time, time_formulas(plan)
-    rows = [(name, label, getattr(time, name)) for name, label, _ in TIMES if getattr(time, name) > 0]
+    rows = [(part.name, part.words, getattr(time, part.name)) for part in TIMES if getattr(time, part.name) > 0]
     parts = [(label, value, f"f-{COLOURS[name]}", f"{label}: {seconds_told(value)}") for name, label, value in rows]
     bar = both(lambda width: charts.one_bar(parts, label="the parts of a step", width=width))
     listed = formula_list(

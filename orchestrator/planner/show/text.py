@@ -159,8 +159,8 @@ def _time(plan: Plan, width: int) -> Iterator[str]:
     time = plan.price.time
     yield f"{seconds_told(time.step_s)} for {plan.job.tokens_per_step:,} tokens"
     columns = width - MARGIN - 2
-    yield stacked([(getattr(time, name), code) for name, _, code in TIMES], time.step_s, columns)
-    for name, label, code in TIMES:
+    yield stacked([(getattr(time, part.name), part.code) for part in TIMES], time.step_s, columns)
+    for name, label, code, _ in TIMES:
         value = getattr(time, name)
         if value > 0.0005 * time.step_s:
             share = painted(bar(value, time.step_s, columns - 46), code)

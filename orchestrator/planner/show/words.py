@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from strategies.rooms import ROOMS
 from strategies.strategy import Axis, Strategy
@@ -26,15 +26,30 @@ COMPONENTS = (
     ("reserve", "90"),
 )
 """Bytes of a stage, with their colours."""
+
+
+class StepPart(NamedTuple):
+    """One part of a step's seconds, as text and pages show it."""
+
+    name: str
+    """Its name in the plan's JSON."""
+    words: str
+    code: str
+    """Its colour on a terminal."""
+    colour: str
+    """Its colour on a page (page.css)."""
+
+
 TIMES = (
-    ("compute_s", "compute", "34"),
-    ("recompute_s", "recompute", "36"),
-    ("tensor_parallel_s", "tensor messages", "35"),
-    ("data_parallel_exposed_s", "data parallel, not hidden", "33"),
-    ("pipeline_bubble_s", "pipeline bubble", "31"),
-    ("pipeline_transfer_s", "pipeline transfers", "91"),
-    ("offload_s", "offload", "93"),
-    ("optimizer_s", "optimizer", "32"),
+    StepPart("compute_s", "compute", "34", "compute"),
+    StepPart("recompute_s", "recompute", "36", "recompute"),
+    StepPart("tensor_parallel_s", "tensor messages", "35", "tensor"),
+    StepPart("context_parallel_s", "context, not hidden", "95", "context"),
+    StepPart("data_parallel_exposed_s", "data parallel, not hidden", "33", "data"),
+    StepPart("pipeline_bubble_s", "pipeline bubble", "31", "bubble"),
+    StepPart("pipeline_transfer_s", "pipeline transfers", "91", "transfer"),
+    StepPart("offload_s", "offload", "93", "offload"),
+    StepPart("optimizer_s", "optimizer", "32", "step"),
 )
 """Parts of a step; they sum to step_s."""
 
