@@ -88,11 +88,13 @@ def told(strategy: Strategy) -> str:
     s, words = strategy, ""
     if s.tensor_parallel_degree > 1:
         words += f" tensor {s.tensor_parallel_degree}{' sequence' * s.sequence_parallel}"
+    if s.context_parallel_degree > 1:
+        words += f" context {s.context_parallel_degree}"
     if s.pipeline_parallel_degree > 1:
         words += f" pipeline {s.pipeline_parallel_degree}x{s.num_virtual_stages} {s.pipeline_schedule}"
     if s.mesh_order != MESH_ORDER:
         words += f" {'-'.join(s.mesh_order)}"
-    group = f"/{s.zero_group_size}" if s.zero_stage and s.zero_group_size < s.data_parallel_degree else ""
+    group = f"/{s.zero_group_size}" if s.zero_stage and s.zero_group_size < s.num_replicas else ""
     words += f" ZeRO {s.zero_stage}{group} {s.activation_checkpointing}"
     if s.activation_checkpointing != "none" and any(x.num_checkpointed_layers < x.num_layers for x in s.stages):
         words += f" {max(x.num_checkpointed_layers for x in s.stages)}"
@@ -120,6 +122,7 @@ class Case:
     states: str = ""
     offload: Offload = NOWHERE
     tensor: int = 1
+    context: int = 1
     pipeline: int = 1
     virtual: int = 1
     schedule: str = "1f1b"
@@ -131,7 +134,7 @@ class Case:
 
     @property
     def data(self) -> int:
-        return self.world_size // (self.tensor * self.pipeline)
+        return self.world_size // (self.tensor * self.pipeline * self.context)
 
     @property
     def strategy(self) -> Strategy:
@@ -139,6 +142,7 @@ class Case:
         return Strategy(
             data_parallel_degree=self.data,
             tensor_parallel_degree=self.tensor,
+            context_parallel_degree=self.context,
             pipeline_parallel_degree=self.pipeline,
             num_virtual_stages=self.virtual,
             pipeline_schedule=self.schedule,  # type: ignore[arg-type]
@@ -153,7 +157,7 @@ class Case:
                 checkpointed=self.checkpointed if self.recompute != "none" else 0,
             ),
             zero_stage=self.zero_stage,
-            zero_group_size=self.group or (self.data if self.zero_stage else 1),
+            zero_group_size=self.group or (self.data * self.context if self.zero_stage else 1),
             states=self.states or ("full" if self.precision in ("fp32", "fp64") else mixed),  # type: ignore[arg-type]
             activation_checkpointing=self.recompute,  # type: ignore[arg-type]
             micro_batch_size=self.micro_batch_size,
@@ -182,6 +186,8 @@ class Trial:
 
     @property
     def kind(self) -> str:
+        if any(each and each.strategy.context_parallel_degree > 1 for each in (self.case, self.then)):
+            return "context"
         if self.case.task in TASKS:
             return "family"
         if self.then is None:

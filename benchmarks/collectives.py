@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.cases import ARCH, LORA, TASK, Case, Run, Task
 from benchmarks.drawn import drawn
-from benchmarks.matrix import compositions, offloaded, reductions
+from benchmarks.matrix import compositions, contexts, offloaded, reductions
 from benchmarks.parity import BUCKET_BYTES, NUM_DRAWN, session_of, steps
 from benchmarks.pool import Pool
 from orchestrator.models.architecture import make_architecture
@@ -80,6 +80,8 @@ def purposes(session: Any) -> dict[str, str]:
     told |= {group.group_name: "world" for group in groups.values() if group and group.size() == dist.get_world_size()}
     if shared is not None:
         told[shared.group_name] = "shared"
+    if (sequence := session.build.sequence) is not None:
+        told[sequence.ring.group.group_name] = "context"
     told |= {group.group_name: "pipeline" for group in session.build.requests.channels.values()}
     return told | {dist.group.WORLD.group_name: "world"}
 
@@ -97,7 +99,9 @@ def play(rank: int, run: Run) -> Ledger:
 def priced(rank: int, run: Run) -> Ledger:
     """What the cost doors say of that rank."""
     strategy = run.strategy
-    at = strategy.degrees.coordinates(rank)
+    at, degrees = strategy.degrees.coordinates(rank), strategy.degrees
+    inner = degrees.order.index("context") > degrees.order.index("data")
+    replica = at["data"] * degrees.context + at["context"] if inner else at["context"] * degrees.data + at["data"]
     shards = strategy.zero_group_size if strategy.zero_stage else 1
     return ledger(
         workload(run.task.arch, run.task.lora),
@@ -105,7 +109,7 @@ def priced(rank: int, run: Run) -> Ledger:
         sequence_length=run.task.sequence_length,
         precision=run.precision,
         pipeline_rank=at["pipeline"],
-        ranks=GroupRanks(at["tensor"], at["data"] % shards),
+        ranks=GroupRanks(at["tensor"], replica % shards),
         bucket_bytes=BUCKET_BYTES,
     )
 
@@ -167,7 +171,11 @@ def rows() -> list[Run]:
         if data > 1 or stage == 0
     ]
     cases += compositions() + reductions() + offloaded()
+    ring = [trial.case for trial in contexts() if trial.then is None]
     found = [Run(case.strategy, case.precision) for case in cases]
+    # Buckets are counted exactly for OPT's parameters alone.
+    long = replace(TASK, sequence_length=16)
+    found += [Run(case.strategy, case.precision, long if case.zero_stage < 2 else case.task) for case in ring]
     some = random.Random(3).sample([case for case in cases if case.world_size > 2], 20)
     for arch, (index, case) in itertools.product((UNTIED, NARROW), enumerate(some)):
         other = replace(case, precision="bf16" if index % 2 else "fp64")

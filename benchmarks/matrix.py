@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from typing import Any
 
-from benchmarks.cases import ADAPTED, ARCH, TASKS, Case, Run, Trial
+from benchmarks.cases import ADAPTED, ARCH, FAMILIES, TASK, TASKS, Case, Run, Task, Trial
 from strategies.strategy import Offload
 
 
@@ -104,6 +105,55 @@ def offloaded() -> list[Case]:
     return cases
 
 
+def contexts() -> list[Trial]:
+    """Context 2 and 4 alone, in each family whose rows are one sample; beside tensor and sequence parallelism, every schedule,
+    ZeRO 0 to 3, recompute and offload, so that each pair of choices is there; in 32 and 16 bit; saved under one split that goes
+    on under another."""
+    long = {
+        task.arch.family: replace(task, sequence_length=16)
+        for task in (TASK, *FAMILIES.values())
+        if task.arch.family != "glm"
+    }
+    opt, llama, bloom = long["opt"], long["llama"], long["bloom"]
+
+    def case(world: int, zero: int, context: int = 2, task: Task = opt, **more: Any) -> Case:
+        micro = more.pop("micro_batch_size", 1)
+        return Case(world_size=world, zero_stage=zero, context=context, task=task, micro_batch_size=micro, **more)
+
+    split = {"tensor": 2, "sequence_parallel": True}
+    wave = {"pipeline": 2, "schedule": "zbv", "virtual": 2}
+    late = {"pipeline": 2, "schedule": "interleaved_zero_bubble", "virtual": 2}
+    turns = {"pipeline": 2, "schedule": "interleaved_1f1b", "virtual": 2}
+    cases = [
+        *(case(2, 0, task=task) for task in long.values()),
+        *(case(4, zero, 4, task=task) for zero, task in enumerate((opt, llama, bloom, opt))),
+        case(8, 0, 4, bloom, **split, recompute="full"),
+        case(8, 1, 2, llama, **split, recompute="selective", micro_batch_size=2),
+        case(8, 2, 2, opt, tensor=2, recompute="full", group=2),
+        case(8, 3, 2, bloom, **split, group=2, gather="per_step"),
+        case(4, 0, 2, llama, **wave, recompute="selective"),
+        case(4, 1, 2, bloom, **late, recompute="full", checkpointed=1),
+        case(4, 2, 2, opt, **turns, reduce="per_step"),
+        case(4, 3, 2, llama, pipeline=2, schedule="gpipe", recompute="full"),
+        case(8, 3, 4, bloom, pipeline=2, recompute="selective", micro_batch_size=2),
+        case(8, 2, 4, llama, **late, recompute="none"),
+        case(8, 1, 2, opt, **wave, **split, recompute="full"),
+        case(8, 0, 2, llama, pipeline=2, **split),
+        case(8, 0, 2, opt, pipeline=4, schedule="gpipe"),
+        case(4, 2, 2, opt, recompute="selective", offload=HOST),
+        case(4, 1, 4, llama, recompute="full", offload=NVME),
+        case(8, 1, 2, bloom, **split, pipeline=2, offload=HOST),
+        case(4, 3, 2, llama, pipeline=2, offload=HOST, reduce="per_step"),
+        case(2, 0, 2, bloom, recompute="full", offload=FILES),
+        case(8, 1, 2, opt, tensor=2, group=2, mesh_order=("context", "tensor", "pipeline", "data")),
+        *(case(4, zero, 2, llama, precision=precision) for zero, precision in ((1, "fp32"), (1, "bf16"), (3, "bf16"))),
+    ]
+    plain = Case(world_size=2, zero_stage=3, tensor=2, micro_batch_size=1, task=opt)
+    moves = [(case(4, 2, 4), plain), (plain, case(4, 1, 4)), (case(4, 3), case(4, 1, 2, pipeline=2))]
+    moves += [(case(4, 2, 2, precision="fp32"),) * 2]
+    return [Trial(each) for each in cases] + [Trial(a, b) for a, b in moves]
+
+
 def families() -> list[Trial]:
     """Every room under each family beside OPT: tensor and sequence parallelism, pipelines, ZeRO 0 to 3, recompute, offload; a
     run saved under one split that goes on under another. The same with packed rows."""
@@ -159,7 +209,7 @@ def matrix() -> list[Trial]:
         Case(world_size=4, zero_stage=1, pipeline=2, virtual=2, schedule="interleaved_1f1b", micro_batch_size=1),
         Case(world_size=8, zero_stage=1, tensor=2, pipeline=2, micro_batch_size=1),
     ]
-    trials = [Trial(case) for case in cases] + families()
+    trials = [Trial(case) for case in cases] + families() + contexts()
     trials += [Trial(a, b) for a, b in itertools.product(ends, ends) if a != b]
     for world, stage, precision in itertools.product((3, 4), (0, 1, 2, 3), ("fp32", "bf16", "fp16", "fp64")):
         case = Case(world_size=world, zero_stage=stage, precision=precision, micro_batch_size=1)

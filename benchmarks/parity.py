@@ -316,7 +316,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Every strategy of the native engine against one process.")
     parser.add_argument("--slice", type=int, help="only so many rows, drawn with --seed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=("parity", "drawn", "family", "resume", "bitwise"))
+    parser.add_argument("--only", choices=("parity", "drawn", "family", "context", "resume", "bitwise"))
     parser.add_argument("--log", type=Path, help="keeps the rows' verdicts; those it has are not played again")
     args = parser.parse_args()
     trials = [*matrix(), *(Trial(run) for run in drawn(NUM_DRAWN, args.seed))]

@@ -188,6 +188,9 @@ CASES = tuple(
         ({**STAGES, **PAIR, "pipeline": 4, "zero": 2, "schedule": "interleaved_1f1b"}, 4, "fp32"),
         ({**WAITING, "pipeline": 4, "data": 8, "group": 8, "micro": 2, "recompute": "full", "layers": 1}, 1, "bf16"),
         ({**TURNS, "tensor": 4, "recompute": "selective"}, 8, "bf16"),
+        ({"context": 4, "tensor": 2, "sequence_parallel": True}, 1, "bf16"),
+        ({"context": 2, "data": 2, "zero": 3, "group": 4}, 4, "fp32"),
+        ({"context": 2, "pipeline": 2, "zero": 1, "group": 2, "recompute": "full"}, 4, "bf16"),
     )
 )
 """What CI plays."""

@@ -103,14 +103,10 @@ ENGINES: dict[str, Capability] = {
                 "`full` in fp32 and fp64",
             ),
             Limit(
-                field="context_parallel_degree",
-                applies=lambda s: s.context_parallel_degree > 1,
-                reason="no room splits sequences; set context_parallel_degree to 1",
-            ),
-            Limit(
                 field="compile",
-                applies=lambda s: s.compile and (s.tensor_parallel_degree > 1 or s.pipeline_parallel_degree > 1),
-                reason="torch.compile of blocks that talk to a tensor group or run as a pipeline's stages is not built",
+                applies=lambda s: s.compile and (_hybrid(s) or s.context_parallel_degree > 1),
+                reason="torch.compile of blocks that talk to a tensor group or a context group, or run as a pipeline's stages, "
+                "is not built",
             ),
         ),
     ),

@@ -9,6 +9,7 @@ from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
+from strategies.context import cost as context
 from strategies.model import cost as model
 from strategies.offload import cost as offload
 from strategies.pipeline import cost as pipeline
@@ -24,6 +25,7 @@ ROOMS: tuple[Room, ...] = (
     pipeline.CUT,
     tensor.ROOM,
     recompute.ROOM,
+    context.ROOM,
     zero.ROOM,
     offload.ROOM,
     pipeline.SCHEDULED,

@@ -58,7 +58,7 @@ ACTS: Mapping[str, str] = {
     "strategy.data_parallel_degree": "orchestrator.training.worker:share_of",
     "strategy.tensor_parallel_degree": "strategies.tensor.apply:apply",
     "strategy.pipeline_parallel_degree": "strategies.pipeline.apply:cut",
-    "strategy.context_parallel_degree": "strategies.engines.native:_refuse_unbuilt",
+    "strategy.context_parallel_degree": "strategies.context.apply:apply",
     "strategy.expert_parallel_degree": "orchestrator.spec.sections:StrategySpec",
     "strategy.num_virtual_stages": "strategies.pipeline.apply:_check",
     "strategy.pipeline_schedule": "strategies.pipeline.runner:PipelineRunner",

@@ -199,7 +199,12 @@ def check_degrees(strategy: StrategySpec, cluster: Cluster) -> Iterator[Fault]:
     """What is pinned must fit on the GPUs there are."""
     words = [
         word
-        for word in ("data_parallel_degree", "tensor_parallel_degree", "pipeline_parallel_degree")
+        for word in (
+            "data_parallel_degree",
+            "tensor_parallel_degree",
+            "pipeline_parallel_degree",
+            "context_parallel_degree",
+        )
         if getattr(strategy, word) is not None
     ]
     product = prod(getattr(strategy, word) for word in words)
@@ -212,6 +217,34 @@ def check_degrees(strategy: StrategySpec, cluster: Cluster) -> Iterator[Fault]:
         )
 
 
+def check_context(
+    strategy: StrategySpec, task: str, batch: BatchSpec | None, shape: Architecture | None
+) -> Iterator[Fault]:
+    """Sequences are split where a row is one sample, into an even number of chunks."""
+    degree = strategy.context_parallel_degree or 1
+    if degree > 1 and task != "pretrain":
+        yield Fault(
+            path=("strategy", "context_parallel_degree"),
+            message=f"`strategy.context_parallel_degree` is {degree}, and task {task} packs several samples into a row, which is "
+            "not split",
+            fix="write `context_parallel_degree: 1`, or delete the line",
+        )
+    elif degree > 1 and shape is not None and shape.family == "glm":
+        yield Fault(
+            path=("strategy", "context_parallel_degree"),
+            message=f"`strategy.context_parallel_degree` is {degree}, and family glm fills blanks in rows that are not split",
+            fix="write `context_parallel_degree: 1`, or delete the line",
+        )
+    elif degree > 1 and batch is not None and batch.sequence_length % (2 * degree):
+        longer = -(-batch.sequence_length // (2 * degree)) * 2 * degree
+        yield Fault(
+            path=("strategy", "context_parallel_degree"),
+            message=f"`strategy.context_parallel_degree` is {degree}: it cuts a sequence into {2 * degree} chunks, which "
+            f"sequence_length {batch.sequence_length} does not fill evenly",
+            fix=f"write a sequence_length that {2 * degree} divides, such as {longer}, or a smaller degree",
+        )
+
+
 def check_mesh(strategy: StrategySpec) -> Iterator[Fault]:
     order = strategy.mesh_order
     if order is not None and sorted(order) != sorted(MESH_ORDER):
@@ -220,11 +253,17 @@ def check_mesh(strategy: StrategySpec) -> Iterator[Fault]:
             message=f"`strategy.mesh_order` is [{', '.join(order)}]; it must hold each axis once",
             fix=f"write [{', '.join(MESH_ORDER)}] in the order you want, farthest neighbours first",
         )
-    group, data = strategy.zero_group_size, strategy.data_parallel_degree
+    group, data, context = (
+        strategy.zero_group_size,
+        strategy.data_parallel_degree,
+        strategy.context_parallel_degree or 1,
+    )
+    data = data and data * context
     if group is not None and data is not None and data % group:
+        product = f" x context_parallel_degree, {data}" if context > 1 else f" {data}"
         yield Fault(
             path=("strategy", "zero_group_size"),
-            message=f"`strategy.zero_group_size` is {group}, which does not divide data_parallel_degree {data}; "
+            message=f"`strategy.zero_group_size` is {group}, which does not divide data_parallel_degree{product}; "
             "some ranks would have no group",
             fix=f"write `zero_group_size: {_near_divisor(data, group)}`, or delete the line to share over all {data}",
         )

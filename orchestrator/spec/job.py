@@ -106,7 +106,7 @@ class Job(Section):
     @property
     def pins(self) -> dict[str, Any]:
         """The fields of the strategy that the job fixes, by their names in strategies.strategy.Strategy. `training.compile: true`
-        is `strategy.compile: true`."""
+        is `strategy.compile: true`; rows that are no single sample are not split over a context group."""
         pins = {key: value for key, value in self.strategy.__dict__.items() if value is not None}
         if self.strategy.offload is not None:
             left = self.strategy.offload
@@ -118,6 +118,8 @@ class Job(Section):
             )
         if self.training.compile is True:
             pins["compile"] = True
+        if self.task != "pretrain" or self.architecture.traits.blank_filling:
+            pins.setdefault("context_parallel_degree", 1)
         return pins
 
     @cached_property

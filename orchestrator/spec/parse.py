@@ -96,6 +96,7 @@ def _checks(sections: dict[str, Any], directory: Path, shaky: set[str]) -> Itera
     if training is not None:
         yield from checks.check_compile(training, strategy)
     yield from checks.check_mesh(strategy)
+    yield from checks.check_context(strategy, get("task", "pretrain"), batch, shape)
     if shape is not None:
         yield from checks.check_split(strategy, shape)
     if where is not None:

@@ -281,8 +281,8 @@ class StrategySpec(Section):
     """GPUs that share each matrix product; it divides the heads."""
     pipeline_parallel_degree: Count | None = Field(default=None, examples=[2])
     """Groups of GPUs that hold the layers one after the other."""
-    context_parallel_degree: Literal[1] | None = Field(default=None, examples=[1])
-    """GPUs that share each sequence. Only 1 is accepted today."""
+    context_parallel_degree: Count | None = Field(default=None, examples=[2])
+    """GPUs that share each sequence by ring attention; twice as many divide its tokens."""
     expert_parallel_degree: Literal[1] | None = Field(default=None, examples=[1])
     """GPUs that share the experts of a layer. Only 1 is accepted today."""
     num_virtual_stages: Count | None = Field(default=None, examples=[2])

@@ -70,6 +70,7 @@ ONE = Case(
             for case, task in zip((SPLIT, FOLDED, BOTH), ADAPTED, strict=True)
         ),
         Trial(Run(SPLIT.strategy, "fp64", ADAPTED[0]), Run(FOLDED.strategy, "fp64", ADAPTED[0])),
+        *sample("context", 4),
         Trial(SHARDED, HYBRID),
         Trial(HYBRID, Case(world_size=1, zero_stage=0)),
         *sample("resume", 2),

@@ -67,6 +67,7 @@ def strategies() -> list[Strategy]:
             found.append(
                 Strategy(
                     data_parallel_degree=4,
+                    context_parallel_degree=1 + index % 2,
                     tensor_parallel_degree=tensor,
                     pipeline_parallel_degree=pipeline,
                     pipeline_schedule=schedule,
@@ -152,7 +153,9 @@ def test_every_apply_door_is_a_function_of_its_module() -> None:
     assert [
         name for name in APPLY if not callable(getattr(import_module(name.split(":")[0]), name.split(":")[1]))
     ] == []
-    assert [room.name for room in ROOMS] == [*("model", "cut", "tensor", "recompute", "zero", "offload", "schedule")]
+    assert [room.name for room in ROOMS] == [
+        *("model", "cut", "tensor", "recompute", "context", "zero", "offload", "schedule")
+    ]
 
 
 def test_rules_name_fields_of_a_strategy_and_say_how_to_fix_it() -> None:

@@ -96,6 +96,12 @@ CASES = {
         problem(cluster(), precision="fp32", pins=PURE | {"activation_checkpointing": "full"}), 0.1
     ),
     "gpipe": tight(problem(cluster(), pins=PURE | {"pipeline_schedule": "gpipe", "zero_stage": 1}), 0.3),
+    "split sequences": tight(
+        problem(cluster(), pins=PURE | {"context_parallel_degree": 2, "activation_checkpointing": "none"}), 0.2
+    ),
+    "long sequences": tight(
+        problem(cluster(), batch=4, pins=PURE | {"pipeline_parallel_degree": 1}).changed(sequence_length=8192), 0.1
+    ),
     "nvme": tight(
         problem(cluster(), pins={"tensor_parallel_degree": 1, "pipeline_parallel_degree": 1}, hidden=2048),
         0.1,

@@ -118,7 +118,14 @@ ONE_FAULT = {
     "optimizer to the CPU": (GOOD + "strategy: {offload: {optimizer: cpu}}\n", "5:33", "'cpu'", "did you mean host?"),
     "a precision in torch's words": (GOOD + "training: {precision: float32}\n", "5:23", "'float32'", "did you mean fp32?"),
     "activations to nvme": (GOOD + "strategy: {offload: {activations: nvme}}\n", "5:35", "'nvme'", "none, host"),
-    "context parallel": (GOOD + "strategy: {context_parallel_degree: 2}\n", "5:37", "the only value today", "degree: 1`"),
+    "context parallel of an odd length": (
+        GOOD.replace("sequence_length: 128", "sequence_length: 126") + "strategy: {context_parallel_degree: 2}\n",
+        "5:37", "it cuts a sequence into 4 chunks, which sequence_length 126 does not fill evenly", "such as 128",
+    ),
+    "context parallel of packed rows": (
+        GOOD + "task: sft\nstrategy: {context_parallel_degree: 2}\n",
+        "6:37", "task sft packs several samples into a row, which is not split", "`context_parallel_degree: 1`",
+    ),
     "duration": (GOOD + "targets: {for: 10 minutes}\n", "5:16", "'10 minutes'; it is not a duration", "as in 10m"),
     "interval": (GOOD + "checkpoint: {every: 0}\n", "5:21", "is 0; it is no interval", "(500), a duration (10m), or auto"),
     "no files": (GOOD + "data: {train: []}\n", "5:15", "`data.train` is empty", "as in `train: [corpus/*.txt]`"),
