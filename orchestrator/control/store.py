@@ -98,6 +98,23 @@ class Row(NamedTuple):
 COLUMNS = ", ".join(Row._fields)
 
 
+class Planned(NamedTuple):
+    """What the queue needs of a job with a plan; the names are those of Row."""
+
+    name: str
+    user: str
+    num_gpus: int
+    num_nodes: int
+    priority: int
+    queued_s: float
+    wall_s: float | None
+    wall_error: float | None
+    step: int
+    num_steps: int | None
+    max_wait_s: float | None
+    token: int
+
+
 class Refused(ValueError):
     """What is asked of a job that does not allow it: what, and how to fix it."""
 
@@ -173,6 +190,11 @@ class Store:
             f"SELECT {COLUMNS} FROM jobs WHERE {where} ORDER BY id LIMIT ?", [*values, -1 if limit is None else limit]
         )
         return [Row._make(row) for row in found]
+
+    def planned(self) -> list[Planned]:
+        """Return the jobs that wait for GPUs, oldest first; a few columns of them, since they may be thousands."""
+        sql = f"SELECT {', '.join(Planned._fields)} FROM jobs WHERE state = ? ORDER BY id"
+        return [Planned._make(row) for row in self._db.execute(sql, (State.PLANNED,))]
 
     def counts(self) -> dict[str, int]:
         """Return the number of jobs in each state that has any."""
