@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from orchestrator.spec.errors import ErrorEntry, Fault, Keys, SpecError, dotted, place
 from orchestrator.spec.job import Job
+from orchestrator.spec.sections import ModelSpec
 from strategies.catalog import unbuilt_pins
 
 _MODEL, _SHAPE = "orchestrator.spec.resolve:resolve_model", "orchestrator.spec.resolve:SHAPE"
 _BASE, _PARTS = "clusters.describe:_base", "clusters.describe:_overridden"
-_OPTIMIZER, _RATE = "orchestrator.training.worker:build", "orchestrator.training.resume:rate_of"
+_OPTIMIZER, _RATE = "orchestrator.training.build:session_of", "orchestrator.training.resume:rate_of"
 _TARGETS = "orchestrator.planner.reasons.targets:wanted_of"
 _PROBLEM, _STEPS = "orchestrator.planner.problem:Problem", "orchestrator.spec.job:Job"
+
+_LEARN = "orchestrator.training.ppo.session:PpoSession"
 
 ACTS: Mapping[str, str] = {
     "version": _STEPS,
@@ -35,6 +39,30 @@ ACTS: Mapping[str, str] = {
     "data.tokenizer.bpe": "orchestrator.training.prepare:request_of",
     "data.template": "orchestrator.training.inputs:request_of",
     "data.on_bad": "orchestrator.training.inputs:request_of",
+    "model.checkpoint": "orchestrator.training.first_weights:named_checkpoint",
+    **{
+        f"ppo.{role}.{word}": _SHAPE
+        for role in ("reward", "critic", "reference")
+        for word in ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "vocab_size")
+    },
+    **{
+        f"ppo.{role}.{word}": _SHAPE
+        for role in ("reward", "critic", "reference")
+        for word in ("max_position", "tied_embeddings", "variant")
+    },
+    **{f"ppo.{role}.{word}": _MODEL for role in ("reward", "critic", "reference") for word in ("name", "path")},
+    **{
+        f"ppo.{role}.checkpoint": "orchestrator.training.first_weights:named_checkpoint"
+        for role in ("reward", "critic", "reference")
+    },
+    **{f"ppo.{role}.initialize": "orchestrator.spec.sections:ModelSpec" for role in ("reward", "critic", "reference")},
+    "ppo.response_length": "orchestrator.spec.ppo_section:PpoSpec",
+    **{f"ppo.{word}": _LEARN for word in ("epochs", "minibatches")},
+    **{f"ppo.{word}": f"{_LEARN}.learn" for word in ("gamma", "lam", "normalize_rewards", "reward_clip")},
+    "ppo.whiten_advantages": f"{_LEARN}.learn",
+    **{f"ppo.kl.{word}": _LEARN for word in ("coefficient", "target", "horizon")},
+    **{f"ppo.{word}": "orchestrator.training.ppo.loop:learner_of" for word in ("clip_range", "value_clip_range")},
+    "ppo.critic_learning_rate": "orchestrator.training.worker:settings_of",
     "batch.global_batch_size": "orchestrator.training.worker:set_up",
     "batch.sequence_length": "orchestrator.training.worker:datasets_of",
     "training.steps": _STEPS,
@@ -47,8 +75,8 @@ ACTS: Mapping[str, str] = {
     "training.seed": "orchestrator.training.worker:set_up",
     "training.evaluate_every": "orchestrator.training.loop:Loop",
     "training.compile": _STEPS,
-    "training.z_loss": "orchestrator.training.worker:loss_of",
-    "training.dpo_beta": "orchestrator.training.worker:loss_of",
+    "training.z_loss": "orchestrator.training.build:loss_of",
+    "training.dpo_beta": "orchestrator.training.build:loss_of",
     "training.deterministic": _OPTIMIZER,
     **{f"training.lora.{word}": "orchestrator.models.lora:Lora" for word in ("rank", "alpha", "targets")},
     **{f"cluster.{word}": _BASE for word in ("gpu", "nodes", "gpus_per_node")},
@@ -77,7 +105,7 @@ ACTS: Mapping[str, str] = {
     "strategy.offload.optimizer_fraction": "strategies.offload.apply:apply",
     "strategy.micro_batch_size": "orchestrator.training.worker:share_of",
     "strategy.gradient_accumulation_steps": "orchestrator.planner.problem:check_batch",
-    "strategy.attention": "orchestrator.training.worker:build",
+    "strategy.attention": "orchestrator.training.build:session_of",
     "strategy.compile": "strategies.recompute.apply:apply",
     "objective": _PROBLEM,
     "targets.tokens_per_second_per_gpu": _TARGETS,
@@ -105,16 +133,15 @@ class Unbuilt:
     fix: str
 
 
+def _drops(job: Job, *, role: str) -> bool:
+    model: ModelSpec | None = None if job.ppo is None else getattr(job.ppo, role)
+    return model is not None and model.dropout > 0
+
+
 UNBUILT: tuple[Unbuilt, ...] = (
     Unbuilt(
         keys=("task",),
-        asked=lambda job: job.task == "ppo",
-        told="reinforcement learning is not built: it is planned as plain pretraining of one model",
-        fix="task: dpo learns from preferences without it",
-    ),
-    Unbuilt(
-        keys=("task",),
-        asked=lambda job: job.task in ("sft", "reward", "dpo") and job.architecture.traits.blank_filling,
+        asked=lambda job: job.task in ("sft", "reward", "dpo", "ppo") and job.architecture.traits.blank_filling,
         told="family glm learns by filling blanks, and samples that share a row have none",
         fix="task: pretrain, or a model of another family",
     ),
@@ -138,7 +165,19 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
     Unbuilt(
         keys=("training", "lora", "rank"),
-        asked=lambda job: job.lora is not None and not job.initializes_from_weights,
+        asked=lambda job: job.lora is not None and job.task == "ppo",
+        told="adapters are not built for ppo: whoever writes responses would need them merged",
+        fix="leave lora out, or train by dpo",
+    ),
+    Unbuilt(
+        keys=("training", "lora", "rank"),
+        asked=lambda job: job.lora is not None and job.model.checkpoint is not None,
+        told="adapters stand beside the weights of a Hugging Face folder, not of a checkpoint",
+        fix="`shardwise convert` the checkpoint and name the folder, model: {path: FOLDER}, or leave lora out",
+    ),
+    Unbuilt(
+        keys=("training", "lora", "rank"),
+        asked=lambda job: job.lora is not None and job.task != "ppo" and not job.initializes_from_weights,
         told="adapters stand beside weights that stay as they are, and this job's are random",
         fix="name a trained model, `model: {path: FOLDER}`, or leave lora out",
     ),
@@ -156,7 +195,7 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
     Unbuilt(
         keys=("training", "z_loss"),
-        asked=lambda job: job.task in ("reward", "dpo") and job.training.z_loss > 0,
+        asked=lambda job: job.task in ("reward", "dpo", "ppo") and job.training.z_loss > 0,
         told="the loss of this task is no cross entropy of tokens, to which it could be added",
         fix="leave z_loss out",
     ),
@@ -171,6 +210,15 @@ UNBUILT: tuple[Unbuilt, ...] = (
         asked=lambda job: job.model.dropout > 0,
         told="dropout is not built: a run would train without it, and a plan counts no masks",
         fix="dropout: 0, or leave it out",
+    ),
+    *(
+        Unbuilt(
+            keys=("ppo", role, "dropout"),
+            asked=partial(_drops, role=role),
+            told="dropout is not built",
+            fix="dropout: 0, or leave it out",
+        )
+        for role in ("reward", "critic", "reference")
     ),
     Unbuilt(
         keys=("training", "compile"),
@@ -281,7 +329,13 @@ def refuse_unbuilt(job: Job) -> None:
 
 def notes(job: Job) -> list[str]:
     """Return a sentence for a plan's reader for each of unbuilt(job)."""
-    return [f"{entry['message']}; `run` refuses it ({place(entry)})" for entry in unbuilt(job)]
+    told = [f"{entry['message']}; `run` refuses it ({place(entry)})" for entry in unbuilt(job)]
+    if job.task == "ppo":
+        told.append(
+            "of ppo only the actor's training is priced: critic, reference, reward model and the writing of responses are not in "
+            "these bytes and seconds"
+        )
+    return told
 
 
 def _faults(job: Job) -> Iterator[Fault]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from orchestrator.models.architecture import Architecture
 from orchestrator.models.lora import sizes
 from orchestrator.spec.errors import Fault, Keys
+from orchestrator.spec.ppo_section import PpoSpec
 from orchestrator.spec.resolve import NEEDED, SHAPE
 from orchestrator.spec.sections import (
     BatchSpec,
@@ -37,11 +38,17 @@ def check_model(model: ModelSpec) -> Iterator[Fault]:
             message=f"`model` says what it is in {len(ways)} ways, {' and '.join(ways)}; which one holds is open",
             fix="keep one of them: a catalog name, a path, or a shape",
         )
-    elif not ways:
+    elif model.path is not None and model.checkpoint is not None:
+        yield Fault(
+            path=("model", "checkpoint"),
+            message="`model` names two weights, a `path` and a `checkpoint`; from which training starts is open",
+            fix="keep one of them",
+        )
+    elif not ways and model.checkpoint is None:
         yield Fault(
             path=("model",),
             message="`model` names no model",
-            fix="write a catalog name (`model: opt-1.3b`), a `path`, or a shape (`family`, `num_layers`, ...)",
+            fix="write a catalog name (`model: opt-1.3b`), a `path`, a `checkpoint`, or a shape (`family`, `num_layers`, ...)",
         )
     elif shape:
         missing = [word for word in NEEDED if word not in shape]
@@ -51,10 +58,10 @@ def check_model(model: ModelSpec) -> Iterator[Fault]:
                 message=f"`model` gives a shape without {', '.join(f'`{word}`' for word in missing)}",
                 fix=f"add {' and '.join(f'`{word}:`' for word in missing)}, or use a catalog name (`model: opt-1.3b`)",
             )
-    if model.initialize == "weights" and model.path is None and len(ways) == 1:
+    if model.initialize == "weights" and model.path is None and model.checkpoint is None and len(ways) == 1:
         yield Fault(
             path=("model", "initialize"),
-            message="`model.initialize` is weights, but there are no weights: `model` has no `path`",
+            message="`model.initialize` is weights, but there are no weights: `model` has no `path` and no `checkpoint`",
             fix="give `path: FOLDER`, or `initialize: random`",
         )
 
@@ -77,7 +84,7 @@ _BPE: Keys = ("data", "tokenizer", "bpe")
 def check_vocabulary(data: DataSpec, model: ModelSpec, shape: Architecture) -> Iterator[Fault]:
     """Tokens that the model has no row for, as far as the job tells them: a folder's tokenizer is looked at when it is read."""
     tokenizer, written = data.tokenizer, data.wrote("tokenizer")
-    if not written and model.path is not None:
+    if not written and (model.path is not None or model.checkpoint is not None):
         return
     if isinstance(tokenizer, BpeTokenizer):
         needed, path = tokenizer.bpe, _BPE
@@ -165,6 +172,46 @@ def check_lora(training: TrainingSpec, shape: Architecture) -> Iterator[Fault]:
                 message=f"`training.lora.targets` names {target}, but family {shape.family} has no such layer in a block",
                 fix=f"choose among {', '.join(known)}",
             )
+
+
+def check_ppo(task: str | None, ppo: PpoSpec | None, batch: BatchSpec | None) -> Iterator[Fault]:
+    """Task and section belong together, and a step's responses can be written and split."""
+    if task is not None and (task == "ppo") != (ppo is not None):
+        named = task == "ppo"
+        yield Fault(
+            path=("task",) if named else ("ppo",),
+            message="`task` is ppo, and no `ppo` names the reward model"
+            if named
+            else f"`task` is {task}, and only task ppo reads `ppo`; nothing would come of it",
+            fix="add `ppo: {reward: {checkpoint: runs/reward}}`" if named else "delete it, or write `task: ppo`",
+        )
+    if ppo is None or batch is None:
+        return
+    if ppo.response_tokens(batch.sequence_length) >= batch.sequence_length or batch.sequence_length < 2:
+        yield Fault(
+            path=("ppo", "response_length"),
+            message=f"`ppo.response_length` is {ppo.response_length}, which leaves a prompt nothing of "
+            f"batch.sequence_length {batch.sequence_length}",
+            fix=f"write `response_length: {max(1, batch.sequence_length // 2)}`, or a longer sequence",
+        )
+    if ppo.minibatches > batch.global_batch_size:
+        yield Fault(
+            path=("ppo", "minibatches"),
+            message=f"`ppo.minibatches` is {ppo.minibatches}, more than the {batch.global_batch_size} responses of a step",
+            fix=f"write `minibatches: {batch.global_batch_size}` or fewer",
+        )
+
+
+def check_ppo_split(strategy: StrategySpec, task: str | None) -> Iterator[Fault]:
+    """A response is written token by token: no pipeline, and its weights must be whole once a step."""
+    degree = strategy.pipeline_parallel_degree
+    if task == "ppo" and degree is not None and degree > 1:
+        yield Fault(
+            path=("strategy", "pipeline_parallel_degree"),
+            message=f"`strategy.pipeline_parallel_degree` is {degree}, and task ppo refuses pipelines: a response is written "
+            "token by token through all layers, so that all stages but one would wait",
+            fix="pipeline_parallel_degree: 1, or leave it out; zero_stage: 3 or tensor_parallel_degree share the weights",
+        )
 
 
 def check_split(strategy: StrategySpec, shape: Architecture) -> Iterator[Fault]:

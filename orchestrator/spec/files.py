@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from glob import has_magic, iglob
 from pathlib import Path
 
-from orchestrator.spec.errors import ErrorEntry, Fault
+from orchestrator.spec.errors import ErrorEntry, Fault, Keys, dotted
 from orchestrator.spec.job import Job
+from orchestrator.spec.resolve import MANIFEST
+from orchestrator.spec.sections import ModelSpec
 
 FIX = "put it there, or correct the path: it is relative to the job file"
 
@@ -38,8 +40,22 @@ def _tokenizer(job: Job) -> Iterator[Fault]:
             yield Fault(path=("data", "tokenizer"), message=told, fix=f"{FIX}, or write byte or {{bpe: 8192}}")
 
 
+def _roles(job: Job) -> Iterator[tuple[Keys, ModelSpec]]:
+    for role in ("reward", "critic", "reference") if job.ppo is not None else ():
+        model = getattr(job.ppo, role)
+        if model is not None:
+            yield ("ppo", role), model
+
+
 def _weights(job: Job) -> Iterator[Fault]:
-    if not job.initializes_from_weights:
+    for path, model in (("model",), job.model), *_roles(job):
+        if model.checkpoint is None or not model.has_weights:
+            continue
+        folder = job.directory / Path(model.checkpoint).expanduser()
+        if not (folder / MANIFEST).is_file() and not any(folder.glob(f"checkpoints/step-*/{MANIFEST}")):
+            told = f"`{dotted((*path, 'checkpoint'))}`: {folder.resolve()} holds no checkpoint"
+            yield Fault(path=(*path, "checkpoint"), message=told, fix="train it first, or correct the path")
+    if job.model.path is None or not job.initializes_from_weights:
         return
     folder = job.directory / Path(str(job.model.path)).expanduser()
     if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):

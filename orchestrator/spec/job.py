@@ -11,6 +11,7 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag
 from orchestrator.models.architecture import Architecture
 from orchestrator.models.lora import TARGETS, Lora, sizes
 from orchestrator.spec.errors import MAPPING, ErrorEntry, Fault, Keys, Spot
+from orchestrator.spec.ppo_section import PpoSpec
 from orchestrator.spec.sections import (
     DEFAULTS,
     BatchSpec,
@@ -40,8 +41,8 @@ class Job(Section):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = Field(examples=["opt-1.3b-alpaca"])
     """Name of the run and of its folder: lower case, digits, dot, underscore, hyphen; 63 characters at most."""
     task: Literal["pretrain", "sft", "reward", "dpo", "ppo"] = Field(default="pretrain", examples=["pretrain"])
-    """What is learned: from text (pretrain), from answers (sft), or from which of two answers is preferred (reward, dpo). ppo is
-    not built."""
+    """What is learned: from text (pretrain), from answers (sft), from which of two answers is preferred (reward, dpo), or from
+    what a reward model says of the model's own answers (ppo)."""
     model: ModelSpec = Field(examples=["opt-1.3b"])
     """The model that is trained."""
     data: DataSpec | None = Field(default=None, examples=[{"train": ["corpus/*.txt"]}])
@@ -50,6 +51,8 @@ class Job(Section):
     """What one optimizer step reads."""
     training: TrainingSpec = Field(default_factory=DEFAULTS, validate_default=True, examples=[{"steps": 1000}])
     """How long and how the model is trained."""
+    ppo: PpoSpec | None = Field(default=None, examples=[{"reward": {"checkpoint": "runs/reward"}}])
+    """What task ppo needs beside; no other task has it."""
     cluster: Annotated[
         Annotated[str, Tag(TEXT), Field(min_length=1)] | Annotated[ClusterSpec, Tag(KEYS)], Discriminator(kind)
     ] = Field(default="auto", examples=["a100-80gb-8x8"])
@@ -120,6 +123,8 @@ class Job(Section):
             pins["compile"] = True
         if self.task != "pretrain" or self.architecture.traits.blank_filling:
             pins.setdefault("context_parallel_degree", 1)
+        if self.task == "ppo":  # a response is written token by token: stages would wait for each other
+            pins["pipeline_parallel_degree"] = 1
         return pins
 
     @cached_property
@@ -128,6 +133,12 @@ class Job(Section):
         from orchestrator.spec.resolve import resolve_model
 
         return resolve_model(self.model, self.directory)
+
+    def architecture_of(self, model: ModelSpec) -> Architecture:
+        """The shape of another model that the job names."""
+        from orchestrator.spec.resolve import resolve_model
+
+        return resolve_model(model, self.directory)
 
     @cached_property
     def lora(self) -> Lora | None:
@@ -164,7 +175,7 @@ class Job(Section):
 
     @property
     def initializes_from_weights(self) -> bool:
-        return self.model.path is not None and self.model.initialize != "random"
+        return self.model.has_weights
 
     @property
     def uses_tokenizer_of_weights(self) -> bool:
@@ -198,12 +209,14 @@ def _trajectory(job: Job) -> dict[str, Any]:
     training = job.training.model_dump(exclude={"steps", "tokens"})
     names = [name for name in shape.__dataclass_fields__ if name not in ("name", "dropout")]
     model = {name: getattr(shape, name) for name in names} | {"dropout": job.model.dropout}
+    weights = job.model.path or job.model.checkpoint
     if job.initializes_from_weights:
-        model["path"] = job.model.path
+        model["path"] = weights
     data = job.data.model_dump() if job.data else {}
     if job.uses_tokenizer_of_weights:
-        data["tokenizer"] = job.model.path
-    return {"task": job.task, "model": model, "data": data, "batch": job.batch.model_dump(), "training": training}
+        data["tokenizer"] = weights
+    parts = {"task": job.task, "model": model, "data": data, "batch": job.batch.model_dump(), "training": training}
+    return parts if job.ppo is None else {**parts, "ppo": job.ppo.model_dump()}
 
 
 def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -203,7 +203,11 @@ def _in_our_words(ours: Keys, here: Keys, value: Any) -> str:
 
 
 def _homes(key: str) -> list[str]:
-    return [dotted(path) for path, section in all_sections() if key in known_keys(section)]
+    homes: dict[type[Section], str] = {}  # a section that stands in several places is named by its first
+    for path, section in all_sections():
+        if key in known_keys(section):
+            homes.setdefault(section, dotted(path))
+    return list(homes.values())
 
 
 def all_sections(section: type[Section] = Job, path: Keys = ()) -> Iterator[tuple[Keys, type[Section]]]:

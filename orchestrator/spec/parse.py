@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import orchestrator.spec.checks as checks
 from orchestrator.spec.errors import MAPPING, ErrorEntry, Fault, SpecError
 from orchestrator.spec.job import Job
 from orchestrator.spec.resolve import SHAPE, resolve_cluster, resolve_model
-from orchestrator.spec.sections import ClusterSpec
+from orchestrator.spec.sections import ClusterSpec, ModelSpec
 
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
@@ -91,12 +92,14 @@ def _checks(sections: dict[str, Any], directory: Path, shaky: set[str]) -> Itera
             yield from checks.check_lora(training, shape)
     if batch is not None and shape is not None:
         yield from checks.check_shape(batch, shape)
+    yield from _ppo(sections, directory, "ppo" in shaky)
     if strategy is None or not strategy.model_fields_set:
         return
     if training is not None:
         yield from checks.check_compile(training, strategy)
     yield from checks.check_mesh(strategy)
     yield from checks.check_context(strategy, get("task", "pretrain"), batch, shape)
+    yield from checks.check_ppo_split(strategy, get("task"))
     if shape is not None:
         yield from checks.check_split(strategy, shape)
     if where is not None:
@@ -109,18 +112,53 @@ def _model(sections: dict[str, Any], directory: Path, shaky: bool) -> Generator[
     model = sections.get("model")
     if model is None:
         return None
+    shape = yield from _shape(model, directory, shaky)
+    if shape is not None:
+        sections["architecture"] = shape
+    return shape
+
+
+def _ppo(sections: dict[str, Any], directory: Path, shaky: bool) -> Iterator[Fault]:
+    """The faults of a ppo section, those of its models at their own places."""
+    ppo, batch = sections.get("ppo"), sections.get("batch")
+    if not shaky:
+        yield from checks.check_ppo(sections.get("task"), ppo, batch)
+    for role in ("reward", "critic", "reference"):
+        model = None if ppo is None else getattr(ppo, role)
+        if model is None:
+            continue
+        within = _shape(model, directory, shaky)
+        shape = None
+        while True:
+            try:
+                fault = next(within)
+            except StopIteration as end:
+                shape = end.value
+                break
+            yield replace(
+                fault, path=("ppo", role, *fault.path[1:]), message=fault.message.replace("`model", f"`ppo.{role}")
+            )
+        if shape is not None and batch is not None:
+            for fault in checks.check_shape(batch, shape):
+                yield replace(fault, message=f"{fault.message} (ppo.{role})")
+
+
+def _shape(model: ModelSpec, directory: Path, shaky: bool) -> Generator[Fault, None, Architecture | None]:
     if faults := list(checks.check_model(model)):
         if not shaky:  # otherwise they follow from the keys that could not be read
             yield from faults
         return None
     try:
-        shape = sections["architecture"] = resolve_model(model, directory)
+        shape = resolve_model(model, directory)
     except ValueError as error:
         message, _, fix = str(error).partition(": ")
         fix = fix.partition(" Known: ")[0] if "did you mean" in fix else fix
         if model.path is not None:
             path: tuple[str, ...] = ("model", "path")
             message, fix = str(error), "name a folder with a config.json, or give the shape inline"
+        elif model.checkpoint is not None and model.name is None and model.family is None:
+            path = ("model", "checkpoint")
+            message, fix = str(error), "name a run folder that has a checkpoint, or give name or shape beside it"
         else:
             named = [word for word in SHAPE if word in message.split()]
             path = ("model", named[-1] if named else "name")

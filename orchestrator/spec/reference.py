@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from orchestrator.spec import job, sections
+from orchestrator.spec import job, ppo_section, sections
 from orchestrator.spec.errors import dotted
 from orchestrator.spec.job import Job
 from orchestrator.spec.messages import all_sections, flow, known_keys, literals
@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 def field_texts() -> dict[tuple[str, str], str]:
     """(class, field) -> the docstring under the field."""
     texts = {}
-    for node in (node for module in (sections, job) for node in ast.parse(inspect.getsource(module)).body):
+    for node in (node for module in (sections, ppo_section, job) for node in ast.parse(inspect.getsource(module)).body):
         if not isinstance(node, ast.ClassDef):
             continue
         for field, text in zip(node.body, node.body[1:], strict=False):
@@ -78,7 +78,12 @@ def reference() -> str:
         "wrong types and impossible combinations are errors with their line and column: `shardwise validate JOB`.",
         "",
     ]
+    seen: dict[type[sections.Section], str] = {}
     for path, section in all_sections():
+        if section in seen:
+            lines += [f"## `{dotted(path)}`", "", f"Keys as in `{seen[section]}`.", ""]
+            continue
+        seen[section] = dotted(path)
         lines += _section(path, section)
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ SHAPE = (
     "tied_embeddings",
     "variant",
 )
+MANIFEST = "manifest.json"
 NEEDED = ("family", "num_layers", "hidden_size", "num_heads")
 
 
@@ -35,6 +37,8 @@ def resolve_model(model: ModelSpec, directory: Path) -> Architecture:
         shape = read_architecture(directory / Path(model.path).expanduser())
     elif model.name is not None:
         shape = find_architecture(model.name)
+    elif model.checkpoint is not None and model.family is None:
+        shape = _of_checkpoint(directory / Path(model.checkpoint).expanduser())
     else:
         return _inline(*(getattr(model, word) for word in SHAPE), model.dropout)
     if shape.dropout == model.dropout:
@@ -42,6 +46,22 @@ def resolve_model(model: ModelSpec, directory: Path) -> Architecture:
     from dataclasses import replace
 
     return replace(shape, dropout=model.dropout)
+
+
+def _of_checkpoint(folder: Path) -> Architecture:
+    """The shape that a checkpoint's manifest tells. It is only read: whoever loads the weights verifies them."""
+    files = [folder / MANIFEST] if (folder / MANIFEST).is_file() else [*folder.glob(f"checkpoints/step-*/{MANIFEST}")]
+    found = []
+    for file in files:
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            place = (manifest.get("sequence", 0), manifest["step"])
+            found.append((place, Architecture(**manifest["architecture"])))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            continue
+    if not found:
+        raise ValueError(f"{folder} holds no checkpoint whose manifest can be read")
+    return max(found, key=lambda each: each[0])[1]
 
 
 @lru_cache(maxsize=64)

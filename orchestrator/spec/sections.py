@@ -56,6 +56,9 @@ class ModelSpec(Section):
     """Name in the model catalog. `model: opt-1.3b` is short for `model: {name: opt-1.3b}`."""
     path: str | None = Field(default=None, examples=["models/opt-1.3b"])
     """A Hugging Face folder (`config.json` and safetensors), relative to the job file."""
+    checkpoint: str | None = Field(default=None, examples=["runs/sft"])
+    """A run folder (its newest checkpoint) or one checkpoint of it, relative to the job file: training starts from these weights.
+    The shape is theirs; where a name or a shape stands beside it, nothing is read to plan."""
     family: Family | None = Field(default=None, examples=["opt"])
     """Family of an inline shape; it decides norms, positions, biases and activation."""
     num_layers: Count | None = Field(default=None, examples=[24])
@@ -80,8 +83,13 @@ class ModelSpec(Section):
     dropout: BelowOne = Field(default=0.0, examples=[0.1])
     """Probability of dropping an activation while training, 0 to 1. Only 0 is built."""
     initialize: Literal["weights", "random"] | None = Field(default=None, examples=["random"])
-    """Whether training starts from the weights of `path` or from a random state. Absent: `weights` with a `path`,
-    otherwise `random`."""
+    """Whether training starts from the weights of `path` or `checkpoint`, or from a random state. Absent: `weights` with one of
+    them, otherwise `random`."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether training starts from weights that are on the disk."""
+        return (self.path is not None or self.checkpoint is not None) and self.initialize != "random"
 
     @model_validator(mode="before")
     @classmethod
@@ -118,13 +126,13 @@ class DataSpec(Section):
         Discriminator(kind),
     ] = Field(default="byte", examples=["byte"])
     """`byte` (256 tokens), the path of a Hugging Face tokenizer relative to the job file, or `{bpe: 8192}`: train one. Absent
-    where training starts from the weights of `model.path`: the tokenizer in that folder."""
-    template: Literal["auto", "alpaca", "chat"] = Field(default="auto", examples=["alpaca"])
-    """How sft, reward and dpo write a conversation down: Alpaca's template, the tokenizer's chat template, or `auto`: the latter
-    where the tokenizer brings one, else Alpaca's."""
+    where training starts from weights: the tokenizer in the folder of `model.path`, or of the run of `model.checkpoint`."""
+    template: Literal["auto", "alpaca", "chat", "plain"] = Field(default="auto", examples=["alpaca"])
+    """How the tasks that read records write a conversation down: Alpaca's template, the tokenizer's chat template, `plain` (each
+    turn a line, nothing else), or `auto`: the chat template where the tokenizer brings one, else Alpaca's."""
     on_bad: Literal["stop", "skip"] = Field(default="stop", examples=["skip"])
-    """What sft, reward and dpo do about records that give no sample, or one longer than `sequence_length`: refuse the data, or
-    leave them out. Both tell file, line and number."""
+    """What the tasks that read records do about those that give no sample, or one longer than `sequence_length`: refuse the data,
+    or leave them out. Both tell file, line and number."""
 
 
 class BatchSpec(Section):

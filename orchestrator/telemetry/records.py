@@ -42,6 +42,9 @@ class StepReport:
     """Inside the engine's step function; what step_s has beyond it is orchestration."""
     skipped: bool = False
     """The loss scaler met an overflow: the samples are consumed, the weights unchanged."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Further numbers that the task tells, by name: of reward and dpo accuracy and margin, of ppo reward, kl, kl_coefficient,
+    response_tokens, clipped, value_loss and critic_gradient_norm."""
     monotonic_s: float | None = None
     """Time at which it was written down, by a clock that nobody sets; it counts from a start of the machine. None: an older
     file."""

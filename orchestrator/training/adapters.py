@@ -43,7 +43,7 @@ def told_of(job: Job) -> dict[str, Any] | None:
     the model itself."""
     if job.lora is None:
         return None
-    if not job.initializes_from_weights:
+    if not job.initializes_from_weights or job.model.path is None:
         raise ValueError(
             "training.lora: adapters stand beside trained weights: name their folder, model: {path: FOLDER}"
         )

@@ -271,21 +271,21 @@ _WORD = 2**64 - 1
 def _permuted(places: NDArray[np.uint64], num_samples: int, seed: int, epoch: int) -> NDArray[np.int64]:
     half = np.uint64(max(1, ((num_samples - 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half)) - 1)
-    key = _mix(np.array([seed & _WORD], dtype=np.uint64))
-    key = _mix(key ^ np.array([epoch], dtype=np.uint64))
-    keys = [_mix(key + np.uint64(1 + number)) for number in range(_NUM_ROUNDS)]
+    key = mixed(np.array([seed & _WORD], dtype=np.uint64))
+    key = mixed(key ^ np.array([epoch], dtype=np.uint64))
+    keys = [mixed(key + np.uint64(1 + number)) for number in range(_NUM_ROUNDS)]
     found = places.copy()
     outside = np.ones(len(found), dtype=np.bool_)
     while outside.any():
         left, right = found[outside] >> half, found[outside] & mask
         for round_key in keys:
-            left, right = right, left ^ (_mix(right + round_key) & mask)
+            left, right = right, left ^ (mixed(right + round_key) & mask)
         found[outside] = (left << half) | right
         outside = found >= num_samples
     return found.astype(np.int64)
 
 
-def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
+def mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """The finalizer of SplitMix64 (Steele, Lea and Flood 2014); arrays wrap around in silence."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from orchestrator.training import blanks, collect, corpus
 from orchestrator.training.collect import Policy
 from orchestrator.training.data import INDEX, DataError, DataIndex, Source
-from orchestrator.training.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, unfilled
+from orchestrator.training.tokenizer import Tokenizer, check_vocabulary, load_tokenizer, tokenizer_of_run, unfilled
 
 if TYPE_CHECKING:
     from orchestrator.spec.job import Job
@@ -38,7 +38,9 @@ class Request:
     """Task that is learned: from text, or (sft, reward, dpo) from records, which become rows of packed samples."""
     sequence_length: int = 0
     """Tokens of a row; without effect on text."""
-    template: Literal["auto", "alpaca", "chat"] = "auto"
+    response_length: int = 0
+    """Tokens of a row that a prompt leaves to its response; only ppo has them."""
+    template: Literal["auto", "alpaca", "chat", "plain"] = "auto"
     on_bad: Policy = "stop"
     blank_filling: bool = False
     """The model's family needs the special tokens of blanks (blanks.py)."""
@@ -52,6 +54,8 @@ class Request:
         decides: list[object] = [str(self.base.resolve()), list(self.train), validation, self.tokenizer]
         if self.task != "pretrain":
             decides += [self.task, self.sequence_length, self.template, self.on_bad]
+        if self.task == "ppo":
+            decides.append(self.response_length)
         key = json.dumps(decides)
         return cache / "shardwise" / "data" / hashlib.sha256(key.encode()).hexdigest()[:16]
 
@@ -66,7 +70,10 @@ def request_of(job: Job) -> Request:
     if job.data is None:
         raise DataError(f"job {job.name} has no data: add `data: {{train: [corpus/*.txt]}}`")
     validation = job.data.validation
-    tokenizer = str(job.model.path) if job.uses_tokenizer_of_weights else job.data.tokenizer
+    tokenizer = job.data.tokenizer
+    if job.uses_tokenizer_of_weights:
+        of_checkpoint = job.model.checkpoint and job.directory / Path(job.model.checkpoint).expanduser()
+        tokenizer = tokenizer_of_run(of_checkpoint) if of_checkpoint else str(job.model.path)
     return Request(
         base=Path(job.directory),
         train=tuple(job.data.train),
@@ -76,6 +83,7 @@ def request_of(job: Job) -> Request:
         vocab_size=job.architecture.vocab_size,
         task=job.task,
         sequence_length=job.batch.sequence_length,
+        response_length=0 if job.ppo is None else job.ppo.response_tokens(job.batch.sequence_length),
         template=job.data.template,
         on_bad=job.data.on_bad,
         blank_filling=job.architecture.traits.blank_filling,

@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import torch
 import torch.distributed as dist
-from numpy import arange
+from numpy import arange, int64
+from numpy.typing import NDArray
 
 from orchestrator.planner.trace.live_bytes import LiveBytes
 from orchestrator.telemetry.records import Event, StepReport
@@ -28,7 +29,7 @@ from orchestrator.training.checkpoint import CheckpointFailed, CheckpointInfo, P
 from orchestrator.training.data import Dataset
 from orchestrator.training.pulse import Phase, Pulse
 from orchestrator.training.schedule import CheckpointAuto, CheckpointEvery
-from strategies.engines.engine import Session, StepResult
+from strategies.engines.engine import Evaluation, Session, StepResult
 
 MAX_EVALUATION_BATCHES = 16
 """Global batches of held-out text at most: an evaluation costs as much as about five steps."""
@@ -54,6 +55,8 @@ class Settings:
     """Peak of one accelerator."""
     measure_memory: bool
     vocab_size: int
+    critic_learning_rate: Callable[[int], float]
+    """That of task ppo's critic."""
 
 
 class Loop:
@@ -124,17 +127,10 @@ class Loop:
     # One step --------------------------------------------------------------------------------------------------------
 
     def _step(self, batch: Batch) -> StepResult:
-        def step() -> StepResult:
-            return self.session.step(
-                batch.micro_batches,
-                num_targets=batch.num_targets,
-                learning_rate=self.settings.learning_rate(batch.step),
-            )
-
         if not self.settings.measure_memory or batch.step != self.first + MEASURED_STEP - 1:
-            return step()
+            return self._train(batch)
         with LiveBytes(self.session.tensors(), vocab_size=self.settings.vocab_size) as live:
-            result = step()
+            result = self._train(batch)
         mine = {"peak_bytes": live.peak_bytes, "phase": live.peak_phase, "components": dict(live.peak)}
         ranks = self.world.gather(mine)
         largest = max(ranks, key=lambda rank: int(rank["peak_bytes"]))
@@ -147,6 +143,14 @@ class Loop:
             rss_bytes=psutil.Process().memory_info().rss,
         )
         return result
+
+    def _train(self, batch: Batch) -> StepResult:
+        """The step of a task; ppo has another one."""
+        return self.session.step(
+            batch.micro_batches,
+            num_targets=batch.num_targets,
+            learning_rate=self.settings.learning_rate(batch.step),
+        )
 
     def _agree(self) -> tuple[bool, bool]:
         """(stop, checkpoint) on every rank alike: any rank may ask to stop, rank 0's clock asks for a checkpoint."""
@@ -181,6 +185,7 @@ class Loop:
                 data_wait_s=waited_s,
                 engine_s=engine_s,
                 skipped=result.skipped,
+                metrics=dict(result.metrics),
             )
         )
         if result.skipped:
@@ -193,7 +198,7 @@ class Loop:
         started = time.perf_counter()
         limit = MAX_EVALUATION_BATCHES * max(1, self.settings.tokens_per_step // self.validation.sequence_length)
         indices = arange(min(len(self.validation), limit))
-        found = self.session.evaluate(cut(self.validation, indices, self.share))
+        found = self._evaluated(self.validation, indices)
         loss, num_tokens = found.loss / found.num_targets, found.num_targets
         metrics = {name: value / found.num_targets for name, value in found.metrics.items()}
         told = "".join(f", {name} {value:.4g}" for name, value in metrics.items())
@@ -205,6 +210,10 @@ class Loop:
             metrics=metrics,
             seconds=time.perf_counter() - started,
         )
+
+    def _evaluated(self, dataset: Dataset, indices: NDArray[int64]) -> Evaluation:
+        """The evaluation of a task; ppo has another one."""
+        return self.session.evaluate(cut(dataset, indices, self.share))
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 

@@ -47,12 +47,15 @@ class Packed:
     """Spot of each sample, in the order in which they were given."""
 
 
-def pack(samples: Sequence[Sample], sequence_length: int, *, together: int = 1, padding_id: int = 0) -> Packed:
+def pack(
+    samples: Sequence[Sample], sequence_length: int, *, together: int = 1, padding_id: int = 0, alone: bool = False
+) -> Packed:
     """Lays samples into as few rows as best-fit decreasing finds; the same samples always into the same rows.
 
     Args:
         together: so many samples that follow one another share a row: 2 for the answers of a preference.
         padding_id: what stands where no sample is.
+        alone: one group a row, in their order: a prompt leaves the rest of its row to the response.
 
     Raises ValueError where samples that belong together are longer than a row: nothing is cut."""
     if together < 1 or len(samples) % together:
@@ -63,7 +66,7 @@ def pack(samples: Sequence[Sample], sequence_length: int, *, together: int = 1, 
         if length > sequence_length:
             raise ValueError(f"sample {number * together} needs {length} tokens of a row of {sequence_length}")
     spots: list[Spot | None] = [None] * len(samples)
-    rows = _rows(groups, sequence_length)
+    rows = [[group] for group in range(len(groups))] if alone else _rows(groups, sequence_length)
     for row, members in enumerate(rows):
         start = segment = 0
         for number in (group * together + one for group in members for one in range(together)):

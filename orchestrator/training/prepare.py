@@ -172,16 +172,16 @@ def _make_rows(
     """The packed rows of a task that learns from records."""
     from orchestrator.training import rows
 
+    bpe = None if tokenizer is not None else int(request.tokenizer)
     if tokenizer is None:
-        raise DataError(
-            f"data.tokenizer: bpe is trained on text, and task {request.task} reads records: name the tokenizer that the "
-            "model was trained with, or byte"
-        )
+        tokenizer = train_bpe(rows.texts(request, train), int(request.tokenizer))
     whole = partial / "whole"
     shutil.rmtree(whole, ignore_errors=True)
     whole.mkdir()
     tokenizer.save(whole)
     index = rows.make(request, tokenizer, train, held_out, whole)
+    if bpe is not None:
+        index = replace(index, tokenizer={**index.tokenizer, "bpe": bpe})
     target = stem.with_name(f"{stem.name}-{index.fingerprint[:16]}")
     _publish(partial, whole, target, index)
     return read_index(target)

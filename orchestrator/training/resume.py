@@ -21,16 +21,18 @@ MAY_DIFFER = ("cluster", "strategy", "objective", "targets", "checkpoint", "reco
 OTHER = {
     "tokenizer": "it was trained with another tokenizer than the tokens here are of",
     "tokens": "it was trained with other text than the tokens here are of",
+    "frozen": "its reward model or reference is another checkpoint now",
     "weights": "it holds adapters of other weights than model.path has now",
 }
 """What differs -> why a run may not go on."""
 
 
-def rate_of(job: Job, num_steps: int) -> Callable[[int], float]:
+def rate_of(job: Job, num_steps: int, *, peak: float | None = None) -> Callable[[int], float]:
+    """The learning rate of each step; its peak is the optimizer's unless another is given."""
     schedule = job.training.schedule
     return partial(
         learning_rate,
-        peak=job.training.optimizer.learning_rate,
+        peak=peak or job.training.optimizer.learning_rate,
         num_steps=num_steps,
         warmup_steps=schedule.warmup_steps,
         name=schedule.name,

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from orchestrator.training.collect import Place, collect, judge, split, told
 from orchestrator.training.data import SPLITS, DataError, DataIndex, Files, Source, Split, read_index
 from orchestrator.training.inputs import Request, few
 from orchestrator.training.packing import IGNORED, Packed, Sample, pack
-from orchestrator.training.templates import samples, template_of
+from orchestrator.training.templates import samples, template_of, written
 from orchestrator.training.tokenizer import Tokenizer
 
 PAIRED = ("reward", "dpo")
@@ -43,10 +43,12 @@ def make(
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     files: dict[Split, Files] = {}
     digest = hashlib.sha256(f"{request.task}/{request.sequence_length}/{tokenizer.fingerprint}".encode())
+    digest.update(f"/{request.response_length}".encode() if request.response_length else b"")
     sources = Counter[tuple[str, Split]]()
     row_pairs = 0
     for name in SPLITS:
-        made, faults = samples(places[name], template, tokenizer, max_tokens=request.sequence_length)
+        room = request.sequence_length - request.response_length
+        made, faults = samples(places[name], template, tokenizer, max_tokens=room)
         judge(faults, request.on_bad, num_left=len(made) if name == "train" else 1, num_records=len(places[name]))
         if faults:
             reports.append(f"left out of {name}: {told(faults)}")
@@ -54,7 +56,13 @@ def make(
             sources[place.where.rpartition(":")[0], name] += sum(len(sample.ids) for sample in of_example)
         flat = [sample for _, of_example in made for sample in of_example]
         together = 2 if request.task in PAIRED else 1
-        packed = pack(flat, request.sequence_length, together=together, padding_id=tokenizer.end_of_text)
+        packed = pack(
+            flat,
+            request.sequence_length,
+            together=together,
+            padding_id=tokenizer.end_of_text,
+            alone=request.task == "ppo",
+        )
         pairs = _pairs(packed, flat, ends=request.task == "reward") if together == 2 else None
         arrays = _arrays(packed, dtype, pairs)
         for kind, array in arrays.items():
@@ -74,6 +82,13 @@ def make(
         row_tokens=request.sequence_length,
         report="\n".join(reports),
     )
+
+
+def texts(request: Request, train: Sequence[Path]) -> Iterator[str]:
+    """The texts of a request's examples, as a BPE is trained on them: without what a template adds."""
+    for place in collect(train, request.task, on_bad=request.on_bad).places:
+        for messages in written(place):
+            yield from (message.text for message in messages)
 
 
 def _places(

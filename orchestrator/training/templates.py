@@ -73,6 +73,21 @@ class AlpacaTemplate:
         return pieces
 
 
+class PlainTemplate:
+    """Each turn on a line of its own, and nothing else: for small models and short rows."""
+
+    ends_text = True
+
+    def pieces(self, messages: Messages) -> list[Piece]:
+        pieces = []
+        for number, message in enumerate(messages):
+            answer = message.role == "assistant"
+            before = "\n" if number and not answer else ""
+            after = "" if answer else "\n"
+            pieces.append(Piece(text=f"{before}{message.text}{after}", learn=answer and message.learn))
+        return pieces
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
     """A jinja2 template over `messages`, `bos_token`, `eos_token` and `add_generation_prompt`, as transformers renders it."""
@@ -150,8 +165,10 @@ def chat_template_of(tokenizer: Tokenizer) -> ChatTemplate:
 
 
 def template_of(tokenizer: Tokenizer, wanted: str = "auto") -> Template:
-    """The template that `data.template` names: alpaca, chat, or auto, which is the tokenizer's chat template where it brings one,
-    else Alpaca's. DataError where a chat template is wanted and there is none."""
+    """The template that `data.template` names: alpaca, chat, plain, or auto, which is the tokenizer's chat template where it
+    brings one, else Alpaca's. DataError where a chat template is wanted and there is none."""
+    if wanted == "plain":
+        return PlainTemplate()
     brings = isinstance(tokenizer, HuggingFaceTokenizer) and "chat_template" in tokenizer.config
     if wanted == "chat" or (wanted == "auto" and brings):
         return chat_template_of(tokenizer)
@@ -216,13 +233,13 @@ def samples(
     found: list[tuple[Place, list[Sample]]] = []
     faults: list[Fault] = []
     for place in places:
-        written = _written(place)
-        texts = {text for messages in written for message in messages for text in (message.content, message.context)}
+        turns = written(place)
+        texts = {text for messages in turns for message in messages for text in (message.content, message.context)}
         if hidden := sorted(token for token in special if any(token in text for text in texts)):
             reason = f"holds the special token {hidden[0]}"
             faults.append(Fault(where=place.where, kind="special token", reason=reason))
             continue
-        both = [encode(messages, template, tokenizer) for messages in written]
+        both = [encode(messages, template, tokenizer) for messages in turns]
         if (length := sum(len(sample.ids) for sample in both)) > max_tokens:
             reason = f"has {length:,} tokens, and the context {max_tokens:,}"
             faults.append(Fault(where=place.where, kind="too long", reason=reason))
@@ -231,7 +248,8 @@ def samples(
     return found, faults
 
 
-def _written(place: Place) -> list[Messages]:
+def written(place: Place) -> list[Messages]:
+    """The conversations of an example, each a sample: both of a preference."""
     match place.example:
         case Conversation(messages=messages):
             return [messages]

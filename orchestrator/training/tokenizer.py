@@ -214,6 +214,17 @@ def kept_tokenizer(run_directory: Path) -> Tokenizer:
     return load_saved(run_directory / KEPT, _description(run_directory))
 
 
+def tokenizer_of_run(folder: Path) -> str:
+    """Return what data.tokenizer has to say for a run's tokenizer, by the run's folder or one of its checkpoints. DataError where
+    it left none."""
+    for run in (folder, folder.parent.parent):
+        if (run / KEPT / DESCRIPTION).is_file():
+            return "byte" if _description(run).get("kind") == "byte" else str((run / KEPT).resolve())
+    raise DataError(
+        f"model.checkpoint: {folder} is in no run that keeps its tokenizer; name it: data.tokenizer: FOLDER"
+    )
+
+
 def kept_of_weights(run_directory: Path) -> dict[str, Any]:
     """Return what keep_tokenizer was told of the weights that the run started from. Empty: nothing."""
     return dict(_description(run_directory).get("of_weights", {}))

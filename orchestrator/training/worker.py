@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from datetime import timedelta
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.distributed_c10d as distributed_c10d
 from torch._C._distributed_c10d import HashStore, Store, TCPStore
-from torch.overrides import TorchFunctionMode
 
-from orchestrator.models.decoder import Decoder, initial_weights
-from orchestrator.models.lora import is_adapter
-from orchestrator.models.weights import read_folder, spoken_of
 from orchestrator.models.workloads import workload
 from orchestrator.spec import parse_job
 from orchestrator.spec.job import Job
@@ -41,10 +36,12 @@ from orchestrator.training.adapters import told_of
 from orchestrator.training.assignment import Assignment, Outcome
 from orchestrator.training.batches import Batches, Share
 from orchestrator.training.blanks import open_blanks
+from orchestrator.training.build import build
 from orchestrator.training.checkpoint import CheckpointInfo, Saver
 from orchestrator.training.data import DataIndex, Dataset, open_datasets
+from orchestrator.training.first_weights import check_tokenizers, marks, said_by_weights
 from orchestrator.training.loop import Groups, Loop, Reporter, Settings
-from orchestrator.training.losses import DpoLoss, RewardLoss
+from orchestrator.training.ppo.loop import PpoLoop, learner_of
 from orchestrator.training.pulse import Pulse
 from orchestrator.training.rank_log import LOG, Logged
 from orchestrator.training.reference import add_references
@@ -52,9 +49,6 @@ from orchestrator.training.resume import newest_whole, rate_of, resumable, tell_
 from orchestrator.training.rows import open_rows
 from orchestrator.training.schedule import CheckpointEvery
 from orchestrator.training.tokenizer import check_vocabulary, keep_tokenizer
-from strategies.engines.engine import Loss, OptimizerSettings, Session
-from strategies.engines.loss import TokenLoss
-from strategies.engines.native import build_session as build_native
 
 
 def train(
@@ -130,6 +124,7 @@ def set_up(
     """Data, model, checkpoint: everything before the first step. ValueError where the user has something to mend."""
     train_set, validation = datasets_of(assignment, job)
     check_vocabulary(train_set.index.vocab_size, job.architecture.vocab_size)
+    check_tokenizers(job, train_set.index)
     info = info_of(assignment, job, train_set.index)
     ref = None if assignment.resume_from is None else resumable(Path(assignment.resume_from), job, info)
     settings = settings_of(assignment, job, info)
@@ -137,8 +132,11 @@ def set_up(
         keep_words(assignment, job, train_set.index)
         checkpoint.sweep(settings.checkpoint_directory)
     clock.lap("data_s")
-    session = build(assignment, job, device)
     share = share_of(assignment, device)
+    if job.task == "ppo":
+        session: Any = learner_of(assignment, job, device, share, train_set)
+    else:
+        session = build(assignment, job, device)
     if job.task == "dpo":
         copies = assignment.strategy.tensor_parallel_degree
         add_references(session, (train_set, validation), share, Path(assignment.run_directory), copies=copies)
@@ -158,7 +156,7 @@ def set_up(
         first_step=done + 1,
     )
     reporter.event("worker_started", done, "the model stands and the first batch is read", **clock.laps)
-    return Loop(
+    return (PpoLoop if job.task == "ppo" else Loop)(
         session,
         settings,
         batches=batches,
@@ -219,34 +217,6 @@ def rendezvous(assignment: Assignment, listener: socket.socket | None) -> TCPSto
     )
 
 
-def build(assignment: Assignment, job: Job, device: torch.device) -> Session:
-    """The module on the meta device, split by the engine, filled a parameter at a time: never whole in memory twice."""
-    architecture = job.architecture
-    with torch.device("meta"), LeftAsTheyAre():
-        attention, values = assignment.strategy.attention, job.task == "reward"
-        module = Decoder(architecture, attention=attention, values=values, lora=job.lora)
-    optimizer = job.training.optimizer
-    build_session: Any = build_native
-    if assignment.strategy.engine != "native":
-        build_session = import_module(f"strategies.engines.{assignment.strategy.engine}").build_session
-    session: Session = build_session(
-        module,
-        strategy=assignment.strategy,
-        precision=job.training.precision,
-        weights=weights_of(job),
-        optimizer=OptimizerSettings(
-            betas=optimizer.betas,
-            epsilon=optimizer.epsilon,
-            weight_decay=optimizer.weight_decay,
-            gradient_clip=optimizer.gradient_clip,
-        ),
-        device=device,
-        deterministic=job.training.deterministic,
-        loss=loss_of(job),
-    )
-    return session
-
-
 def datasets_of(assignment: Assignment, job: Job) -> tuple[Dataset, Dataset | None]:
     """Return (train, validation): what was prepared, and where the model's family learns by filling blanks, rows with blanks."""
     folder, length = assignment.data_directory, job.batch.sequence_length
@@ -255,39 +225,6 @@ def datasets_of(assignment: Assignment, job: Job) -> tuple[Dataset, Dataset | No
     if job.architecture.traits.blank_filling:
         return open_blanks(folder, length, job.architecture, job.training.seed)
     return open_datasets(folder, length)
-
-
-def weights_of(job: Job) -> Callable[[str, torch.Size], torch.Tensor]:
-    """(name, shape) -> that parameter's first value: from the folder that the job names, or drawn. A value head and adapters are
-    drawn."""
-    drawn = initial_weights(job.architecture, job.training.seed)
-    if not job.initializes_from_weights:
-        return drawn
-    read = read_folder(job.directory / str(job.model.path), job.architecture)
-
-    def value(name: str, shape: torch.Size) -> torch.Tensor:
-        return drawn(name, shape) if name == "head.value.weight" or is_adapter(name) else read(name, shape)
-
-    return value
-
-
-def loss_of(job: Job) -> Loss:
-    """Return what the job's task trains."""
-    if job.task == "reward":
-        return RewardLoss()
-    if job.task == "dpo":
-        return DpoLoss(beta=job.training.dpo_beta)
-    return TokenLoss(job.training.z_loss)
-
-
-class LeftAsTheyAre(TorchFunctionMode):
-    """Leaves out torch's own first values: all are read or drawn afterwards, and on the meta device normal_ alone would
-    import torch._dynamo, 0.7 s of every start."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__module__", "") == "torch.nn.init":
-            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
-        return func(*args, **(kwargs or {}))
 
 
 def share_of(assignment: Assignment, device: torch.device) -> Share:
@@ -303,7 +240,7 @@ def share_of(assignment: Assignment, device: torch.device) -> Share:
 def info_of(assignment: Assignment, job: Job, index: DataIndex) -> CheckpointInfo:
     """Return what the checkpoints of this run say of it."""
     lora = told_of(job)
-    weights = {} if lora is None else {"weights": str(lora["fingerprint"])}
+    weights = {"weights": str(lora["fingerprint"])} if lora is not None else marks(job)
     return CheckpointInfo(
         job=assignment.job,
         architecture=asdict(job.architecture),
@@ -316,8 +253,7 @@ def info_of(assignment: Assignment, job: Job, index: DataIndex) -> CheckpointInf
 
 def keep_words(assignment: Assignment, job: Job, index: DataIndex) -> None:
     """Leave the tokenizer in the run folder, and what the weights that training starts from say of special tokens."""
-    of_weights = spoken_of(job.directory / str(job.model.path)) if job.initializes_from_weights else None
-    keep_tokenizer(index, Path(assignment.run_directory), of_weights)
+    keep_tokenizer(index, Path(assignment.run_directory), said_by_weights(job.model, job.directory))
 
 
 def settings_of(assignment: Assignment, job: Job, info: CheckpointInfo) -> Settings:
@@ -330,6 +266,9 @@ def settings_of(assignment: Assignment, job: Job, info: CheckpointInfo) -> Setti
     return Settings(
         num_steps=info.num_steps,
         learning_rate=rate_of(job, info.num_steps),
+        critic_learning_rate=rate_of(
+            job, info.num_steps, peak=None if job.ppo is None else job.ppo.critic_learning_rate
+        ),
         tokens_per_step=job.tokens_per_step,
         evaluate_every=job.training.evaluate_every,
         checkpoint_every=checkpoint_every,

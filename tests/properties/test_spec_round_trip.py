@@ -30,13 +30,13 @@ jobs = st.fixed_dictionaries(
         "batch": st.fixed_dictionaries({"global_batch_size": counts, "sequence_length": st.integers(1, 2048)}),
     },
     optional={
-        "task": st.sampled_from(["pretrain", "sft", "reward", "dpo", "ppo"]),
+        "task": st.sampled_from(["pretrain", "sft", "reward", "dpo"]),
         "data": st.fixed_dictionaries(
             {"train": st.lists(paths, min_size=1, max_size=3)},
             optional={
                 "validation": fractions,
                 "tokenizer": paths | st.fixed_dictionaries({"bpe": st.integers(257, 32000)}),
-                "template": st.sampled_from(["auto", "alpaca", "chat"]),
+                "template": st.sampled_from(["auto", "alpaca", "chat", "plain"]),
                 "on_bad": st.sampled_from(["stop", "skip"]),
             },
         ),

@@ -13,8 +13,11 @@ import pytest
 from orchestrator.spec import parse_job
 from orchestrator.training.assignment import Assignment
 from orchestrator.training.data import DataError
+from orchestrator.training.examples import Message
 from orchestrator.training.prepare import prepare_job
 from orchestrator.training.rows import open_rows
+from orchestrator.training.templates import PlainTemplate
+from orchestrator.training.tokenizer import load_saved
 from tests.unit.test_training import JOB, run, strategy
 
 LENGTH = 600
@@ -94,10 +97,25 @@ def test_bad_records_stop_or_are_left_out_and_told(tmp_path, monkeypatch):
         open_rows(index.directory, 96)
 
 
-def test_a_bpe_is_not_trained_on_records(tmp_path, monkeypatch):
-    mapping = job_of(tmp_path, "sft", answers(), tokenizer={"bpe": 260})
-    with pytest.raises(DataError, match="task sft reads records: name the tokenizer that the model was trained with"):
-        prepared(tmp_path, mapping, monkeypatch)
+def test_a_bpe_is_trained_on_the_texts_of_records(tmp_path, monkeypatch):
+    mapping = job_of(
+        tmp_path, "sft", [{"instruction": q, "output": "because it is so"} for q in QUESTIONS], tokenizer={"bpe": 263}
+    )
+    index = prepared(tmp_path, mapping, monkeypatch)
+    assert index.tokenizer["vocab_size"] == 263
+    ids = load_saved(index.directory, index.tokenizer).encode_batch(["because"])[0]
+    assert len(ids) < len("because")
+    assert prepared(tmp_path, mapping, monkeypatch) == index, "the same rows are used again"
+
+
+def test_the_plain_template_writes_the_turns_alone():
+    turns = (Message(role="user", content="add", context="1 2"), Message(role="assistant", content="3"))
+    pieces = PlainTemplate().pieces((*turns, Message(role="user", content="and 4?")))
+    assert [(piece.text, piece.learn) for piece in pieces] == [
+        ("add\n1 2\n", False),
+        ("3", True),
+        ("\nand 4?\n", False),
+    ]
 
 
 @pytest.mark.parametrize("task", ["reward", "dpo"])

@@ -108,7 +108,10 @@ def test_the_engines_limits_refuse_what_none_of_them_does(engine: str):
 
 # id: (what replaces or joins the job, line and column, message, fix)
 ASKED = {
-    "ppo": ("task: ppo\n" + LENGTH, "7:7", "`task` is ppo: reinforcement learning is not built", "task: dpo learns"),
+    "adapters of ppo": (
+        "task: ppo\nppo: {reward: opt-125m}\ntraining: {steps: 3, lora: {rank: 4}}\n", "9:35",
+        "adapters are not built for ppo", "leave lora out",
+    ),
     "beta of another task": (
         "training: {steps: 3, dpo_beta: 0.2}\n", "7:32", "only task dpo has it", "leave dpo_beta out",
     ),
@@ -226,6 +229,7 @@ def test_a_plan_notes_it_and_is_made():
             "version": 1,
             "name": "a",
             "task": "ppo",
+            "ppo": {"reward": "glm-130b"},
             "model": "glm-130b",
             "batch": {"global_batch_size": 64, "sequence_length": 1024},
             "cluster": "a100-80gb-8x8",
@@ -268,7 +272,8 @@ def test_a_split_that_the_planner_chose_and_nobody_builds_is_refused(model, leng
 
 
 def test_all_of_a_job_is_told_at_once():
-    asked = {"task": "ppo", "recovery": {"on_oom": "replan", "on_loss_spike": "rollback"}, "targets": {"for": "5m"}}
+    asked = {"recovery": {"on_oom": "replan", "on_loss_spike": "rollback"}, "targets": {"for": "5m"}}
+    asked["data"] = {"train": ["a.jsonl"], "template": "alpaca"}
     base = {"version": 1, "name": "a", "model": "opt-125m", "batch": {"global_batch_size": 8, "sequence_length": 128}}
     with pytest.raises(SpecError) as refused:
         refuse_unbuilt(parse_job(base | asked))

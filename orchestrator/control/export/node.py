@@ -11,6 +11,7 @@ from orchestrator.control.refusals import DoesNotFit, refuse_incomplete, refuse_
 from orchestrator.planner.plan import Plan, plan
 from orchestrator.planner.show.words import length_told, strategy_told
 from orchestrator.spec import Job, acting
+from orchestrator.spec.sections import ModelSpec
 from orchestrator.training.limits import Limits
 
 RUN_CORES = 2
@@ -121,8 +122,15 @@ def paths_of(job: Job) -> list[tuple[tuple[str | int, ...], str]]:
             found += [(("data", "validation", at), path) for at, path in enumerate(job.data.validation)]
         if isinstance(job.data.tokenizer, str) and job.data.tokenizer != "byte":
             found.append((("data", "tokenizer"), job.data.tokenizer))
-    if job.model.path is not None:
-        found.append((("model", "path"), job.model.path))
+    models: list[tuple[tuple[str, ...], ModelSpec | None]] = [(("model",), job.model)]
+    if job.ppo is not None:
+        models += [(("ppo", role), getattr(job.ppo, role)) for role in ("reward", "critic", "reference")]
+    for keys, model in models:
+        found += [
+            ((*keys, word), path)
+            for word in ("path", "checkpoint")
+            if model is not None and (path := getattr(model, word)) is not None
+        ]
     if isinstance(job.cluster, str) and PurePath(job.cluster).suffix in (".yaml", ".yml"):
         found.append((("cluster",), job.cluster))
     return found
