@@ -17,7 +17,7 @@ from pathlib import Path
 from clusters.catalog import load_cluster
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import make_architecture
-from orchestrator.models.workloads import workload
+from orchestrator.models.workloads import PUBLISHED, workload
 from orchestrator.planner.problem import Problem
 from strategies.pipeline.stages import cut
 from strategies.strategy import Offload, Strategy
@@ -113,7 +113,7 @@ def _case(row: dict[str, str], *, settled: bool) -> Case:
     )
     return Case(
         id=row["id"],
-        work=workload(arch),
+        work=workload(arch, native=arch.family not in PUBLISHED),
         strategy=_strategy(row, problem),
         cluster=cluster,
         global_batch_size=batch,

@@ -45,12 +45,14 @@ class Case:
     sequence_length: int = 2048
     precision: str = "bf16"
     lora: Lora | None = None
+    task: str = "pretrain"
 
     def __str__(self) -> str:
         defaults = Choice()._asdict()
         told = [f"{k} {v}" for k, v in self.choice._asdict().items() if v != defaults[k] and k != "offload"]
+        task = "" if self.task == "pretrain" else f"{self.task} "
         adapters = "" if self.lora is None else f", lora {' '.join(self.lora.targets)}"
-        return f"{self.name} {self.precision} {', '.join(told)}, {self.accumulation} micro batches{adapters}"
+        return f"{self.name} {task}{self.precision} {', '.join(told)}, {self.accumulation} micro batches{adapters}"
 
     @property
     def problem(self) -> Problem:
@@ -61,6 +63,7 @@ class Case:
             sequence_length=self.sequence_length,
             precision=self.precision,
             lora=self.lora,
+            task=self.task,
         )
 
 
@@ -103,6 +106,7 @@ def compare(case: Case) -> Iterator[Row]:
             sequence_length=case.sequence_length,
             precision=case.precision,
             lora=case.lora,
+            task=case.task,
             pipeline_rank=rank,
             bytes_only=True,
         )
@@ -150,6 +154,48 @@ def rooms(count: int, seed: int) -> Iterator[Case]:
             yield case
 
 
+BILLIONS: Mapping[str, Architecture] = {
+    "opt-1.3b": CATALOG["opt-1.3b"],
+    "opt-13b": CATALOG["opt-13b"],
+    "gpt3-1.3b": CATALOG["gpt3-1.3b"],
+    "gpt3-13b": CATALOG["gpt3-13b"],
+    "mpt-1b": make_architecture(family="mpt", num_layers=24, hidden_size=2048, num_heads=16),
+    "mpt-13b": make_architecture(family="mpt", num_layers=40, hidden_size=5120, num_heads=40),
+    "llama-1b": make_architecture(
+        family="llama", num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, ffn_size=8192
+    ),
+    "llama-13b": CATALOG["llama-13b"],
+    "bloom-1b1": CATALOG["bloom-1b1"],
+    "bloom-13b": make_architecture(family="bloom", num_layers=40, hidden_size=5120, num_heads=40),
+    "glm-1b, as 10b": make_architecture(
+        family="glm", variant="10b", num_layers=24, hidden_size=2048, num_heads=32, max_position=2048
+    ),
+    "glm-13b, as 10b": make_architecture(
+        family="glm", variant="10b", num_layers=40, hidden_size=5120, num_heads=40, max_position=2048
+    ),
+    "glm-1b, as 130b": make_architecture(family="glm", variant="130b", num_layers=24, hidden_size=2048, num_heads=16),
+    "glm-13b, as 130b": make_architecture(family="glm", variant="130b", num_layers=40, hidden_size=5120, num_heads=40),
+}
+"""Every family at about 1B and 13B parameters, in sizes that were published or the family's shape at that size."""
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"data": 8, "zero": 1, "group": 8},
+    {"data": 8, "zero": 2, "group": 8, "recompute": "full"},
+    {"data": 64, "zero": 3, "group": 64, "micro": 2},
+    {"data": 8, "zero": 3, "group": 8, "recompute": "selective"},
+    {"tensor": 8, "sequence_parallel": True, "micro": 2},
+    {"tensor": 2, "pipeline": 2, "data": 2, "zero": 1, "group": 2, "recompute": "full"},
+)
+
+
+def families(names: str, tasks: str) -> Iterator[Case]:
+    """Every family at two sizes, under a few layouts."""
+    for task, name, fields in itertools.product(tasks.split(","), BILLIONS, LAYOUTS):
+        if any(name.startswith(wanted) for wanted in names.split(",")) and not (
+            task != "pretrain" and BILLIONS[name].traits.blank_filling
+        ):
+            yield Case(name, BILLIONS[name], Choice(**fields), task=task)
+
+
 WIDE: dict[str, Any] = {"tensor": 4, "sequence_parallel": True, "micro": 2}
 PAIR: dict[str, Any] = {"data": 2, "group": 2}
 STAGES: dict[str, Any] = {"pipeline": 2, "virtual": 2, "zero": 3, "reduce": "per_step"}
@@ -194,6 +240,33 @@ CASES = tuple(
     )
 )
 """What CI plays."""
+FAMILIES = tuple(
+    Case(
+        name,
+        make_architecture(
+            **(
+                {"num_layers": 4, "hidden_size": 1024, "num_heads": 16, "vocab_size": 8192, "max_position": 1024}
+                | shape
+            )
+        ),
+        Choice(**fields),
+        2,
+        1024,
+        "bf16",
+        task,
+    )
+    for name, shape, fields, task in (
+        ("gpt", {"family": "gpt"}, {"data": 8, "zero": 3, "group": 8}, "pretrain"),
+        ("mpt", {"family": "mpt"}, {"data": 8, "zero": 1, "group": 8, "recompute": "selective"}, "pretrain"),
+        ("llama", {"family": "llama"}, {"data": 8, "zero": 3, "group": 8, "recompute": "selective"}, "sft"),
+        ("llama, grouped", {"family": "llama", "num_kv_heads": 4}, WIDE, "pretrain"),
+        ("bloom", {"family": "bloom"}, {"data": 8, "zero": 3, "group": 8}, "pretrain"),
+        ("glm, as 10b", {"family": "glm", "variant": "10b"}, {"data": 8, "zero": 3, "group": 8}, "pretrain"),
+        ("glm, as 130b", {"family": "glm"}, {"data": 8, "zero": 2, "group": 8, "recompute": "full"}, "pretrain"),
+        ("opt", {"family": "opt"}, {"data": 8, "zero": 1, "group": 8}, "reward"),
+    )
+)
+"""What CI plays of every family and task."""
 
 
 def main() -> int:
@@ -205,11 +278,18 @@ def main() -> int:
     parser.add_argument(
         "--lora", action="store_true", help="the same with adapters on attention, and on every linear layer"
     )
+    parser.add_argument(
+        "--families", metavar="NAMES", help="models of all families instead, by how names begin: gpt,llama-1b"
+    )
+    parser.add_argument("--tasks", default="pretrain", help="tasks of --families: pretrain,sft,reward")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     began, ratios, within = time.perf_counter(), [], 0
     print(f"{'plan MiB':>10} {'trace MiB':>10} {'ratio':>6} {'s':>5}")
-    chosen = rooms(args.rooms, args.seed) if args.rooms else zero_and_recompute(args.models, args.ranks)
+    if args.families:
+        chosen = families(args.families, args.tasks)
+    else:
+        chosen = rooms(args.rooms, args.seed) if args.rooms else zero_and_recompute(args.models, args.ranks)
     if args.lora:
         chosen = (replace(case, lora=lora) for case in list(chosen) for lora in (ATTENTION, EVERYWHERE))
     for case in chosen:

@@ -124,6 +124,9 @@ class MicroBatchBytes(NamedTuple):
     """Logits that the loss widens at once."""
     working: float = 0.0
     """Bytes that a block's backward pass needs beyond what was saved."""
+    gated_end: float = 0.0
+    """Bytes that a gated feed-forward's backward pass needs at its end beyond what was saved and gradients of weights, of which
+    all three are there; negative, since what it saved is gone by then."""
     recomputed: float = 0.0
     """Activations of a checkpointed layer that are computed again, alive while it goes backward."""
     pending: float = 0.0
@@ -142,10 +145,13 @@ class MicroBatchBytes(NamedTuple):
     """Activations that a block's forward pass is about to let go: the feed-forward's product, and what comes out."""
     wide_checkpointed: float = 0.0
     """Activations that a checkpointed block's forward pass lets go beside them: all that it does not keep."""
+    context: float = 0.0
+    """Positions and masks of rows that say themselves which tokens are seen, made once for all layers of a stage."""
 
     def of(self, share: Share) -> float:
         """Return the bytes that one micro batch leaves in the layers of a rank."""
-        return share.checkpointed * self.checkpointed + (share.layers - share.checkpointed) * self.layer
+        layers = share.checkpointed * self.checkpointed + (share.layers - share.checkpointed) * self.layer
+        return layers + self.context * share.stages
 
 
 class InFlight(NamedTuple):

@@ -94,6 +94,8 @@ class Workload:
     """The split ones: activation, gate, rotary embedding, transposes."""
     num_kernels: int
     """Kernels of one block's forward pass."""
+    recomputed_split_elements: int
+    """Elements a token that selective checkpointing holds more of the split ones when it has made a layer again."""
     attention_bias: bool
     """Scores carry a bias (ALiBi as BLOOM's stack adds it) that flash kernels do not take: unfused attention runs."""
     trained: Workload | None = None
@@ -105,8 +107,22 @@ class Workload:
     adapter_rows: int = 0
     """Row-parallel products of a block that have an adapter."""
     native: bool
-    """The project's own module and loss run this family, and its bytes are those of the code. Others are priced as the
-    stacks that published them."""
+    """The bytes are those of the project's own module and loss; otherwise those of the stacks that published the family."""
+    num_outputs: int
+    """Columns of the head's output: the vocabulary, or 1 of a value head."""
+    bias_heads: int = 0
+    """Heads whose bias (ALiBi) the project's module writes out for each layer, as one number for each query and key."""
+    own_masks: bool = False
+    """Each row says itself which tokens are seen (packed samples, blank filling): a mask of queries and keys a row and layer."""
+    rotation_elements: int = 0
+    """Elements that a layer keeps of each position for rotary queries and keys, sines and cosines."""
+    embedding_saved_elements: int = 0
+    """Elements a token that the embedding leaves for backward beside ids and positions: the input of its norm."""
+
+    @property
+    def takes_masks(self) -> bool:
+        """Attention of the project's module is given a mask, so that no kernel skips what causal attention does not see."""
+        return self.bias_heads > 0 or self.own_masks
 
     @property
     def trains(self) -> Workload:
@@ -118,6 +134,11 @@ class Workload:
         return self.embedding_parameters + self.num_layers * self.block_parameters + self.head_parameters
 
     @property
+    def num_up(self) -> int:
+        """Return the matrices at the feed-forward's entrance: 2 with a gate."""
+        return next((matmul.count for matmul in self.matmuls if matmul.name == "up"), 1)
+
+    @property
     def block_matmul_elements(self) -> int:
         """Multiply-adds of one token in one block's linear layers."""
         return sum(matmul.count * matmul.inputs * matmul.outputs for matmul in self.matmuls)
@@ -125,7 +146,7 @@ class Workload:
     def model_flops_per_token(self, sequence_length: int) -> float:
         """Forward and backward, attention over the whole square: 6 N + 12 L h s (PaLM, arXiv:2204.02311, app. B), with N
         the weights that multiply, the head's table among them. Of frozen weights 4 N: they have no gradient."""
-        weights = self.num_layers * self.block_matmul_elements + self.vocab_size * self.embedding_size
+        weights = self.num_layers * self.block_matmul_elements + self.num_outputs * self.embedding_size
         of_weights = 6.0 * weights
         if self.trained is not None:
             of_weights = 4.0 * weights + 6.0 * self.num_layers * self.trained.block_matmul_elements

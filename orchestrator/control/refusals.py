@@ -49,27 +49,15 @@ def planned_for(job: Job, cluster: Cluster) -> Plan:
 
 
 def refuse_priced(planned: Plan) -> None:
-    """RunRefused where what the planner chose is priced and not built: a tensor group that the model or the sequence does not
-    divide by, a reduction for every micro batch of gradients that stand whole. What the job pins itself is refused earlier."""
+    """RunRefused where what the planner chose is priced and not built: a reduction for every micro batch of gradients that stand
+    whole. What the job pins itself is refused earlier."""
     strategy, job = planned.strategy, planned.job
-    tensor, heads, length = strategy.tensor_parallel_degree, job.architecture.num_kv_heads, job.batch.sequence_length
-    told = ""
     once = strategy.engine == "native" and strategy.zero_stage < 2 and strategy.gradient_accumulation_steps > 1
     if once and job.strategy.reduce == "per_micro_batch":
         said = (
             f"strategy.reduce is per_micro_batch, and the plan's zero_stage {strategy.zero_stage} reduces once a step"
         )
         raise RunRefused(said, where=job.place("strategy", "reduce"), fix="leave reduce out, or pin zero_stage: 2 or 3")
-    if heads % tensor:
-        told, fix = f"does not divide the model's {heads} key and value heads", "pin a degree that does"
-    elif strategy.sequence_parallel and length % tensor:
-        told, fix = (
-            f"does not divide the sequence of {length} tokens",
-            "pin sequence_parallel: false, or a degree that does",
-        )
-    if told:
-        said = f"the plan's tensor_parallel_degree {tensor} {told}, and padding is not built"
-        raise RunRefused(said, where=job.place("strategy"), fix=fix)
 
 
 def refuse_uninstalled(engine: str, job: Job) -> None:

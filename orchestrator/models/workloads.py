@@ -10,21 +10,26 @@ from orchestrator.models.architecture import (
     Family,
     block_parameters,
     embedding_parameters,
-    head_parameters,
     norm_parameters,
 )
 from orchestrator.models.lora import ROW_PARALLEL, Lora, sizes
 from strategies.workload import Matmul, Split, Tensor, Workload
 
-TRACED: tuple[Family, ...] = ("opt",)
-"""Families whose bytes are priced as this project's own module holds them, held against its trace. Others are priced as the
-stacks that published them, though some of them train here too."""
+PUBLISHED: tuple[Family, ...] = ("gpt", "mpt", "llama", "bloom", "glm")
+"""Families that other stacks published measurements of, which may be priced as those stacks hold them."""
+PACKED = ("sft", "reward", "dpo")
+"""Tasks whose rows hold several samples, which do not see each other."""
 
 
-@lru_cache(maxsize=256)
-def workload(arch: Architecture, lora: Lora | None = None) -> Workload:
-    """Return what the strategies' cost doors see of an architecture, all of it trained or its adapters alone."""
-    return _whole(arch) if lora is None else _adapted(_whole(arch), arch, lora)
+@lru_cache(maxsize=512)
+def workload(arch: Architecture, lora: Lora | None = None, *, task: str = "pretrain", native: bool = True) -> Workload:
+    """Return what the strategies' cost doors see of an architecture that is trained for a task, all of it or its adapters alone.
+
+    Args:
+        native: price it as this project's own module holds it, which benchmarks.trace checks; otherwise as the stacks that
+            published measurements of its family."""
+    whole = _whole(arch, task, native)
+    return whole if lora is None else _adapted(whole, arch, lora)
 
 
 def _adapted(work: Workload, arch: Architecture, lora: Lora) -> Workload:
@@ -92,10 +97,16 @@ def _adapted(work: Workload, arch: Architecture, lora: Lora) -> Workload:
     )
 
 
-def _whole(arch: Architecture) -> Workload:
+def _whole(arch: Architecture, task: str, native: bool) -> Workload:
     """Return the workload of an architecture of which everything is trained."""
     hidden, ffn, kv, traits = arch.hidden_size, arch.ffn_size, arch.kv_size, arch.traits
     num_up = 2 if traits.gated else 1
+    values = task == "reward"
+    head = _value_head_tensors(arch) if values else _head_tensors(arch)
+    # The module hands every query head keys and values of its own.
+    attended = hidden if native and arch.num_kv_heads < arch.num_heads else kv
+    turned = hidden + attended if traits.positions == "rotary" else 2 * attended if attended > kv else 0
+    alibi = traits.positions == "alibi"
     # Saved of the feed-forward: ReLU its output; GeLU its input and output; a gate both projections, the activation of one
     # and the product.
     saved_ffn = {"relu": 1, "gelu": 2, "gelu_tanh": 2, "swiglu": 4, "geglu": 4}[traits.activation]
@@ -111,15 +122,15 @@ def _whole(arch: Architecture) -> Workload:
         kv_size=kv,
         vocab_size=arch.vocab_size,
         embedding_size=arch.embedding_size,
-        tied_embeddings=arch.tied_embeddings,
+        tied_embeddings=arch.tied_embeddings and not values,
         block_parameters=block_parameters(arch),
         block_replicated_parameters=2 * norm_parameters(arch) + (2 * hidden if traits.bias else 0),
         embedding_parameters=embedding_parameters(arch),
         position_rows=arch.num_position_tables * arch.position_rows,
-        head_parameters=head_parameters(arch),
+        head_parameters=sum(tensor.num_elements for tensor in head),
         embedding_tensors=_embedding_tensors(arch),
         block_tensors=_block_tensors(arch),
-        head_tensors=_head_tensors(arch),
+        head_tensors=head,
         post_norm=arch.post_norm,
         matmuls=(
             Matmul(name="qkv", inputs=hidden, outputs=hidden + 2 * kv, split="column"),
@@ -128,15 +139,21 @@ def _whole(arch: Architecture) -> Workload:
             Matmul(name="down", inputs=ffn, outputs=hidden, split="row"),
         ),
         saved_whole_elements=4 * hidden,
-        saved_split_elements=2 * hidden + 2 * kv + saved_ffn * ffn,
+        saved_split_elements=2 * hidden + 2 * attended + saved_ffn * ffn,
         selective_whole_elements=3 * hidden,
         selective_split_elements=2 * hidden + 2 * kv + num_up * ffn,
         traffic_whole_elements=2 * 2 * hidden + 2 * 3 * hidden,
-        unfused_norm_elements=32 * hidden if traits.norm == "rms" else 0,
+        unfused_norm_elements=32 * hidden if traits.norm == "rms" and not native else 0,
         traffic_split_elements=(5 if traits.gated else 2) * ffn + 4 * hidden + rotary,
         num_kernels=14 + (3 if traits.gated else 0) + (4 if traits.positions == "rotary" else 0),
-        attention_bias=arch.family == "bloom",
-        native=arch.family in TRACED,
+        recomputed_split_elements=turned + (2 * ffn if traits.gated else 0),
+        attention_bias=arch.family == "bloom" and not native,
+        native=native,
+        num_outputs=1 if values else arch.vocab_size,
+        bias_heads=arch.num_heads if native and alibi else 0,
+        own_masks=native and (traits.blank_filling or task in PACKED),
+        rotation_elements=4 * arch.head_dim if native and traits.positions == "rotary" else 0,
+        embedding_saved_elements=hidden if native and traits.embedding_norm else 0,
     )
 
 
@@ -164,6 +181,14 @@ def _embedding_tensors(arch: Architecture) -> tuple[Tensor, ...]:
     if arch.word_embedding_size is not None:  # it widens each rank's part of the looked-up rows
         tensors.append(Tensor(arch.hidden_size, arch.word_embedding_size, "replicated_partial"))
     return (*tensors, *(_norm(arch) if arch.traits.embedding_norm else ()))
+
+
+def _value_head_tensors(arch: Architecture) -> tuple[Tensor, ...]:
+    """Return the parameters of a value head: the norm and the projection of the other head, and one row."""
+    tensors = list(_norm(arch)) if arch.final_norm else []
+    if arch.word_embedding_size is not None:
+        tensors.append(Tensor(arch.word_embedding_size, arch.hidden_size, "replicated"))
+    return (*tensors, Tensor(1, arch.embedding_size, "replicated"))
 
 
 def _head_tensors(arch: Architecture) -> tuple[Tensor, ...]:

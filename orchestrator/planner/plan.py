@@ -215,6 +215,7 @@ def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = F
         precision=job.training.precision,
         lora=job.lora,
         pins=pins,
+        task=job.task,
         objective=job.objective,
         built_only=built_only or not engine.plans_ahead,
     )

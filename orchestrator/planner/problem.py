@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.lora import Lora
-from orchestrator.models.workloads import workload
+from orchestrator.models.workloads import PUBLISHED, workload
 from strategies.catalog import ENGINES, Capability
 from strategies.constants import MEMORY
 from strategies.pipeline.stages import cut
@@ -68,14 +68,27 @@ class Problem:
     lora: Lora | None = None
     """Adapters that are trained in the place of the model."""
     pins: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "pretrain"
     objective: str = "fastest"
     built_only: bool = False
     max_gpus: int | None = None
     """Use at most so many of the cluster's GPUs."""
 
+    @property
+    def is_published(self) -> bool:
+        """Return whether the job describes a stack that others published: it says of what kernels the norms are made, which
+        no engine here lets a job choose."""
+        return "fused_norm" in self.pins and not self.built_only and self.arch.family in PUBLISHED
+
     @cached_property
     def work(self) -> Workload:
-        return workload(self.arch, self.lora)
+        return workload(self.arch, self.lora, task=self.task, native=not self.is_published)
+
+    @cached_property
+    def tensor_divides(self) -> int:
+        """Return the number of heads that a tensor group must divide: of the project's module those of keys and values, which
+        other stacks copy."""
+        return self.arch.num_heads if self.is_published else self.arch.num_kv_heads
 
     @cached_property
     def engine(self) -> Capability:
@@ -91,7 +104,7 @@ class Problem:
         """FLOPs of the output projection in units of a block: 2 V h against 2 P + 2 s h (causal attention) a token."""
         arch = self.arch
         width = arch.word_embedding_size or arch.hidden_size
-        return arch.vocab_size * width / (block_parameters(arch) + self.sequence_length * arch.hidden_size)
+        return self.work.num_outputs * width / (block_parameters(arch) + self.sequence_length * arch.hidden_size)
 
     @cached_property
     def pinned_fields(self) -> dict[str, Any]:

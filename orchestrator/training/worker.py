@@ -275,7 +275,9 @@ def settings_of(assignment: Assignment, job: Job, info: CheckpointInfo) -> Setti
         keep=job.checkpoint.keep,
         checkpoint_directory=Path(assignment.run_directory) / "checkpoints",
         info=info,
-        model_flops_per_token=workload(job.architecture, job.lora).model_flops_per_token(job.batch.sequence_length),
+        model_flops_per_token=workload(job.architecture, job.lora, task=job.task).model_flops_per_token(
+            job.batch.sequence_length
+        ),
         peak_flops=assignment.peak_flops,
         # A compiled block is opaque to a dispatch mode.
         measure_memory=assignment.measure_memory and not assignment.strategy.compile,

@@ -83,9 +83,9 @@ def logit_bytes(
 
     The project's own loss keeps the logits and their gradient in the logits' dtype, and a few numbers a token. Published
     stacks hold fp32 copies, some of gathered logits."""
-    local = tokens * work.vocab_size / split
+    local = tokens * work.num_outputs / split
     if work.native:
-        local = float(tokens * -(-work.vocab_size // split))
+        local = float(tokens * -(-work.num_outputs // split))
         kept = element * local + LOSS_BYTES * tokens
         return element * local + kept, kept
     wide = element / 2
@@ -98,7 +98,7 @@ def logit_bytes(
 def widened_bytes(work: Workload, split: int, *, tokens: int, element: int) -> float:
     """Return the bytes of one micro batch's logits that the project's own loss works on at once: 16 bit is widened first, a
     loss split over the vocabulary takes the largest off; and behind the first chunk, the one before is still there."""
-    columns = -(-work.vocab_size // split)
+    columns = -(-work.num_outputs // split)
     rows = min(tokens, max(1, CHUNK_ELEMENTS // columns))
     copies = 1 if rows == tokens else 2
     if element == 2:
@@ -200,11 +200,15 @@ class Model(Room):
             logits_copy=copy,
             widened=widened_bytes(work, split, tokens=tokens, element=element),
             working=working_bytes(work, split, tokens, element) if work.native else constants.working_elements * hidden,
+            # Gradients of the gate's and the other product, and three of the residual stream's size, in place of four saved.
+            gated_end=3 * hidden - 2 * wide,
             # With mean and deviation of two norms, in 32 bit.
             pending=tokens * (element * pending_elements(work, split) + 4 * 4),
             final=final,
-            numbers=16.0 * tokens,
+            numbers=16.0 * tokens + element * work.embedding_saved_elements * tokens / shape.whole_split,
             residual=hidden / shape.whole_split,
+            # Seen or not, one byte for each query and key; a position in 64 bits.
+            context=float(tokens * (question.sequence_length + 8)) if work.own_masks else 0.0,
             head_gradients=gradients,
             attention_end=3 * hidden + 2 * final if scatters else 4 * hidden,
             wide=wide + (gradients - hidden if scatters else hidden * (1 + (split > 1))),

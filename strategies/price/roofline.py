@@ -93,7 +93,7 @@ class Roofline:
         known = self._heads.get(key)
         if known is None:
             work = self.work
-            columns = work.vocab_size / tensor
+            columns = work.num_outputs / tensor
             if self.cluster.accelerator.kind == "cpu":
                 known = _cpu_head(self, tokens)
             else:
@@ -139,8 +139,8 @@ def _gpu_layer(
     scores = tokens * sequence_length * work.num_heads / tensor
     flops = 4.0 * scores * work.head_dim
     flash = attention == "flash" and not work.attention_bias
-    if flash:  # half of the square is masked and skipped
-        attend = flops / 2 / roof.flash
+    if flash:  # half of the square is masked and skipped, unless a mask is given
+        attend = flops / (1 if work.takes_masks else 2) / roof.flash
         attend_back = constants.flash_backward * attend
     else:
         # Tensor cores want rows of whole 16 bytes: BLOOM's trials with heads of 108 ran a third slower than with 96 or 144.
@@ -219,8 +219,8 @@ def _cpu_products_s(roof: Roofline, work: Workload, tokens: int, tensor: int, pr
 def _cpu_head(roof: Roofline, tokens: int) -> float:
     work, element = roof.work, roof.element
     precision = {2: "bf16", 4: "fp32", 8: "fp64"}[element]
-    volume = tokens * work.embedding_size * work.vocab_size
-    logits = tokens * work.vocab_size
+    volume = tokens * work.embedding_size * work.num_outputs
+    logits = tokens * work.num_outputs
     trains = work.trained is None
     product = (6 if trains else 4) * volume / roof.rate(f"matmul_{precision}", volume, roof.peak)
     constants = roof.constants

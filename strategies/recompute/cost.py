@@ -72,10 +72,25 @@ def score_bytes(
 def selective_recomputed_bytes(work: Workload, shape: Shape, *, tokens: int, element: int) -> float:
     """Return the bytes that selective checkpointing holds more of a layer when it has made the rest again: the outputs of two
     norms, the sum between them and the activation are there, the two row-parallel outputs and what the activation was made of
-    are gone."""
+    are gone. A gate, rotated and repeated keys come on top."""
+    again = element * work.recomputed_split_elements / shape.split
     if shape.whole_split > 1:
-        return tokens * (element * work.hidden_size * max(0.0, 3 / shape.split - 2) + NORM_BYTES)
-    return float(tokens * (element * work.hidden_size + NORM_BYTES))
+        return tokens * (max(0.0, element * work.hidden_size * (3 / shape.split - 2) + again) + NORM_BYTES)
+    return float(tokens * (element * work.hidden_size + again + NORM_BYTES))
+
+
+def mask_bytes(
+    work: Workload, strategy: Strategy, *, split: int, tokens: int, sequence_length: int, element: int
+) -> float:
+    """Return the bytes that one layer of the project's own module keeps for attention beside queries, keys and values: its mask
+    or bias, a number for each query and key, which a flash kernel takes in the scores' dtype; sines and cosines of rotary
+    positions. Where all rows have the same positions, one row's serve the micro batch."""
+    rows = strategy.micro_batch_size if work.own_masks else 1
+    queries = tokens // strategy.micro_batch_size
+    held = float(queries * work.rotation_elements)
+    if strategy.attention == "flash" and work.takes_masks:
+        held += queries * sequence_length * (work.bias_heads / split or 1.0)
+    return rows * held * element
 
 
 def repeats_sums(work: Workload, strategy: Strategy) -> bool:
@@ -113,7 +128,8 @@ class Recompute(Room):
             sizes = {"tokens": tokens, "sequence_length": length, "element": element}
             return saved_bytes(work, strategy, constants, shape=shape, selective=selective, **sizes)
 
-        layer = kept = saved(False)
+        masks = mask_bytes(work, strategy, split=shape.split, tokens=tokens, sequence_length=length, element=element)
+        layer = kept = saved(False) + masks
         recomputed = wide = 0.0
         # What the first norm and the sum behind attention make.
         between = micro.hidden * (1 if shape.whole_split > 1 else 2)
@@ -136,8 +152,12 @@ class Recompute(Room):
             # Beside an adapter, whose products it keeps too, it keeps more than `none`.
             if not (work.native and (shape.whole_split > 1 or work.trained is not None)):
                 kept = min(layer, kept)
-            recomputed = selective_recomputed_bytes(work, shape, tokens=tokens, element=element)
+            recomputed = masks + selective_recomputed_bytes(work, shape, tokens=tokens, element=element)
             wide = between
+        if work.bias_heads and strategy.attention == "flash" and kind != "none":
+            # A bias is made before a copy of it is masked, while the layer that is made again has nothing else yet.
+            made = 2 * masks + 2 * micro.hidden + tokens // strategy.micro_batch_size * length
+            recomputed = max(recomputed, made - micro.working)
         return micro._replace(layer=layer, checkpointed=kept, recomputed=recomputed, wide_checkpointed=wide)
 
     def pass_s(self, roof: Roofline, question: Question, strategy: Strategy, shape: Shape) -> tuple[PassSeconds, ...]:

@@ -119,7 +119,7 @@ def gathered_parameters(states: ModelStates, strategy: Strategy, layers: int) ->
 
 def units_of(rank: Rank, parts: Parts, *, waits: bool) -> Units:
     """Return the units of a rank. Gathered and scattered, every rank's part is as long as the longest."""
-    _, strategy, share, states, micro, saved = rank
+    question, strategy, share, states, micro, saved = rank
     element, group, layers, padding = rank.element, strategy.zero_group_size, share.layers, states.padding
     wide = max(4, element)
     keeps = strategy.zero_stage == 2 or strategy.gather == "per_step"
@@ -143,6 +143,8 @@ def units_of(rank: Rank, parts: Parts, *, waits: bool) -> Units:
         # Of fp32, gradients that are added to those of a micro batch before are no others.
         added = max(weight + working, attention + (unit if element < 4 else 0.0))
         working = max(weight + working, attention + unit)
+        if question.work.num_up > 1:
+            working = max(working, (1 + question.work.num_up) * weight + micro.gated_end + parts.recomputed)
     return Units(
         root=root,
         unit=unit,

@@ -5,12 +5,11 @@ holds at each moment is written in apply.py; these functions are the same table 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from clusters.cluster import Cluster
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.links import Links, Message, all_reduce_s, half_s
-from strategies.model.cost import num_tables
 from strategies.price.roofline import Roofline
 from strategies.rank import (
     MicroBatchBytes,
@@ -25,9 +24,9 @@ from strategies.rank import (
 )
 from strategies.room import Room
 from strategies.rules import Rule
-from strategies.sizes import FIRST, GroupRanks, Sizes, num_buckets, padded
+from strategies.sizes import FIRST, GroupRanks, Sizes, num_buckets, padded, part
 from strategies.strategy import Strategy
-from strategies.workload import Workload
+from strategies.workload import Tensor, Workload
 from strategies.zero.alive import Rank
 from strategies.zero.peak import least_bytes, native_candidates, published_candidates
 from strategies.zero.state_bytes import BYTES, SHARDING, frozen_bytes, gathers, gradient_element, state_bytes
@@ -39,19 +38,19 @@ def padding(work: Workload, split: int, group: int, *, embedding: bool, head: bo
     if group == 1:
         return Padding()
 
-    def uneven(rows: int) -> float:
-        """Part of a row beyond an even part, of so many rows dealt over tensor parallelism."""
-        return -(-rows // group) - rows / group
+    def uneven(tensors: Iterable[Tensor]) -> float:
+        """Elements of the first rank's rows beyond an even part of the rows, over tensor parallelism."""
+        mine = [part(tensor, split, 0) for tensor in tensors]
+        return sum((-(-tensor.rows // group) - tensor.rows / group) * tensor.width for tensor in mine)
 
-    hidden, ffn, kv = work.hidden_size, work.ffn_size, work.kv_size
-    tables = num_tables(work, embedding=embedding, head=head)
-    positions = uneven(-(-work.position_rows // split)) * hidden if embedding else 0.0
-    table = uneven(-(-work.vocab_size // split)) * work.embedding_size
-    outside = tables * table + positions + (2 * uneven(hidden) if head else 0.0)
-    columns = uneven(hidden // split) + 2 * uneven(kv // split)
-    matrices = columns * hidden + uneven(hidden) * (hidden + ffn) / split + uneven(-(-ffn // split)) * hidden
-    vectors = columns + 6 * uneven(hidden) + uneven(-(-ffn // split))
-    return Padding(outside, matrices + vectors)
+    outside = 0.0
+    if embedding:
+        outside += uneven(work.embedding_tensors)
+    elif head and work.tied_embeddings:
+        outside += uneven(work.embedding_tensors[:1])
+    if head:
+        outside += uneven(work.head_tensors)
+    return Padding(outside, uneven(work.block_tensors))
 
 
 def messages(

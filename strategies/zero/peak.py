@@ -187,8 +187,20 @@ def sharded_candidates(rank: Rank, parts: Parts, units: Units, *, waits: bool) -
     at_loss, at_head = behind_root + whole + parts.chunk, behind_root + whole + parts.head_table + micro.head_gradients
     in_block, block = behind_root + at_work + units.working, behind + at_work + units.working + through.recomputed
     kept, gradients, in_scatter = through.kept, through.gradients, at_work + micro.hidden + scatter
+    # At stage 2 a forward pass gathers every block: the last one into two flat copies, the one before not yet let go.
+    again = strategy.zero_stage == 2 and strategy.gather != "per_step" and strategy.zero_group_size > 1
+    flat = min(2, share.layers) * units.unit * again
     return (
         make("forward", units.at_head, early, saved.at_head, parts.logits, forward, at_loss),
+        make(
+            "forward",
+            units.at_head,
+            early,
+            flat and saved.at_head - saved.final,
+            0.0,
+            forward + flat,
+            behind_root + whole,
+        ),
         make("backward", units.at_head, early, saved.at_head, parts.copy, ahead, at_head),
         make("backward", units.in_block, early, saved.peak_in_backward, parts.waiting, ahead, in_block),
         make("backward", through.in_block, gradients, kept, parts.waiting, ahead, block),

@@ -25,7 +25,7 @@ def test_model_states_match_figure_1_of_the_zero_paper(zero_stage, gigabytes):
 
 
 S, B, H, A = 2048, 4, 12288, 96
-GPT3 = workload(CATALOG["gpt3-175b"])
+GPT3 = workload(CATALOG["gpt3-175b"], native=False)
 
 
 @pytest.mark.parametrize(

@@ -248,14 +248,19 @@ def test_sequence_parallel_gathers_each_columns_input_again_in_backward():
 @pytest.mark.parametrize(("kind", "model", "again"), [
     ("none", "opt-13b", 0), ("selective", "opt-13b", 1), ("full", "opt-13b", 1),  # up to the last saved tensor
     ("full", "opt-350m", 2),  # whose last act is a norm
-    ("selective", "gpt3-13b", 0), ("full", "gpt3-13b", 2),  # as the stacks that published did
+    ("selective", "gpt3-13b", 1), ("full", "llama-13b", 1), ("full", "glm-130b", 2),
 ])  # fmt: skip
 def test_recomputing_a_layer_sends_again_what_it_needs(kind, model, again):
     split = Strategy(tensor_parallel_degree=8, activation_checkpointing=kind)
-    assert (
-        sum(m.count for m in tensor_messages(workload(CATALOG[model]), split, tokens=1, element=2).checkpointed)
-        == again
-    )
+    sent = tensor_messages(workload(CATALOG[model]), split, tokens=1, element=2).checkpointed
+    assert sum(message.count for message in sent) == again
+
+
+@pytest.mark.parametrize(("kind", "again"), [("selective", 0), ("full", 2)])
+def test_stacks_that_published_send_a_whole_forward_pass_again(kind, again):
+    split = Strategy(tensor_parallel_degree=8, activation_checkpointing=kind)
+    published = workload(CATALOG["gpt3-13b"], native=False)
+    assert sum(m.count for m in tensor_messages(published, split, tokens=1, element=2).checkpointed) == again
 
 
 def test_sequence_parallel_sends_a_share_from_stage_to_stage():
@@ -319,7 +324,7 @@ def test_the_projects_own_loss_keeps_logits_and_their_gradient():
 
 
 def test_an_untied_head_beside_tensor_parallelism_gathers_its_logits():
-    llama, gpt = workload(CATALOG["llama-13b"]), workload(CATALOG["gpt3-13b"])
+    llama, gpt = (workload(CATALOG[name], native=False) for name in ("llama-13b", "gpt3-13b"))
     split = Strategy(tensor_parallel_degree=8)
     shape = {"split": 8, "tokens": 2048, "element": 2}
     gathered = logit_bytes(llama, split, MEMORY, **shape)[0] / llama.vocab_size

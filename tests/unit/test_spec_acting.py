@@ -245,8 +245,6 @@ def test_a_plan_notes_it_and_is_made():
 @pytest.mark.parametrize(
     ("model", "length", "pins", "told"),
     [
-        ({"family": "llama", "num_kv_heads": 1}, 64, {"tensor_parallel_degree": 2}, "1 key and value heads"),
-        ({}, 63, {"tensor_parallel_degree": 2, "sequence_parallel": True}, "sequence of 63 tokens"),
         ({}, 64, {"reduce": "per_micro_batch", "micro_batch_size": 1, "zero_stage": 1}, "reduces once a step"),
         ({}, 64, {"reduce": "per_micro_batch", "micro_batch_size": 1, "zero_stage": 2}, ""),
         ({"family": "llama", "num_kv_heads": 2}, 64, {"tensor_parallel_degree": 2}, ""),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.trace import ADAPTED, CASES, MEDIUM, Case, compare
+from benchmarks.trace import ADAPTED, BILLIONS, CASES, FAMILIES, MEDIUM, Case, compare, families
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import make_architecture
 from orchestrator.planner.problem import Choice, Problem
@@ -19,6 +19,22 @@ CLUSTER = load_cluster("a100-80gb-1x8")
 def test_the_closed_form_is_never_below_the_traced_step_and_at_most_5_percent_above(case):
     for row in compare(case):
         assert row.traced_bytes <= row.planned_bytes <= 1.05 * row.traced_bytes, str(row)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", FAMILIES, ids=str)
+def test_every_family_and_task_is_priced_as_its_module_holds_it(case):
+    for row in compare(case):
+        assert row.traced_bytes <= row.planned_bytes <= 1.05 * row.traced_bytes, str(row)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BILLIONS)
+def test_every_family_is_priced_as_its_module_holds_it_at_1b_and_13b(name):
+    for case in families(name, "pretrain"):
+        for row in compare(case):
+            assert row.traced_bytes <= row.planned_bytes <= 1.05 * row.traced_bytes, str(row)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -46,6 +46,11 @@ def _notes(solution: Solution) -> Iterator[str]:
         yield f"pipeline stages hold {min(layers)} to {max(layers)} layers"
     if strategy.degrees.tensor * strategy.degrees.stride("tensor") > problem.cluster.gpus_per_node:
         yield f"a tensor group of {strategy.degrees.tensor} leaves its node"
+    if problem.is_published:
+        yield (
+            f"`fused_norm` describes another stack: bytes and messages are those of stacks that published runs of family "
+            f"{problem.arch.family}, not those of the module that trains here; leave fused_norm out for these"
+        )
     kv_heads = problem.arch.num_kv_heads
     if strategy.degrees.tensor > kv_heads:
         yield f"{kv_heads} key and value heads are copied to a tensor group of {strategy.degrees.tensor}"

@@ -97,7 +97,7 @@ class Space:
     def tensors(self) -> list[int]:
         if "tensor_parallel_degree" in self.pins:
             return [self.pins["tensor_parallel_degree"]]
-        heads, most = self.problem.arch.num_heads, self.problem.num_gpus
+        heads, most = self.problem.tensor_divides, self.problem.num_gpus
         return self._degrees([n for n in range(1, min(heads, most) + 1) if heads % n == 0], "tensor_parallel_degree")
 
     @cached_property
@@ -141,7 +141,8 @@ class Space:
     def sequence_parallels(self, tensor: int) -> list[bool]:
         if "sequence_parallel" in self.pins:
             return [self.pins["sequence_parallel"]]
-        return [False, True] if tensor > 1 else [False]
+        # No sequence is padded.
+        return [False, True] if tensor > 1 and self.problem.sequence_length % tensor == 0 else [False]
 
     def micros(self, data: int) -> list[int]:
         """Divisors of a replica's share of the batch, and powers of two."""

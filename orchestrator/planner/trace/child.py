@@ -64,8 +64,10 @@ def why_not(plan: Plan) -> str | None:
     if limit is not None:
         return limit.reason
     problem = plan.solution.problem
-    if problem.arch.family != "opt":
-        return f"family {problem.arch.family} is priced as its published stacks hold it, not as the module that trains here"
+    if problem.is_published:
+        return (
+            "fused_norm describes another stack, and bytes are those of stacks that published, not of the module here"
+        )
     on_host = plan.strategy.offload.parameters != "none" and reduces_early(plan.strategy)
     if on_host and plan.cluster.accelerator.kind != "cpu":
         return (
@@ -96,6 +98,7 @@ def _child(plan: Plan, pipeline_ranks: list[int]) -> list[dict[str, Any]]:
         "strategy": asdict(plan.strategy),
         "sequence_length": problem.sequence_length,
         "precision": problem.precision,
+        "task": problem.task,
         "pipeline_ranks": pipeline_ranks,
     }
     command = [sys.executable, "-W", "ignore", "-m", "orchestrator.planner.trace.play"]

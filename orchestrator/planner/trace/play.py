@@ -26,10 +26,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from orchestrator.models.architecture import Architecture, block_parameters
 from orchestrator.models.decoder import Decoder
 from orchestrator.models.lora import Lora
+from orchestrator.models.workloads import PACKED
 from orchestrator.planner.trace.live_bytes import LiveBytes
 from strategies.engines.engine import BUCKET_BYTES, MicroBatch
+from strategies.engines.loss import TokenLoss
 from strategies.engines.native import NativeSession, build_session
 from strategies.strategy import SPLIT_BACKWARD, Offload, Stage, Strategy
+from strategies.tensor.region import Region
 from strategies.zero.state_bytes import IN_FLIGHT, reduces_early
 from strategies.zero.states import DTYPES
 
@@ -92,6 +95,7 @@ def trace(
     sequence_length: int,
     precision: str,
     lora: Lora | None = None,
+    task: str = "pretrain",
     pipeline_rank: int = 0,
     bytes_only: bool = False,
     whole: bool = False,
@@ -103,7 +107,7 @@ def trace(
         raise RuntimeError("a trace brings its own process group: call it in a process that has none")
     started = time.perf_counter()
     mine = [stage for stage in strategy.stages if stage.pipeline_rank == pipeline_rank]
-    batches = _batches(strategy, sequence_length, pipeline_rank)
+    batches = _batches(arch, strategy, sequence_length, task, pipeline_rank)
     piled = strategy.degrees.pipeline > 1 and strategy.pipeline_schedule == "gpipe"
     short = arch.num_layers if whole else _shortest(arch, strategy, precision) if lora is None else SHORT
     most = _Less(
@@ -118,7 +122,7 @@ def trace(
         layers.append(sum(stage.num_layers for stage in stages if stage.pipeline_rank == pipeline_rank))
         short = replace(strategy, stages=stages)
         held = replace(arch, num_layers=sum(stage.num_layers for stage in stages))
-        return _play(held, lora, short, batches[less.micro_batches :], precision, pipeline_rank, bytes_only)
+        return _play(held, lora, short, batches[less.micro_batches :], precision, task, pipeline_rank, bytes_only)
 
     result = _lines(play, _Less(0, 0, 0), most, not reduces_early(strategy))
     return replace(result, num_layers_traced=tuple(dict.fromkeys(layers)), seconds=time.perf_counter() - started)
@@ -183,6 +187,7 @@ def _play(
     strategy: Strategy,
     batches: list[MicroBatch],
     precision: str,
+    task: str,
     pipeline_rank: int,
     bytes_only: bool,
 ) -> Trace:
@@ -190,10 +195,15 @@ def _play(
     dist.init_process_group("fake", rank=rank, world_size=strategy.num_gpus, store=FakeStore())
     try:
         with torch.device("meta"):
-            module = Decoder(arch, attention=strategy.attention, lora=lora)
+            module = Decoder(arch, attention=strategy.attention, lora=lora, values=task == "reward")
         with FakeTensorMode(allow_non_fake_inputs=True):
             session = build_session(
-                module, strategy=strategy, precision=precision, weights=lambda _, shape: torch.zeros(shape)
+                module,
+                strategy=strategy,
+                precision=precision,
+                weights=lambda _, shape: torch.zeros(shape),
+                # Of dpo, whose reference is numbers, the same bytes are alive as of sft.
+                loss=_SumOfValues() if task == "reward" else TokenLoss(),
             )
             _step(session, batches[: strategy.degrees.pipeline])
             local_vocab = -(-arch.vocab_size // strategy.degrees.tensor)
@@ -218,7 +228,9 @@ def _play(
         dist.destroy_process_group()
 
 
-def _batches(strategy: Strategy, sequence_length: int, pipeline_rank: int) -> list[MicroBatch]:
+def _batches(
+    arch: Architecture, strategy: Strategy, sequence_length: int, task: str, pipeline_rank: int
+) -> list[MicroBatch]:
     """A step's, without those that hold no more than the ones before: beyond three in a row, or what is in flight."""
     shape = (strategy.micro_batch_size, sequence_length)
     count, degree = strategy.gradient_accumulation_steps, strategy.degrees.pipeline
@@ -232,8 +244,33 @@ def _batches(strategy: Strategy, sequence_length: int, pipeline_rank: int) -> li
         input_ids_BS=torch.zeros(shape, dtype=torch.int64),
         target_ids_BS=torch.zeros(shape, dtype=torch.int64),
         weight_B=torch.ones(shape[0]),
+        inputs=_inputs(arch, task, shape),
     )
     return [batch] * count
+
+
+class _SumOfValues:
+    """A loss of a value head: all its values, of a few of which a ranking is made."""
+
+    names = ("loss",)
+
+    def __call__(self, region: Region, output: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        total = output.float().sum()
+        return total.detach()[None], total
+
+    def num_targets(self, batch: MicroBatch) -> torch.Tensor:
+        return batch.weight_B.sum()
+
+
+def _inputs(arch: Architecture, task: str, shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Return what the module's context is made of: samples that share a row, or blanks and what fills them."""
+    batch, length = shape
+    if task in PACKED:
+        return {"segment_ids_BS": torch.zeros(shape, dtype=torch.int64)}
+    if arch.traits.blank_filling:
+        places = torch.zeros(batch, 2, length, dtype=torch.int64)
+        return {"prefix_lengths_B": torch.zeros(batch, dtype=torch.int64), "positions_B2S": places}
+    return {}
 
 
 def _step(session: NativeSession, batches: list[MicroBatch]) -> None:
@@ -269,6 +306,7 @@ def _main() -> None:
             lora=asked["lora"] and Lora(**asked["lora"] | {"targets": tuple(asked["lora"]["targets"])}),
             sequence_length=asked["sequence_length"],
             precision=asked["precision"],
+            task=asked["task"],
             pipeline_rank=rank,
         ).to_dict()
         for rank in asked["pipeline_ranks"]
