@@ -250,10 +250,8 @@ FAMILIES = tuple(
             )
         ),
         Choice(**fields),
-        2,
-        1024,
-        "bf16",
-        task,
+        sequence_length=1024,
+        task=task,
     )
     for name, shape, fields, task in (
         ("gpt", {"family": "gpt"}, {"data": 8, "zero": 3, "group": 8}, "pretrain"),

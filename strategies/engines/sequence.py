@@ -38,7 +38,8 @@ class WholeSequence:
         mask = None
         if bias is not None:
             places_S = self.places(q_BASD.shape[2], q_BASD.device)
-            mask = bias(places_S, places_S).masked_fill(future(q_BASD), float("-inf"))
+            # Of four dimensions, as flash attention on a CPU wants it: of three it writes the scores out.
+            mask = bias(places_S, places_S)[None].masked_fill(future(q_BASD), float("-inf"))
         if flash:
             return F.scaled_dot_product_attention(q_BASD, k_BKSD, v_BKSD, attn_mask=mask, is_causal=mask is None)
         scores = q_BASD @ k_BKSD.transpose(-1, -2) / math.sqrt(q_BASD.shape[-1])
