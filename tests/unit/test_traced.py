@@ -112,7 +112,7 @@ def test_asking_for_a_trace_keeps_torch_out_of_this_process():
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from orchestrator.cli import main\n"
-        "main(['estimate', '--model', 'gpt2', '--cluster', 'a100-80gb-1x8', '--tensor', '2', '--trace', '--json'])"
+        "main(['estimate', '--model', 'gpt3-125m', '--cluster', 'a100-80gb-1x8', '--tensor', '2', '--trace', '--json'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert '"built": true' in done.stdout, done.stderr
