@@ -106,6 +106,8 @@ class Workload:
     """Elements a token leaves for backward between the two products of all adapters of a block, whole on each rank."""
     adapter_rows: int = 0
     """Row-parallel products of a block that have an adapter."""
+    eight_bit: bool = False
+    """The optimizer's moments take 8 bits where they can (strategies/zero/eight_bit.py)."""
     native: bool
     """The bytes are those of the project's own module and loss; otherwise those of the stacks that published the family."""
     num_outputs: int

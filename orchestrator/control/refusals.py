@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from orchestrator.control.folder import RunRefused
 from strategies.catalog import ENGINES
 from strategies.engines.installed import is_installed
+from strategies.zero.eight_bit import BLOCK, misaligned
 
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
@@ -50,7 +51,7 @@ def planned_for(job: Job, cluster: Cluster) -> Plan:
 
 def refuse_priced(planned: Plan) -> None:
     """RunRefused where what the planner chose is priced and not built: a reduction for every micro batch of gradients that stand
-    whole. What the job pins itself is refused earlier."""
+    whole, 8-bit moments whose blocks would straddle shards. What the job pins itself is refused earlier."""
     strategy, job = planned.strategy, planned.job
     once = strategy.engine == "native" and strategy.zero_stage < 2 and strategy.gradient_accumulation_steps > 1
     if once and job.strategy.reduce == "per_micro_batch":
@@ -58,6 +59,14 @@ def refuse_priced(planned: Plan) -> None:
             f"strategy.reduce is per_micro_batch, and the plan's zero_stage {strategy.zero_stage} reduces once a step"
         )
         raise RunRefused(said, where=job.place("strategy", "reduce"), fix="leave reduce out, or pin zero_stage: 2 or 3")
+    cut = misaligned(planned.solution.problem.work, strategy) if planned.solution.problem.eight_bit else None
+    if cut is not None:
+        raise RunRefused(
+            f"training.optimizer.name is adamw_8bit, and the plan's tensor_parallel_degree {strategy.tensor_parallel_degree} and "
+            f"{strategy.num_shards} shards cut a parameter of {cut.rows} x {cut.width} within a block of {BLOCK} elements",
+            where=job.place("training", "optimizer", "name"),
+            fix="pin another zero_stage, zero_group_size or tensor_parallel_degree, or name: adamw",
+        )
 
 
 def refuse_uninstalled(engine: str, job: Job) -> None:

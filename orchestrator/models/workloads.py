@@ -22,13 +22,22 @@ PACKED = ("sft", "reward", "dpo")
 
 
 @lru_cache(maxsize=512)
-def workload(arch: Architecture, lora: Lora | None = None, *, task: str = "pretrain", native: bool = True) -> Workload:
+def workload(
+    arch: Architecture,
+    lora: Lora | None = None,
+    *,
+    task: str = "pretrain",
+    native: bool = True,
+    eight_bit: bool = False,
+) -> Workload:
     """Return what the strategies' cost doors see of an architecture that is trained for a task, all of it or its adapters alone.
 
     Args:
         native: price it as this project's own module holds it, which benchmarks.trace checks; otherwise as the stacks that
-            published measurements of its family."""
-    whole = _whole(arch, task, native)
+            published measurements of its family.
+        eight_bit: the optimizer's moments take 8 bits.
+    """
+    whole = replace(_whole(arch, task, native), eight_bit=eight_bit)
     return whole if lora is None else _adapted(whole, arch, lora)
 
 

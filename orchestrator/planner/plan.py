@@ -214,6 +214,7 @@ def problem_of(job: Job, *, cluster: Cluster | None = None, built_only: bool = F
         sequence_length=job.batch.sequence_length,
         precision=job.training.precision,
         lora=job.lora,
+        eight_bit=job.training.optimizer.name == "adamw_8bit",
         pins=pins,
         task=job.task,
         objective=job.objective,

@@ -67,6 +67,8 @@ class Problem:
     precision: str
     lora: Lora | None = None
     """Adapters that are trained in the place of the model."""
+    eight_bit: bool = False
+    """The optimizer's moments take 8 bits."""
     pins: Mapping[str, Any] = field(default_factory=dict)
     task: str = "pretrain"
     objective: str = "fastest"
@@ -82,7 +84,7 @@ class Problem:
 
     @cached_property
     def work(self) -> Workload:
-        return workload(self.arch, self.lora, task=self.task, native=not self.is_published)
+        return workload(self.arch, self.lora, task=self.task, native=not self.is_published, eight_bit=self.eight_bit)
 
     @cached_property
     def tensor_divides(self) -> int:

@@ -68,7 +68,7 @@ ACTS: Mapping[str, str] = {
     "training.steps": _STEPS,
     "training.tokens": _STEPS,
     "training.precision": _OPTIMIZER,
-    "training.optimizer.name": "orchestrator.spec.sections:OptimizerSpec",
+    "training.optimizer.name": _OPTIMIZER,
     "training.optimizer.learning_rate": _RATE,
     **{f"training.optimizer.{word}": _OPTIMIZER for word in ("betas", "epsilon", "weight_decay", "gradient_clip")},
     **{f"training.schedule.{word}": _RATE for word in ("name", "warmup_steps", "final_fraction")},
@@ -119,6 +119,10 @@ ACTS: Mapping[str, str] = {
     "recovery.on_oom": "orchestrator.control.recovery:on_failure",
 }
 """Field, dotted -> the function or class that acts on it in a run, `module:name`; its source speaks of the field."""
+
+
+def _eight_bit(job: Job) -> bool:
+    return job.training.optimizer.name == "adamw_8bit"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,6 +196,26 @@ UNBUILT: tuple[Unbuilt, ...] = (
         asked=lambda job: job.lora is not None and job.strategy.engine in ("colossalai", "fairscale"),
         told="adapters beside frozen weights are trained on the native engine alone",
         fix="engine: native, or leave training.lora out",
+    ),
+    Unbuilt(
+        keys=("training", "optimizer", "name"),
+        asked=lambda job: _eight_bit(job) and job.training.precision == "fp64",
+        told="its kernels step fp32 masters, and fp64 is for proofs",
+        fix="precision: fp32, or name: adamw",
+    ),
+    Unbuilt(
+        keys=("strategy", "engine"),
+        asked=lambda job: _eight_bit(job) and job.strategy.engine in ("colossalai", "fairscale"),
+        told="8-bit moments are the native engine's alone",
+        fix="engine: native, or training.optimizer.name: adamw",
+    ),
+    Unbuilt(
+        keys=("strategy", "offload"),
+        asked=lambda job: (
+            _eight_bit(job) and job.strategy.offload is not None and job.strategy.offload.optimizer != "none"
+        ),
+        told="the optimizer that runs on the host has 32-bit moments",
+        fix="offload: none, or training.optimizer.name: adamw",
     ),
     Unbuilt(
         keys=("training", "z_loss"),

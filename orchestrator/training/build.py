@@ -60,6 +60,7 @@ def session_of(
         precision=job.training.precision,
         weights=first_weights(model, architecture, job.directory, job.training.seed),
         optimizer=OptimizerSettings(
+            name=optimizer.name,
             betas=optimizer.betas,
             epsilon=optimizer.epsilon,
             weight_decay=optimizer.weight_decay,

@@ -187,6 +187,10 @@ class Owned(torch.optim.Optimizer):
 
 def fill(build: Build, weights: Callable[[str, torch.Size], Tensor], dtype: torch.dtype) -> dict[str, nn.Parameter]:
     """Gives a module that stands on the meta device its memory and first values, a parameter at a time."""
+    if build.optimizer.name != "adamw":
+        raise ValueError(f"optimizer.name {build.optimizer.name} is the native engine's alone; set engine: native")
+    if not all(parameter.requires_grad for parameter in build.module.parameters()):
+        raise ValueError("adapters beside frozen weights are the native engine's alone; set engine: native")
     build.module.to(dtype).to_empty(device=build.device)
     parameters = dict(build.module.named_parameters())
     with torch.no_grad():

@@ -34,6 +34,10 @@ def apply(build: Build) -> Build:
             f"offload.optimizer_fraction {offload.optimizer_fraction} must be above 0 and at most 1; "
             "leave offload.optimizer out to offload nothing"
         )
+    if offload.optimizer != "none" and build.optimizer.name == "adamw_8bit":
+        raise ValueError(
+            "offload.optimizer steps 32-bit moments on the host; set optimizer.name to adamw, or offload.optimizer to none"
+        )
     shards_on_host = reduces_early(strategy) and offload.parameters != "none"
     if offload.parameters != "none" and (offload.optimizer == "none" or offload.optimizer_fraction < 1):
         raise ValueError(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from strategies.engines.collectives import all_gather, reduce_scatter
 from strategies.engines.engine import Build
 from strategies.strategy import Stage
-from strategies.zero.states import DTYPES, Adam, Shard, Weights, as_global, rows
+from strategies.zero.states import DTYPES, Adam, Shard, Weights, make_adam, rows
 
 IN_FLIGHT = 2
 """Reductions or gathers at once, beside what computes; each holds a rank's share of its bucket."""
@@ -128,9 +128,7 @@ class BucketStates:
             )
             for parameters in _layout(build.module, build.bucket_bytes, gradient_dtype.itemsize)
         ]
-        self.adam: Adam = (build.requests.adam or Adam)(
-            build.optimizer, build.device, torch.promote_types(dtype, torch.float32)
-        )
+        self.adam: Adam = make_adam(build, build.device, torch.promote_types(dtype, torch.float32))
         self.shards = [self._fill(bucket, weights) for bucket in self.buckets]
         self.frozen = [homes.get(p, p.detach()) for p in build.module.parameters() if not p.requires_grad]
         """Homes of what is not trained: no bucket, no gradient, no state."""
@@ -267,12 +265,11 @@ class BucketStates:
             self.streams.settle()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            name: as_global(self.build, shard.name, shard.shape, local)
-            for shards in self.shards
-            for shard in shards
-            for name, local in shard.entries()
-        }
+        state: dict[str, Any] = {}
+        for shards in self.shards:
+            for shard in shards:
+                state |= shard.whole(self.build)
+        return state
 
     @torch.no_grad()
     def loaded(self, step: int) -> None:

@@ -28,6 +28,7 @@ from strategies.sizes import FIRST, GroupRanks, Sizes, num_buckets, padded, part
 from strategies.strategy import Strategy
 from strategies.workload import Tensor, Workload
 from strategies.zero.alive import Rank
+from strategies.zero.eight_bit import MOMENT_BYTES, fraction
 from strategies.zero.peak import least_bytes, native_candidates, published_candidates
 from strategies.zero.state_bytes import BYTES, SHARDING, frozen_bytes, gathers, gradient_element, state_bytes
 
@@ -267,6 +268,8 @@ class Zero(Room):
             ends = {"embedding": share.embedding, "head": share.head}
             rows = padding(work, shape.split, strategy.zero_group_size, **ends)
         found = dealt(states, strategy, question.precision, rows, share.layers)
+        if work.eight_bit:
+            found = _with_eight_bits(found, fraction(work, share.layers, share.embedding, share.head))
         if work.trained is None or states.parameters == states.trained:
             return found
         return _with_frozen(work, found, strategy, share, shape.split, question.element)
@@ -342,6 +345,13 @@ def dealt(states: ModelStates, strategy: Strategy, precision: str, rows: Padding
         largest=states.largest / shards,
         padding=rows,
     )
+
+
+def _with_eight_bits(states: ModelStates, part: float) -> ModelStates:
+    """Return the states with moments of 8 bits for a part of the parameters."""
+    gpu = states.gpu
+    moments = gpu.optimizer_states / BYTES["mixed"][3] * (part * MOMENT_BYTES + (1 - part) * BYTES["mixed"][3])
+    return states._replace(gpu=gpu._replace(optimizer_states=moments))
 
 
 def _with_frozen(

@@ -18,7 +18,7 @@ from strategies.engines.engine import Build
 from strategies.offload.host import placed
 from strategies.pipeline.in_flight import splits
 from strategies.strategy import Stage
-from strategies.zero.states import DTYPES, Adam, Weights, as_global, rows
+from strategies.zero.states import DTYPES, Adam, Weights, make_adam, rows
 
 
 class FsdpStates:
@@ -60,7 +60,7 @@ class FsdpStates:
         self.locals: list[Tensor] = [parameter.to_local().detach() for parameter in self.parameters.values()]
         self.frozen = [_local(p).detach() for p in build.module.parameters() if not p.requires_grad]
         """This rank's part of what is not trained: whole at stage 2, rows at stage 3."""
-        self.adam: Adam = (build.requests.adam or Adam)(build.optimizer, home, self.locals[0].dtype)
+        self.adam: Adam = make_adam(build, home, self.locals[0].dtype)
         with self._at_home():
             self.shards = [
                 self.adam.shard(name, parameter.shape, local, apart=False)
@@ -171,11 +171,10 @@ class FsdpStates:
             unit.reshard()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            name: as_global(self.build, shard.name, shard.shape, local)
-            for shard in self.shards
-            for name, local in shard.entries()
-        }
+        state: dict[str, Any] = {}
+        for shard in self.shards:
+            state |= shard.whole(self.build)
+        return state
 
     def loaded(self, step: int) -> None:
         self.adam.loaded(step, self.shards, self._targets())

@@ -92,10 +92,24 @@ class Shard:
             (f"optimizer.exp_avg_sq.{self.name}", self.exp_avg_sq),
         )
 
+    def whole(self, build: Build) -> dict[str, Any]:
+        """Name in a checkpoint -> this rank's piece of the whole tensor."""
+        return {name: as_global(build, self.name, self.shape, local) for name, local in self.entries()}
 
-def as_global(build: Build, name: str, shape: torch.Size, local: Tensor) -> Tensor:
+    def moments(self) -> tuple[Tensor, ...]:
+        """Return the optimizer's own tensors."""
+        return self.exp_avg, self.exp_avg_sq
+
+
+def as_global(
+    build: Build, name: str, shape: Sequence[int], local: Tensor, *, whole: torch.Size | None = None
+) -> Tensor:
     """Return this rank's rows of a parameter as a piece of the whole one, which no strategy changes: tensor parallelism cuts
-    first, then ZeRO deals rows of the part. `shape` is that of the part."""
+    first, then ZeRO deals rows of the part.
+
+    Args:
+        shape: of the part.
+        whole: of the whole, where it is not the parameter's own."""
     mesh, layout = build.mesh.states, build.layout.get(name)
     if mesh is None:
         return local
@@ -104,7 +118,8 @@ def as_global(build: Build, name: str, shape: torch.Size, local: Tensor) -> Tens
         "tensor": Replicate() if layout is None or layout.dim is None else Split(layout.dim),
         "shard": Split(0),
     }
-    whole = shape if layout is None else layout.shape
+    if whole is None:
+        whole = torch.Size(shape) if layout is None else layout.shape
     stride = torch.empty(whole, device="meta").stride()
     split = [placements[axis] for axis in mesh.mesh_dim_names]
     return DTensor.from_local(local, mesh, split, run_check=False, shape=whole, stride=stride)
@@ -156,7 +171,7 @@ class Adam:
         """Return what the shards hold beside the parameters, by component (see engine.Session)."""
         return {
             "master_weights": [shard.master for shard in shards if shard.apart],
-            "optimizer_states": [moment for shard in shards for moment in (shard.exp_avg, shard.exp_avg_sq)],
+            "optimizer_states": [moment for shard in shards for moment in shard.moments()],
         }
 
     def close(self) -> None:
@@ -183,6 +198,18 @@ class Adam:
                     amsgrad=False,
                     maximize=False,
                 )
+
+
+def make_adam(build: Build, device: torch.device, dtype: torch.dtype) -> Adam:
+    """Return the optimizer of a build, which an offload may have asked for."""
+    if build.requests.adam is not None:
+        offloaded: Adam = build.requests.adam(build.optimizer, device, dtype)
+        return offloaded
+    if build.optimizer.name == "adamw_8bit":
+        from strategies.zero.adam8 import BlockAdam
+
+        return BlockAdam(build, device, dtype)
+    return Adam(build.optimizer, device, dtype)
 
 
 def publish(shards: Sequence[Shard], into: Sequence[Tensor]) -> None:

@@ -10,6 +10,7 @@ from orchestrator.planner.search.solve import Solution
 from strategies.offload.cost import offload_words
 from strategies.rooms import without_effect
 from strategies.strategy import Strategy
+from strategies.zero.eight_bit import fraction
 
 
 def notes(solution: Solution) -> list[str]:
@@ -32,6 +33,9 @@ def _notes(solution: Solution) -> Iterator[str]:
             f"LoRA of rank {lora.rank} on {', '.join(lora.targets)}: {problem.work.trains.num_parameters:,} of "
             f"{problem.work.num_parameters:,} parameters are trained"
         )
+    if problem.eight_bit:
+        part = fraction(problem.work, 0, False, False)
+        yield f"8-bit moments of {part:.1%} of the trained parameters, 32-bit ones of the rest: vectors and small matrices"
     idle = problem.cluster.num_gpus - strategy.num_gpus
     if idle:
         yield f"{idle} of {problem.cluster.num_gpus} GPUs stay idle: {_why_idle(problem, strategy)}"

@@ -90,6 +90,8 @@ class Space:
             Offload(optimizer=optimizer, parameters=parameters, activations=activations)  # type: ignore[arg-type]
             for activations, parameters, optimizer in product(("none", "host"), places, places)
             if places.index(parameters) <= places.index(optimizer)
+            # The host steps 32-bit moments.
+            and not (self.problem.eight_bit and optimizer != "none")
         ]
         return self._kept(options, "offload")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from orchestrator.planner.plan import Plan
 from orchestrator.planner.show.words import choices_told
+from strategies.zero.eight_bit import MOMENT_BYTES
 from strategies.zero.state_bytes import BYTES, reduces_early
 
 GIB = 2**30
@@ -18,14 +19,19 @@ def memory_formulas(plan: Plan) -> dict[str, str]:
     tokens = s.micro_batch_size * problem.sequence_length
     shared = f", over a ZeRO group of {group}" if group > 1 else ""
     split = f"tensor {s.degrees.tensor}, pipeline {s.degrees.pipeline}"
-    model = f"this rank's part of {problem.work.num_parameters:,} parameters ({split})"
+    model = f"this rank's part of {problem.work.trains.num_parameters:,} parameters ({split})"
+    frozen = ""
+    if problem.lora is not None:
+        model = model.replace(" parameters", " trained parameters")
+        frozen = f"; and of the {problem.work.num_parameters:,} parameters the frozen ones, {problem.precision}"
+    two = "two Adam moments" + (" in 8 bits and a scale for 256, where a matrix is large" if problem.eight_bit else "")
     return {
-        "parameters": f"{parameter} bytes ({s.states}) x {model}" + (shared if reduces_early(s) else ""),
+        "parameters": f"{parameter} bytes ({s.states}) x {model}" + (shared if reduces_early(s) else "") + frozen,
         "gathered_parameters": "whole copies of sharded parameters while blocks compute: the block at work and "
         "the one fetched ahead, or all of a stage with gather: per_step",
         "master_weights": f"{master} bytes ({s.states}) x {model}{shared}",
         "gradients": f"{gradient} bytes ({s.states}) x {model}" + (shared if reduces_early(s) else ""),
-        "optimizer_states": f"{moments} bytes ({s.states}, two Adam moments) x {model}{shared}",
+        "optimizer_states": f"{MOMENT_BYTES if problem.eight_bit else moments} bytes ({s.states}, {two}) x {model}{shared}",
         "activations": f"what the layers leave for backward of {tokens:,} tokens a micro batch, times the micro batches "
         f"in flight on this rank ({scheduled}); {recompute}. arXiv:2205.05198 with the "
         "model's own constants",

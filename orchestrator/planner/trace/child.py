@@ -94,6 +94,7 @@ def _child(plan: Plan, pipeline_ranks: list[int]) -> list[dict[str, Any]]:
     problem = plan.solution.problem
     asked = {
         "arch": asdict(problem.arch),
+        "eight_bit": problem.eight_bit,
         "lora": problem.lora and asdict(problem.lora),
         "strategy": asdict(plan.strategy),
         "sequence_length": problem.sequence_length,

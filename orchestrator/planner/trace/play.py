@@ -28,7 +28,7 @@ from orchestrator.models.decoder import Decoder
 from orchestrator.models.lora import Lora
 from orchestrator.models.workloads import PACKED
 from orchestrator.planner.trace.live_bytes import LiveBytes
-from strategies.engines.engine import BUCKET_BYTES, MicroBatch
+from strategies.engines.engine import BUCKET_BYTES, MicroBatch, OptimizerSettings
 from strategies.engines.loss import TokenLoss
 from strategies.engines.native import NativeSession, build_session
 from strategies.strategy import SPLIT_BACKWARD, Offload, Stage, Strategy
@@ -96,6 +96,7 @@ def trace(
     precision: str,
     lora: Lora | None = None,
     task: str = "pretrain",
+    eight_bit: bool = False,
     pipeline_rank: int = 0,
     bytes_only: bool = False,
     whole: bool = False,
@@ -106,6 +107,7 @@ def trace(
     if dist.is_initialized():
         raise RuntimeError("a trace brings its own process group: call it in a process that has none")
     started = time.perf_counter()
+    optimizer = OptimizerSettings(name="adamw_8bit" if eight_bit else "adamw")
     mine = [stage for stage in strategy.stages if stage.pipeline_rank == pipeline_rank]
     batches = _batches(arch, strategy, sequence_length, task, pipeline_rank)
     piled = strategy.degrees.pipeline > 1 and strategy.pipeline_schedule == "gpipe"
@@ -122,7 +124,8 @@ def trace(
         layers.append(sum(stage.num_layers for stage in stages if stage.pipeline_rank == pipeline_rank))
         short = replace(strategy, stages=stages)
         held = replace(arch, num_layers=sum(stage.num_layers for stage in stages))
-        return _play(held, lora, short, batches[less.micro_batches :], precision, task, pipeline_rank, bytes_only)
+        less_batches = batches[less.micro_batches :]
+        return _play(held, lora, optimizer, short, less_batches, precision, task, pipeline_rank, bytes_only)
 
     result = _lines(play, _Less(0, 0, 0), most, not reduces_early(strategy))
     return replace(result, num_layers_traced=tuple(dict.fromkeys(layers)), seconds=time.perf_counter() - started)
@@ -184,6 +187,7 @@ def _short(stages: Sequence[Stage], pipeline_rank: int, less: _Less) -> tuple[St
 def _play(
     arch: Architecture,
     lora: Lora | None,
+    optimizer: OptimizerSettings,
     strategy: Strategy,
     batches: list[MicroBatch],
     precision: str,
@@ -202,6 +206,7 @@ def _play(
                 strategy=strategy,
                 precision=precision,
                 weights=lambda _, shape: torch.zeros(shape),
+                optimizer=optimizer,
                 # Of dpo, whose reference is numbers, the same bytes are alive as of sft.
                 loss=_SumOfValues() if task == "reward" else TokenLoss(),
             )
@@ -303,6 +308,7 @@ def _main() -> None:
         trace(
             Architecture(**asked["arch"]),
             Strategy(**fields),
+            eight_bit=asked["eight_bit"],
             lora=asked["lora"] and Lora(**asked["lora"] | {"targets": tuple(asked["lora"]["targets"])}),
             sequence_length=asked["sequence_length"],
             precision=asked["precision"],
