@@ -17,6 +17,7 @@ from orchestrator.training.data import DataError, DataIndex
 
 END_OF_TEXT = "<|endoftext|>"
 FILE, CONFIG, DESCRIPTION = "tokenizer.json", "tokenizer_config.json", "description.json"
+TEMPLATE = "chat_template.jinja"
 MAX_CONFIG_BYTES = 2**24
 KEPT = "tokenizer"
 """Folder in a run's folder."""
@@ -324,6 +325,17 @@ def _config(folder: Path) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise DataError(f"data.tokenizer: {file} holds no keys")
         config |= found
+    # transformers writes a chat template into a file of its own since version 4.52.
+    template = folder / TEMPLATE
+    if "chat_template" not in config and template.is_file():
+        try:
+            if template.stat().st_size > MAX_CONFIG_BYTES:
+                raise DataError(
+                    f"data.tokenizer: {template} is larger than {MAX_CONFIG_BYTES} bytes: this is no template"
+                )
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        except (OSError, UnicodeError) as error:
+            raise DataError(f"data.tokenizer: {template} cannot be read: {error}") from None
     return {word: value for word, value in config.items() if word not in ("auto_map", "custom_pipelines")}
 
 

@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 
 import pytest
+from transformers import AutoTokenizer
 
 from orchestrator.cli import main
 from orchestrator.spec import parse_job
@@ -87,6 +88,20 @@ def test_a_folder_without_a_usable_tokenizer_is_refused(tmp_path, files, message
             (folder / name).write_text(content)
     with pytest.raises(DataError, match=message):
         load_tokenizer("tokenizer", tmp_path)
+
+
+def test_a_chat_template_in_a_file_of_its_own_is_read_and_exported(tmp_path, bpe):
+    bpe.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    found = load_tokenizer(str(tmp_path), tmp_path)
+    assert chat_template_of(found).source.startswith("{% for message in messages %}")
+    (tmp_path / "out").mkdir()
+    found.export(tmp_path / "out", 64)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert theirs.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "<hi>"
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"chat_template\.jinja cannot be read"):
+        load_tokenizer(str(tmp_path), tmp_path)
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused_with_a_number_that_works():
