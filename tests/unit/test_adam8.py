@@ -127,7 +127,7 @@ def test_of_the_same_gradients_weights_and_codes_are_bitsandbytes_own_bit_for_bi
             assert torch.equal(shard.scale.flatten(), state["absmax1"]), shard.name
         elif state["state1"].dtype == torch.float32:  # theirs rounds a table of 66 rows, which is no whole blocks, too
             torch.testing.assert_close(shard.master, parameter.detach(), atol=1e-6, rtol=1e-5)
-    assert compared == 14
+    assert compared == 13, "the table of tokens and six matrices of each block"
     session.close()
 
 
