@@ -210,7 +210,7 @@ UNBUILT: tuple[Unbuilt, ...] = (
         fix="engine: native, or training.optimizer.name: adamw",
     ),
     Unbuilt(
-        keys=("strategy", "offload"),
+        keys=("strategy", "offload", "optimizer"),
         asked=lambda job: (
             _eight_bit(job) and job.strategy.offload is not None and job.strategy.offload.optimizer != "none"
         ),
