@@ -6,8 +6,9 @@ import shutil
 
 import click
 
+from orchestrator.cli.errors import CommandError
 from orchestrator.planner.plan import plan
-from orchestrator.spec import load_job
+from orchestrator.spec.chain import Chain, load
 
 
 @click.command("plan")
@@ -19,7 +20,14 @@ from orchestrator.spec import load_job
 @click.option("--trace", is_flag=True, help="Play the step on fake devices too (seconds; needs torch, no GPU).")
 def command(job: str, as_json: bool, html: str | None, top: int | None, sensitivity: bool, trace: bool) -> int:
     """Plans JOB, a YAML file. Nothing is started, no GPU is needed. Exit code 3: does not fit, or misses a target."""
-    made = plan(load_job(job), top=top if top is not None else 20 if as_json or html else 3)
+    loaded = load(job)
+    if isinstance(loaded, Chain):
+        from orchestrator.cli.chain import show_plans
+
+        if html or trace:
+            raise CommandError("a chain has a plan for each link", "--json, or plan a link as a job of its own")
+        return show_plans(loaded, as_json=as_json, top=top if top is not None else 20 if as_json else 0)
+    made = plan(loaded, top=top if top is not None else 20 if as_json or html else 3)
     if trace:
         from orchestrator.planner.trace.child import with_trace
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from orchestrator.cli.errors import CommandError, ExitCode
-from orchestrator.spec import load_job
+from orchestrator.spec.chain import Chain, load
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -38,37 +38,13 @@ def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_
     Exit codes: 0 the last step is done; 1 the job failed; 2 it was refused before anything started; 3 the plan does not fit this
     machine; 4 Ray was lost for good; 5 it was stopped (the same command goes on)."""
     from orchestrator.cli.outlet import silence
-    from orchestrator.cli.screen import Screen
-    from orchestrator.control.folder import RunRefused
-    from orchestrator.control.refusals import DoesNotFit
-    from orchestrator.control.run import run_job
-    from orchestrator.control.supervisor import Stop
-    from orchestrator.planner.show.text import render
-    from orchestrator.training.data import DataError
 
-    loaded = load_job(job)
-    screen = Screen(loaded, to_stderr=as_json)
-    stop = Stop()
-    try:
-        with interrupts(stop), screen:
-            result = run_job(
-                loaded,
-                view=screen,
-                stop=stop,
-                directory=directory,
-                fresh=fresh,
-                metrics_port=metrics_port,
-                began_s=process_began(),
-            )
-    except RunRefused as error:
-        raise CommandError(error.message, error.fix, where=error.where) from None
-    except DataError as error:
-        raise CommandError(str(error), where=str(loaded.file)) from None
-    except DoesNotFit as error:
-        click.echo(render(error.plan), err=True)
-        fix = "see `would fit` above; `shardwise plan` shows all of it"
-        raise CommandError("the plan does not fit this machine", fix, ExitCode.DOES_NOT_FIT) from None
-    told = summary(result, loaded)
+    loaded = load(job, directory=directory)
+    if isinstance(loaded, Chain):
+        from orchestrator.cli.chain import run_chain
+
+        return run_chain(loaded, fresh=fresh, metrics_port=metrics_port, as_json=as_json)
+    told = run_one(loaded, directory=directory, fresh=fresh, metrics_port=metrics_port, to_stderr=as_json)
     try:
         if as_json:
             click.echo(json.dumps(told, indent=1))
@@ -78,6 +54,48 @@ def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_
         silence(sys.stdout)
         silence(sys.stderr)
     return int(told["exit_code"])
+
+
+def run_one(
+    job: Job,
+    *,
+    directory: str | None,
+    fresh: bool,
+    metrics_port: int | None,
+    to_stderr: bool,
+    began_s: float | None = None,
+) -> dict[str, Any]:
+    """Run a job with its screen; the result as summary() has it. Raises CommandError where it is refused."""
+    from orchestrator.cli.screen import Screen
+    from orchestrator.control.folder import RunRefused
+    from orchestrator.control.refusals import DoesNotFit
+    from orchestrator.control.run import run_job
+    from orchestrator.control.supervisor import Stop
+    from orchestrator.planner.show.text import render
+    from orchestrator.training.data import DataError
+
+    screen = Screen(job, to_stderr=to_stderr)
+    stop = Stop()
+    try:
+        with interrupts(stop), screen:
+            result = run_job(
+                job,
+                view=screen,
+                stop=stop,
+                directory=directory,
+                fresh=fresh,
+                metrics_port=metrics_port,
+                began_s=process_began() if began_s is None else began_s,
+            )
+    except RunRefused as error:
+        raise CommandError(error.message, error.fix, where=error.where) from None
+    except DataError as error:
+        raise CommandError(str(error), where=str(job.file)) from None
+    except DoesNotFit as error:
+        click.echo(render(error.plan), err=True)
+        fix = "see `would fit` above; `shardwise plan` shows all of it"
+        raise CommandError("the plan does not fit this machine", fix, ExitCode.DOES_NOT_FIT) from None
+    return summary(result, job)
 
 
 CODES = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from orchestrator.cli.chain import links_of
 from orchestrator.cli.errors import CommandError, ExitCode
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def run_folder(run: str, directory: str) -> RunFolder:
         if (path / "events.jsonl").exists() or (path / "job.yaml").exists():
             return RunFolder(path)
     known = [folder.path.name for folder in run_folders(directory)]
+    known += [f"{chain.name}/{name}" for chain in chain_folders(directory) for name, _ in links_of(chain)]
     near = difflib.get_close_matches(run, known, n=1)
     fix = f"did you mean {near[0]}? " if near else ""
     fix += f"known: {', '.join(known)}" if known else "--directory FOLDER, where `run` put it"
@@ -39,3 +41,14 @@ def run_folders(directory: str) -> list[RunFolder]:
     parent = Path(directory)
     found = parent.iterdir() if parent.is_dir() else ()
     return [RunFolder(path) for path in sorted(found) if (path / "job.yaml").exists()]
+
+
+def chain_folders(directory: str) -> list[Path]:
+    """The folders in which the links of a chain run."""
+    parent = Path(directory)
+    return [path for path in (sorted(parent.iterdir()) if parent.is_dir() else ()) if links_of(path)]
+
+
+def chain_folder(run: str, directory: str) -> Path | None:
+    """The folder of a chain by its name or path; None where it is no chain's."""
+    return next((path for path in (Path(directory) / run, Path(run)) if links_of(path)), None)

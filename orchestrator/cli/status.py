@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from orchestrator.cli.chain import rows_of
 from orchestrator.cli.errors import ExitCode
-from orchestrator.cli.runs import directory_option, run_folder, run_folders
+from orchestrator.cli.runs import chain_folder, chain_folders, directory_option, run_folder, run_folders
 
 if TYPE_CHECKING:
     from orchestrator.control.folder import RunFolder
@@ -25,9 +26,15 @@ WIDE = 200
 @directory_option
 @click.option("--json", "as_json", is_flag=True, help="Print a list of {name, state, step, steps, loss, ...}.")
 def command(run: str | None, directory: str, as_json: bool) -> int:
-    """Shows how far RUN is, a name or a run folder; without it, all runs of the directory."""
-    folders = run_folders(directory) if run is None else [run_folder(run, directory)]
-    rows = [status(folder) for folder in folders]
+    """Shows how far RUN is, a name or a run folder, or how far each link of a chain is; without it, all runs of the directory."""
+    chain = None if run is None else chain_folder(run, directory)
+    if chain is not None:
+        rows = rows_of(chain)
+    elif run is not None:
+        rows = [status(run_folder(run, directory))]
+    else:
+        rows = [status(folder) for folder in run_folders(directory)]
+        rows += [row for folder in chain_folders(directory) for row in rows_of(folder)]
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return ExitCode.DONE

@@ -7,8 +7,9 @@ import json
 import click
 
 from orchestrator.cli.errors import ExitCode
-from orchestrator.spec import Job, SpecError, load_job
+from orchestrator.spec import Job, SpecError
 from orchestrator.spec.acting import unbuilt
+from orchestrator.spec.chain import Chain, entries, load
 from orchestrator.spec.errors import ErrorEntry, place
 from orchestrator.spec.files import missing
 
@@ -25,11 +26,12 @@ def command(job: str, as_json: bool) -> int:
     """Checks JOB, a YAML file, and shows all of its faults at once. Nothing is planned or started. A note tells what can be
     planned and not run, such as text that is not here; it leaves the exit code 0."""
     if not as_json:
-        loaded = load_job(job)
-        click.echo("\n".join([_summary(loaded), *_notes(loaded)]))
+        loaded = load(job)
+        parts = [_summary(loaded)] if isinstance(loaded, Job) else [_chain(loaded), *map(_summary, loaded.links)]
+        click.echo("\n".join([*parts, *_notes(loaded)]))
         return ExitCode.DONE
     try:
-        loaded = load_job(job)
+        loaded = load(job)
     except SpecError as error:
         click.echo(json.dumps({"valid": False, "name": None, "errors": error.errors, "notes": []}, indent=1))
         return error.exit_code
@@ -38,12 +40,20 @@ def command(job: str, as_json: bool) -> int:
     return ExitCode.DONE
 
 
-def notes(job: Job) -> list[ErrorEntry]:
-    """Return what keeps a valid job from running: settings that nothing acts on yet, and files that are not here."""
-    return [*unbuilt(job), *missing(job)]
+def notes(job: Job | Chain) -> list[ErrorEntry]:
+    """Return what keeps a valid job or chain from running: settings that nothing acts on yet, and files that are not here."""
+    return [*unbuilt(job), *missing(job)] if isinstance(job, Job) else entries(job)
 
 
-def _notes(job: Job) -> list[str]:
+def _chain(chain: Chain) -> str:
+    way = ", then ".join(
+        f"{job.name} ({job.task}{f' from {names}' if (names := ' and '.join(sources)) else ''})"
+        for job, sources in zip(chain.links, chain.sources, strict=True)
+    )
+    return f"{chain.file} is a valid chain: {chain.name}: {way}"
+
+
+def _notes(job: Job | Chain) -> list[str]:
     return [
         f"note: {entry['message']}; `run` refuses it\n  {place(entry)}\n  to fix: {entry['fix']}"
         for entry in notes(job)

@@ -3,7 +3,7 @@ written on one machine and run on another."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from glob import has_magic, iglob
 from pathlib import Path
 
@@ -15,9 +15,13 @@ from orchestrator.spec.sections import ModelSpec
 FIX = "put it there, or correct the path: it is relative to the job file"
 
 
-def missing(job: Job) -> list[ErrorEntry]:
-    """Return the text, the tokenizer and the weights that the job names and that are not here, each with its place."""
-    return [job.entry(fault) for fault in (*_text(job), *_tokenizer(job), *_weights(job))]
+def missing(job: Job, *, made: Container[str] = ()) -> list[ErrorEntry]:
+    """Return the text, the tokenizer and the weights that the job names and that are not here, each with its place.
+
+    Args:
+        made: run folders that are there before the job begins: those of a chain's earlier links.
+    """
+    return [job.entry(fault) for fault in (*_text(job), *_tokenizer(job), *_weights(job, made))]
 
 
 def _text(job: Job) -> Iterator[Fault]:
@@ -47,9 +51,9 @@ def _roles(job: Job) -> Iterator[tuple[Keys, ModelSpec]]:
             yield ("ppo", role), model
 
 
-def _weights(job: Job) -> Iterator[Fault]:
+def _weights(job: Job, made: Container[str]) -> Iterator[Fault]:
     for path, model in (("model",), job.model), *_roles(job):
-        if model.checkpoint is None or not model.has_weights:
+        if model.checkpoint is None or not model.has_weights or model.checkpoint in made:
             continue
         folder = job.directory / Path(model.checkpoint).expanduser()
         if not (folder / MANIFEST).is_file() and not any(folder.glob(f"checkpoints/step-*/{MANIFEST}")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from orchestrator.spec.sections import ClusterSpec, ModelSpec
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
     from orchestrator.models.architecture import Architecture
+    from orchestrator.spec.source import Document
 
 
 def load_job(path: str | os.PathLike[str]) -> Job:
@@ -26,14 +27,35 @@ def load_job(path: str | os.PathLike[str]) -> Job:
     from orchestrator.spec.source import read_document
 
     document = read_document(Path(path))
+    if "chain" in document.value:
+        told = "`chain` makes this file a chain of jobs, and one job is wanted here"
+        fault = Fault(path=("chain",), message=told, fix="validate, plan, run and status read chains", of_key=True)
+        raise SpecError(located([fault], document, str(path)))
     job, faults = _job(document.value, Path(path).parent, document.faults)
     if job is not None and not faults:
         return _from(job, _file=str(path), _spots=document.value_spots)
+    raise SpecError(located(faults, document, str(path)))
+
+
+def located(faults: Iterable[Fault], document: Document, file: str) -> list[ErrorEntry]:
+    """Faults with their lines and columns, in the order of the file."""
     errors = []
     for fault in faults:
         line, column = document.spot(fault)
-        errors.append(ErrorEntry(file=str(path), line=line, column=column, message=fault.message, fix=fault.fix))
-    raise SpecError(sorted(errors, key=lambda error: (error["line"] or 0, error["column"] or 0)))
+        errors.append(ErrorEntry(file=file, line=line, column=column, message=fault.message, fix=fault.fix))
+    return sorted(errors, key=lambda error: (error["line"] or 0, error["column"] or 0))
+
+
+def job_and_faults(
+    mapping: dict[str, Any], file: Path, spots: dict[tuple[str | int, ...], tuple[int, int]]
+) -> tuple[Job | None, list[Fault]]:
+    """The job in a mapping that was put together from a file, None where it cannot be read, and what is wrong with it.
+
+    Args:
+        spots: where in the file its values stand.
+    """
+    job, faults = _job(mapping, file.parent, [])
+    return None if job is None else _from(job, _file=str(file), _spots=spots), faults
 
 
 def parse_job(mapping: Mapping[str, Any], *, directory: str | os.PathLike[str] = "") -> Job:
