@@ -18,6 +18,7 @@ from orchestrator.spec.errors import dotted
 from orchestrator.spec.job import Job
 from orchestrator.spec.messages import all_sections, flow, known_keys, literals
 
+ROLES = ("reward", "critic", "reference")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 
@@ -53,7 +54,39 @@ def json_schema() -> dict[str, Any]:
         if words := _bare_words(section):
             keys = {key: part.pop(key) for key in list(part) if key != "description"}
             part["anyOf"] = [words, keys]
+    _add_chains(schema)
     return {"$schema": DIALECT, "title": "Shardwise job", **schema}
+
+
+def _add_chains(schema: dict[str, Any]) -> None:
+    """A file with `chain` lists links, each with keys of a job; `from` stands in the place of a model."""
+    source = {"description": "Name of an earlier link, whose model and weights this one starts from.", "type": "string"}
+    roles = schema["$defs"]["PpoSpec"]["properties"]
+    only_source = {
+        "type": "object",
+        "properties": {"from": source},
+        "required": ["from"],
+        "additionalProperties": False,
+    }
+    for role in ROLES:
+        described = roles[role].pop("description")
+        roles[role] = {"anyOf": [only_source, roles[role]], "description": f"{described} In a chain: {{from: LINK}}."}
+    keys = {key: {"$ref": f"#/properties/{key}"} for key in schema["properties"] if key != "version"}
+    link = {
+        "type": "object",
+        "properties": {**keys, "from": source},
+        "required": ["name"],
+        "additionalProperties": False,
+    }
+    schema["properties"]["chain"] = {
+        "description": "Links that run one after the other; what a link does not say it takes from the top of the file.",
+        "type": "array",
+        "minItems": 1,
+        "items": link,
+    }
+    needed = schema.pop("required")
+    schema["required"] = ["version", "name"]
+    schema |= {"if": {"required": ["chain"]}, "else": {"required": needed}}
 
 
 def _bare_words(section: type[sections.Section]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from orchestrator.models.architecture import CATALOG, num_parameters
 from orchestrator.spec import Job, load_job, parse_job
+from orchestrator.spec.chain import load
 from orchestrator.spec.source import parse_document
 from orchestrator.spec.values import Duration
 
@@ -28,7 +29,7 @@ def job(**changes: object) -> Job:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_every_example_is_a_valid_job_with_a_modeline_that_leads_to_the_schema(path):
-    loaded = load_job(path)
+    loaded = load(path)
     assert loaded.name == path.stem
     head, _, target = path.read_text().splitlines()[0].partition("$schema=")
     assert head == "# yaml-language-server: "
@@ -251,7 +252,7 @@ def test_a_run_goes_on_where_nothing_that_changes_its_losses_differs(changes, di
 
 def test_reading_a_job_loads_no_runtime():
     code = (
-        "import sys, orchestrator.spec as s; s.load_job(sys.argv[1]); "
+        "import sys, orchestrator.spec.chain as s; s.load(sys.argv[1]); "
         "print(sorted({'torch', 'ray', 'pandas', 'numpy', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code, str(EXAMPLES[0])], capture_output=True, text=True, check=True)

@@ -49,6 +49,7 @@ def test_the_examples_are_valid_by_the_schema(path):
         {"strategy": {"offload": "optimizer", "states": "auto"}},
         {"data": {"train": "a", "validation": ["b"], "tokenizer": {"bpe": 9}}},
         {"checkpoint": {"every": "10m"}},
+        {"chain": [{"name": "a"}, {"name": "b", "from": "a", "task": "ppo", "ppo": {"reward": {"from": "a"}}}]},
     ],
 )
 def test_the_schema_takes_what_a_job_takes(changes):
@@ -59,6 +60,8 @@ def test_the_schema_takes_what_a_job_takes(changes):
     "changes",
     [
         {"stratgy": "auto"},
+        {"chain": [{"name": "a", "form": "b"}]},
+        {"chain": []},
         {"model": "opt-125"},
         {"strategy": {"zero_stage": 4}},
         {"strategy": "zero3"},
