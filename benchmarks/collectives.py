@@ -104,7 +104,7 @@ def priced(rank: int, run: Run) -> Ledger:
     replica = at["data"] * degrees.context + at["context"] if inner else at["context"] * degrees.data + at["data"]
     shards = strategy.zero_group_size if strategy.zero_stage else 1
     return ledger(
-        workload(run.task.arch, run.task.lora),
+        workload(run.task.arch, run.task.lora, task="reward" if run.task.loss == "reward" else "pretrain"),
         strategy,
         sequence_length=run.task.sequence_length,
         precision=run.precision,

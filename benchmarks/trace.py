@@ -19,7 +19,7 @@ from typing import Any
 
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import CATALOG, Architecture, make_architecture
-from orchestrator.models.lora import Lora
+from orchestrator.models.lora import TARGETS, Lora
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.trace.play import trace
 from strategies.rooms import impossible
@@ -203,7 +203,7 @@ WAITING: dict[str, Any] = {"zero": 2, "reduce": "per_step"}
 TURNS: dict[str, Any] = {"pipeline": 4, "schedule": "interleaved_1f1b", "virtual": 2}
 ATTENTION = Lora(rank=8, alpha=16.0, targets=("q_proj", "v_proj"))
 EVERYWHERE = Lora(rank=8, alpha=16.0, targets=("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
-ADAPTED = tuple(
+_MEDIUM_ADAPTED = tuple(
     Case("medium", MEDIUM, Choice(**fields), 4, 1024, precision, lora)
     for fields, precision, lora in (
         ({}, "fp32", EVERYWHERE),
@@ -215,6 +215,10 @@ ADAPTED = tuple(
         ({"pipeline": 2, "schedule": "zbv", "virtual": 2}, "bf16", EVERYWHERE),
     )
 )
+LLAMA = make_architecture(
+    family="llama", num_layers=3, hidden_size=512, num_heads=8, num_kv_heads=2, vocab_size=4096, max_position=512
+)
+ADAPTED = (*_MEDIUM_ADAPTED, Case("llama", LLAMA, Choice(), 2, 512, "fp32", replace(EVERYWHERE, targets=TARGETS)))
 """Frozen weights with adapters: what CI plays."""
 CASES = tuple(
     Case("medium", MEDIUM, Choice(**fields), accumulation, 1024, precision)

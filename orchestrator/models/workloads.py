@@ -76,16 +76,17 @@ def _adapted(work: Workload, arch: Architecture, lora: Lora) -> Workload:
     lets_go_split = ffn if arch.traits.activation != "relu" and "down_proj" not in lora.targets else 0
     replicated = sum(tensor.num_elements for tensor in tensors if tensor.split == "replicated_partial")
     total = sum(tensor.num_elements for tensor in tensors)
+    head = work.head_tensors[-1:] if work.num_outputs == 1 else ()  # a value head is trained beside the adapters
     trained = replace(
         work,
         block_parameters=total,
         block_replicated_parameters=replicated,
         embedding_parameters=0,
-        head_parameters=0,
+        head_parameters=sum(tensor.num_elements for tensor in head),
         position_rows=0,
         embedding_tensors=(),
         block_tensors=tuple(tensors),
-        head_tensors=(),
+        head_tensors=head,
         tied_embeddings=False,
         matmuls=tuple(matmuls),
     )

@@ -133,14 +133,15 @@ def pending_elements(work: Workload, split: int) -> float:
 
 
 def _adapters_alone(trained: Workload, states: ModelStates, split: int, share: Share) -> ModelStates:
-    """Return the states of a rank whose adapters alone are trained."""
+    """Return the states of a rank whose adapters alone are trained, and a value head where it holds one."""
     block = block_parameters(trained, split)
     largest = max(part(tensor, split, 0).num_elements for tensor in trained.block_tensors)
+    outside = float(trained.head_parameters * share.head)
     return states._replace(
-        trained=share.layers * block,
+        trained=share.layers * block + outside,
         trained_block=block,
-        trained_outside=0.0,
-        owned=share.layers * block,
+        trained_outside=outside,
+        owned=share.layers * block + outside,
         largest=largest,
         table=0,
         matrix=largest,

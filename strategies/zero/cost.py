@@ -262,11 +262,14 @@ class Zero(Room):
     ) -> ModelStates:
         work, rows = question.work, Padding()
         if work.trained is not None and strategy.zero_stage:
-            whole = padded(work.trained, shape.split, 0, strategy.zero_group_size).block
-            rows = Padding(0.0, (whole - states.trained_block) / strategy.zero_group_size if share.layers else 0.0)
+            group = strategy.zero_group_size
+            whole = padded(work.trained, shape.split, 0, group)
+            ends = whole.outside(work.trained, embedding=share.embedding, head=share.head)
+            of_block = (whole.block - states.trained_block) / group if share.layers else 0.0
+            rows = Padding((ends - states.trained_outside) / group, of_block)
         elif work.native and strategy.zero_stage:
-            ends = {"embedding": share.embedding, "head": share.head}
-            rows = padding(work, shape.split, strategy.zero_group_size, **ends)
+            at = {"embedding": share.embedding, "head": share.head}
+            rows = padding(work, shape.split, strategy.zero_group_size, **at)
         found = dealt(states, strategy, question.precision, rows, share.layers)
         if work.eight_bit:
             found = _with_eight_bits(found, fraction(work, share.layers, share.embedding, share.head))
@@ -363,9 +366,10 @@ def _with_frozen(
     if strategy.zero_stage == 3:
         every, mine = (padded(each, split, 0, strategy.zero_group_size) for each in (work, work.trained))
         block = states.block - states.trained_block
-        ends = every.outside(work, embedding=share.embedding, head=share.head)
-        group = strategy.zero_group_size
-        rows = Padding((ends - states.outside) / group, (every.block - mine.block - block) / group)
+        at = {"embedding": share.embedding, "head": share.head}
+        ends = every.outside(work, **at) - mine.outside(work.trained, **at)
+        outside, group = states.outside - states.trained_outside, strategy.zero_group_size
+        rows = Padding((ends - outside) / group, (every.block - mine.block - block) / group)
     padding = rows.outside + share.layers * rows.block
     frozen = frozen_bytes(states.parameters - states.trained, strategy, element, padding)
     gpu = states.gpu._replace(parameters=states.gpu.parameters + frozen)

@@ -82,7 +82,7 @@ def _buckets(rank: Rank) -> tuple[float, float, int]:
     """Return (buckets on their way, gradients widened for the optimizer, blocks that are through when the first bucket goes)."""
     _, strategy, _, states, _, _ = rank
     gpu, element, group = states.gpu, rank.element, strategy.num_shards
-    largest = states.table if states.trained_outside else states.matrix
+    largest = states.table if states.trained_outside and states.table else states.matrix
     gradient = BYTES[strategy.states][1]
     through = BUCKET_BYTES / (min(4, gradient) * (element // 4 if element > 4 else 1)) - largest
     buckets = widened = 0.0

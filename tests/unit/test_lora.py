@@ -117,9 +117,11 @@ def test_only_adapters_and_a_value_head_are_trained() -> None:
     assert trained == {
         f"blocks.{i}.{place}.{x}" for i in (0, 1) for place in PLACES.values() for x in ("lora_a", "lora_b")
     } | {"head.value.weight"}
-    module = Decoder(arch, lora=lora)
-    count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    assert count == num_adapter_parameters(arch, lora) == workload(arch, lora).trains.num_parameters
+    for task in ("sft", "reward"):
+        module = Decoder(arch, lora=lora, values=task == "reward")
+        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        assert count == workload(arch, lora, task=task).trains.num_parameters
+        assert count == num_adapter_parameters(arch, lora) + (task == "reward") * arch.hidden_size
 
 
 @pytest.mark.parametrize("name", ["opt-125m", "llama-7b", "mpt-7b", "gpt2", "bloom-560m", "glm-10b"])
