@@ -30,7 +30,7 @@ CPU_RATES = Calibration(
 def test_the_catalog_is_the_stated_set():
     assert accelerator_names() == (
         *("a100-40gb", "a100-40gb-pcie", "a100-80gb", "a100-80gb-pcie", "a10g", "a800-80gb", "cpu", "h100-80gb"),
-        *("h100-80gb-pcie", "h200", "l40s", "rtx-3090", "rtx-4090", "t4", "v100-16gb", "v100-32gb"),
+        *("h100-80gb-pcie", "h200", "l40s", "rtx-3090", "rtx-4090", "rtx-a6000", "t4", "v100-16gb", "v100-32gb"),
     )
 
 
@@ -62,6 +62,7 @@ def test_every_row_is_whole_and_says_where_it_comes_from(name):
         ("v100-32gb", 125, None, 31.74, 900, 150),
         ("t4", 65, None, 14.58, 320, None),
         ("l40s", 362, 362, 44.52, 864, None),
+        ("rtx-a6000", 154.8, 154.8, 47.54, 768, None),
         ("a10g", 70, 70, 22.06, 600, None),
     ],
 )
