@@ -57,7 +57,8 @@ def ring(cluster: Cluster, constants: TimeConstants, *, size: int, stride: int, 
     """The ring of `size` ranks that stand `stride` apart, where all such groups of `num_gpus` ranks talk at once."""
     per_node = cluster.gpus_per_node
     inner, outer = cluster.intra_node, cluster.inter_node
-    rate = inner.bytes_per_s * (1.0 if inner.measured else constants.nvlink)
+    reached = constants.pcie if inner.name == "pcie" else constants.nvlink
+    rate = inner.bytes_per_s * (1.0 if inner.measured else reached)
     span = size * stride
     # A group that does not divide the node straddles two of them somewhere.
     if cluster.num_nodes == 1 or (span <= per_node and per_node % span == 0):
@@ -65,7 +66,9 @@ def ring(cluster: Cluster, constants: TimeConstants, *, size: int, stride: int, 
     local = max(1, min(size, per_node // stride))
     groups = min(per_node, num_gpus) / local
     network = outer.bytes_per_s * (1.0 if outer.measured else constants.network) / max(1.0, groups)
-    return Ring(size, min(rate, network), _hop_s(outer, constants), False)
+    # A ring leaves each node once: of `local` steps one goes over the network.
+    hop_s = _hop_s(inner, constants) * (local - 1) / local + _hop_s(outer, constants) / local
+    return Ring(size, min(rate, network), hop_s, False)
 
 
 def _hop_s(link: Link, constants: TimeConstants) -> float:

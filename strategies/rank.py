@@ -256,14 +256,27 @@ class PassSeconds(NamedTuple):
         )
 
 
+class Hideable(NamedTuple):
+    """Seconds of messages that compute hides as far as it lasts."""
+
+    seconds: float
+    passes: float
+    """The compute in their window, in passes of one micro batch, forward and backward, of the slowest rank."""
+
+
 class OnceSeconds(NamedTuple):
     """Seconds of messages that are sent once a step or for the sake of ZeRO."""
 
     seconds: float = 0.0
     exposed_s: float = 0.0
     """Part of `seconds` that no compute hides, however long it is."""
-    within_compute: bool = False
-    """The rest hides only as far as compute is long enough."""
+    hideable: tuple[Hideable, ...] = ()
+    """The rest, one for each window."""
+
+    def exposed_beside(self, pass_s: float) -> float:
+        """Return the seconds that are exposed where a pass of one micro batch takes `pass_s`. What outlasts its window does so at
+        the same time as what outlasts another. So recomputing, which lengthens a pass, never makes a step shorter."""
+        return self.exposed_s + max([0.0, *(one.seconds - one.passes * pass_s for one in self.hideable)])
 
 
 class SlowestRank(NamedTuple):
@@ -280,3 +293,5 @@ class SlowestRank(NamedTuple):
     """Share of the first pipeline rank."""
     saved_bytes: float
     """Activations of one micro batch that the rank saves."""
+    again_s: float = 0.0
+    """Part of pass_s that is computed again."""

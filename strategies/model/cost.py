@@ -154,7 +154,7 @@ class Model(Room):
     name = "model"
     reads: Mapping[str, tuple[str, ...]] = {
         "micro_batch": ("micro_batch_size", "states"),
-        "pass_s": ("micro_batch_size", "attention", "fused_norm"),
+        "pass_s": ("micro_batch_size", "attention", "fused_norm", "compile"),
     }
 
     def model_states(

@@ -116,7 +116,7 @@ class Offloading(Room):
         "model_states": ("offload", *SHARDING, "gradient_accumulation_steps"),
         "saved": ("offload",),
         "update_s": ("offload", "num_gpus"),
-        "step_s": ("offload", "micro_batch_size", "gradient_accumulation_steps", "attention", "fused_norm"),
+        "step_s": ("offload", "micro_batch_size", "gradient_accumulation_steps", "attention", "fused_norm", "compile"),
     }
     without_effect = (
         Rule(

@@ -31,24 +31,38 @@ from strategies.zero.state_bytes import gradient_element
 def bubble_fraction(
     schedule: Schedule, ranks: int, virtual: int, micro_batches: int, constants: TimeConstants = TIME
 ) -> float:
-    """Idle time over busy time where the ranks are equal: (p - 1) / (m v); about a third of it where weight gradients fill the
-    gaps, which takes longer itself."""
+    """Return idle over busy time where the ranks are equal and nothing is recomputed: (p - 1) / (m v); a third of it where weight
+    gradients fill the gaps, which takes longer itself."""
     if ranks == 1:
         return 0.0
     fraction = (ranks - 1) / (micro_batches * virtual)
-    return fraction * constants.split_bubble + constants.split_s if schedule in SPLIT_BACKWARD else fraction
+    return fraction / 3 + constants.split_s if schedule in SPLIT_BACKWARD else fraction
 
 
-def bubble_s(strategy: Strategy, *, once_s: float, slowest_s: float, constants: TimeConstants = TIME) -> float:
-    """Seconds in which the slowest rank waits for the pipeline to fill and drain: one pass over the other ranks.
+def bubble_s(
+    strategy: Strategy, *, once_s: float, slowest_s: float, again_s: float = 0.0, constants: TimeConstants = TIME
+) -> float:
+    """Return the seconds in which the slowest rank waits for the pipeline to fill and drain: one pass over the other ranks.
 
-    once_s: one micro batch over all ranks, forward and backward; slowest_s: over the slowest. Equal ranks: (p - 1) / (m v)."""
+    Equal ranks: (p - 1) / (m v). With split backward passes a rank fills the gaps of its draining with weights' passes, and waits
+    for forward + inputs - weights: a third where these are equal, half where a forward pass is repeated before each
+    (arXiv:2401.10241, section 2.2). The order of zbv is made for equal passes: repeated ones stall it with every micro batch
+    (timeline.py plays it through).
+
+    Args:
+        once_s: One micro batch over all ranks, forward and backward.
+        slowest_s: The same over the slowest rank.
+        again_s: Part of slowest_s that is computed again."""
     if strategy.pipeline_parallel_degree == 1:
         return 0.0
-    waits = (once_s - slowest_s) / strategy.num_virtual_stages
+    times, waits = strategy.gradient_accumulation_steps, (once_s - slowest_s) / strategy.num_virtual_stages
     if strategy.pipeline_schedule not in SPLIT_BACKWARD:
         return waits
-    return waits * constants.split_bubble + constants.split_s * slowest_s * strategy.gradient_accumulation_steps
+    weights_s = (slowest_s - again_s) / 3
+    waits *= (slowest_s - 2 * weights_s) / slowest_s
+    if strategy.pipeline_schedule == "zbv":
+        waits += (times - 1) * again_s * (1 if strategy.pipeline_parallel_degree == 2 else 2)
+    return waits + constants.split_s * slowest_s * times
 
 
 def messages(work: Workload, borders: int, *, whole_split: int, tokens: int, element: int) -> tuple[Message, ...]:
@@ -218,7 +232,9 @@ class Pipeline(Room):
     ) -> Mapping[str, float]:
         if strategy.pipeline_parallel_degree == 1:
             return {}
-        bubble = bubble_s(strategy, once_s=rank.all_ranks_s, slowest_s=rank.pass_s, constants=roof.constants)
+        bubble = bubble_s(
+            strategy, once_s=rank.all_ranks_s, slowest_s=rank.pass_s, again_s=rank.again_s, constants=roof.constants
+        )
         tokens = shape.tokens(question, strategy)
         crossing = _crossing_s(roof, strategy, rank.most_borders, whole_split=shape.whole_split, tokens=tokens)
         shared = tied_s(roof, strategy, rank.first_share, shape.split)

@@ -60,10 +60,10 @@ class Roofline:
         dense = cluster.accelerator.peak_flops[precision]
         measured = calibration.matmul_flops.get(precision) if calibration else None
         self.peak = measured or dense * sustained
-        self.flash = dense * flash * constants.flash
+        self.flash = dense * flash * (constants.flash_own if work.native else constants.flash)
         measured = calibration.memory_bytes_per_s if calibration else None
         self.bandwidth = measured or cluster.accelerator.memory_bytes_per_s * constants.memory
-        self._layers: dict[tuple[int, int, int, int, str, bool], Layer] = {}
+        self._layers: dict[tuple[int, int, int, int, str, bool, bool], Layer] = {}
         self._heads: dict[tuple[int, int], float] = {}
         self.links = Links(cluster, constants)
         self.memo: dict[tuple[object, ...], Any] = {}
@@ -79,7 +79,7 @@ class Roofline:
 
     def layer(self, strategy: Strategy, shape: Shape, tokens: int, sequence_length: int) -> Layer:
         """Return the seconds of one layer of one micro batch of `tokens`, each of which attends to `sequence_length` others."""
-        key = (tokens, sequence_length, shape.split, shape.whole_split, strategy.attention, strategy.fused_norm)
+        key = (tokens, sequence_length, shape.split, shape.whole_split, strategy.attention, *fusions(strategy))
         known = self._layers.get(key)
         if known is None:
             known = self._layers[key] = (_cpu_layer if self.cluster.accelerator.kind == "cpu" else _gpu_layer)(
@@ -88,7 +88,7 @@ class Roofline:
         return known
 
     def head(self, tokens: int, tensor: int) -> float:
-        """Output projection and loss of one micro batch, forward and backward."""
+        """Return the seconds of the output projection and the loss of one micro batch, forward and backward."""
         key = tokens, tensor
         known = self._heads.get(key)
         if known is None:
@@ -128,6 +128,7 @@ def _gpu_layer(
     whole_split: int,
     attention: str,
     fused_norm: bool,
+    compiled: bool,
 ) -> Layer:
     work, constants = roof.work, roof.constants
     products = _products_s(roof, work, tokens, tensor)
@@ -140,7 +141,8 @@ def _gpu_layer(
     flops = 4.0 * scores * work.head_dim
     flash = attention == "flash" and not work.attention_bias
     if flash:  # half of the square is masked and skipped, unless a mask is given
-        attend = flops / (1 if work.takes_masks else 2) / roof.flash
+        whole_s = flops / (roof.flash * _flash_part(constants, sequence_length, work.head_dim))
+        attend = whole_s if work.takes_masks else whole_s / 2
         attend_back = constants.flash_backward * attend
     else:
         # Tensor cores want rows of whole 16 bytes: BLOOM's trials with heads of 108 ran a third slower than with 96 or 144.
@@ -148,10 +150,12 @@ def _gpu_layer(
         passes = constants.score_bytes * (constants.math_passes if attention == "math" else 1.0) * roof.element / 2
         attend = flops / (roof.peak * constants.score_products * aligned) + passes * scores / roof.bandwidth
         attend_back = 2 * attend
-    unfused = work.unfused_norm_elements if not fused_norm and roof.element == 2 else 0
+    unfused = work.unfused_norm_elements if not (fused_norm or compiled) and roof.element == 2 else 0
     whole = (work.traffic_whole_elements + unfused) / whole_split
     traffic = tokens * (whole + work.traffic_split_elements / tensor) * roof.element / roof.bandwidth
     floor = constants.layer_launch_s * (constants.unfused_launches if unfused else 1.0)
+    if compiled:
+        traffic, floor = traffic * constants.compiled_traffic, floor * constants.compiled_launches
     forward = _rounded_max(products + attend + traffic, floor)
     backward = _rounded_max(products_back + attend_back + 2 * traffic, 2 * floor)
     return Layer(forward, backward, forward, traffic + (0.0 if flash else attend))
@@ -167,6 +171,23 @@ def _products_s(roof: Roofline, work: Workload, tokens: int, tensor: int) -> flo
     return seconds
 
 
+def fusions(strategy: Strategy) -> tuple[bool, bool]:
+    """Return (norms are one kernel, element-wise chains are one kernel)."""
+    return strategy.fused_norm, strategy.compile
+
+
+WIDE_HEAD = 128
+"""Size of the heads with which kernels' rates are published."""
+
+
+def _flash_part(constants: TimeConstants, sequence_length: int, head_dim: int) -> float:
+    """Return the part of flash attention's rate at long sequences and wide heads that shorter and narrower ones reach."""
+    length = sequence_length / (sequence_length + constants.flash_half_length)
+    half = constants.flash_half_head
+    narrow = min(head_dim, WIDE_HEAD)
+    return length * narrow / (narrow + half) * (WIDE_HEAD + half) / WIDE_HEAD
+
+
 def _rounded_max(seconds: float, floor: float) -> float:
     """The larger, with the corner rounded: kernels of one layer are partly long and partly short."""
     return float((seconds**3 + floor**3) ** (1 / 3))
@@ -180,6 +201,7 @@ def _cpu_layer(
     whole_split: int,
     attention: str,
     fused_norm: bool,
+    compiled: bool,
 ) -> Layer:
     """Measured curves give forward and backward together; a third of them is forward."""
     work, element = roof.work, roof.element

@@ -19,7 +19,7 @@ from strategies.model.cost import stepped_parameters
 from strategies.price.memory import MemoryPrice, price_memory
 from strategies.price.rank_memory import RankMemory, rank_memory
 from strategies.price.roofline import Roofline, roofline
-from strategies.rank import OnceSeconds, PassSeconds, Shape, Share, SlowestRank
+from strategies.rank import Hideable, OnceSeconds, PassSeconds, Shape, Share, SlowestRank
 from strategies.rooms import having, read_by
 from strategies.shares import shares
 from strategies.strategy import Strategy
@@ -112,14 +112,14 @@ def step_time(roof: Roofline, strategy: Strategy, sequence_length: int) -> TimeP
         if seconds > slowest_s:
             slowest_s, slowest = seconds, share
     saved = memory.micro(strategy).of(slowest) if strategy.offload.activations != "none" else 0.0
-    rank = SlowestRank(slowest, slowest_s, all_ranks_s, held.most_borders, held.by_rank[0], saved)
+    again_s = sum(part.of(slowest) for part in found.parts if part.term == "recompute_s")
+    rank = SlowestRank(slowest, slowest_s, all_ranks_s, held.most_borders, held.by_rank[0], saved, again_s)
     terms = dict.fromkeys(_TERMS, 0.0)
     for part in found.parts:
         terms[part.term] += times * part.of(slowest)
     once = once_s(roof, memory, strategy, slowest, is_pipelined=len(held.by_rank) > 1)
     terms[HIDDEN_TERM] = once.seconds
-    hidden_s = once.seconds - times * slowest_s if once.within_compute else 0.0
-    terms["data_parallel_exposed_s"] = max(once.exposed_s, hidden_s)
+    terms["data_parallel_exposed_s"] = once.exposed_beside(slowest_s)
     _add(terms, update_s(roof, memory, strategy, slowest, is_pipelined=len(held.by_rank) > 1))
     for room in _STEP:
         _add(terms, room.step_s(roof, memory.question, strategy, shape, rank))
@@ -161,12 +161,12 @@ def once_s(
 
 def sent_s(roof: Roofline, memory: RankMemory, strategy: Strategy, share: Share) -> OnceSeconds:
     """Return the seconds of what one rank sends once a step, or for the sake of ZeRO."""
-    shape, seconds, exposed_s, within = memory.shape(strategy), 0.0, 0.0, False
+    shape, seconds, exposed_s, hideable = memory.shape(strategy), 0.0, 0.0, tuple[Hideable, ...]()
     for room in _ONCE:
         more = room.once_s(roof, memory.question, strategy, shape, share)
         seconds, exposed_s = seconds + more.seconds, exposed_s + more.exposed_s
-        within = within or more.within_compute
-    return OnceSeconds(seconds, exposed_s, within)
+        hideable += more.hideable
+    return OnceSeconds(seconds, exposed_s, hideable)
 
 
 def update_s(

@@ -114,7 +114,7 @@ class Recompute(Room):
     name = "recompute"
     reads: Mapping[str, tuple[str, ...]] = {
         "micro_batch": ("micro_batch_size", "activation_checkpointing", "attention", "fused_norm"),
-        "pass_s": ("micro_batch_size", "activation_checkpointing", "attention", "fused_norm"),
+        "pass_s": ("micro_batch_size", "activation_checkpointing", "attention", "fused_norm", "compile"),
     }
     apply = ("strategies.recompute.apply:apply",)
 

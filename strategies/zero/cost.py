@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from clusters.cluster import Cluster
+from strategies.constants import TimeConstants
 from strategies.engines.engine import BUCKET_BYTES
 from strategies.links import Links, Message, all_reduce_s, half_s
 from strategies.price.roofline import Roofline
 from strategies.rank import (
+    Hideable,
     MicroBatchBytes,
     ModelStates,
     OnceSeconds,
@@ -78,7 +80,8 @@ def messages(
     everything, work = work, work.trains
     sizes = padded(work, split, ranks.tensor, shards)
     outside = sizes.outside(work, embedding=share.embedding, head=share.head)
-    blocks, reduced = share.layers * sizes.block, gradient_element(strategy, element)
+    reduced = element if strategy.states == "sharded_fp32" and not work.native else gradient_element(strategy, element)
+    blocks = share.layers * sizes.block
     if stage >= 2:  # a unit is a block, or what stands outside the blocks
         count: float = share.layers + bool(outside)
     elif work.native:
@@ -144,32 +147,55 @@ def norm_message(strategy: Strategy) -> tuple[Message, ...]:
     return (Message("all_reduce", "world", 8, 16),) if strategy.num_gpus > 1 else ()
 
 
-def data_parallel_s(strategy: Strategy, links: Links, sent: Sequence[Message]) -> tuple[float, float]:
-    """Seconds of `messages`: (all of them, those that no compute hides, however long)."""
-    if not sent:
-        return 0.0, 0.0
+LAST_BACKWARD = 2 / 3
+"""A backward pass's part of a pass of one micro batch, forward and backward."""
+
+
+def data_parallel_s(work: Workload, strategy: Strategy, links: Links, sent: Sequence[Message]) -> OnceSeconds:
+    """Return the seconds of `messages` and what of them compute can hide, by window.
+
+    What is reduced once a step hides behind the last micro batch's backward pass, bucket by bucket: the last bucket or unit
+    has nothing behind it. What comes with every micro batch hides behind all of them. Compute that shares its multiprocessors
+    and memory with messages hides no more than a part of them."""
     size, shard, num_gpus = strategy.num_replicas, strategy.num_shards, strategy.num_gpus
     stride = strategy.degrees.replica_stride
-    constants, cpu = links.constants, links.cluster.accelerator.kind == "cpu"
-    seconds = bytes_s = copied = 0.0
+    cpu, seconds, windows = links.cluster.accelerator.kind == "cpu", 0.0, dict[float, float]()
     for message in sent:
         if message.group == "replicate":
-            outer = links.ring(size // shard, stride * shard, num_gpus)
-            took = all_reduce_s(outer, message.num_bytes, messages=message.count)
-            bytes_s += took
+            group = links.ring(size // shard, stride * shard, num_gpus)
+            took, bare = (all_reduce_s(group, message.num_bytes, messages=n) for n in (message.count, 0))
         else:
-            inner = links.ring(shard, stride, num_gpus)
-            took = half_s(inner, message.num_bytes, messages=message.count, kind=message.kind)
-            bytes_s += half_s(inner, message.num_bytes, messages=0, kind=message.kind)
-            copied += 2 * message.num_bytes
+            group = links.ring(shard, stride, num_gpus)
+            took, bare = (half_s(group, message.num_bytes, messages=n, kind=message.kind) for n in (message.count, 0))
+        if cpu:  # nothing hides; each unit is copied in before it is scattered and out after it was gathered
+            copied = 2 * message.num_bytes if strategy.zero_stage >= 2 and message.group != "replicate" else 0.0
+            took += copied / _copy_rate(links.cluster)
+            hidden = Hideable(0.0, 0.0)
+        else:
+            hidden = _hideable(work, strategy, links.constants, message, took, bare)
         seconds += took
-    if strategy.zero_stage < 2:
-        return seconds, seconds - bytes_s * (0 if cpu else constants.hidden)
-    if cpu:
-        # Nothing hides, and each unit is copied in before it is scattered and out after it was gathered: read and written.
-        seconds += copied / _copy_rate(links.cluster)
-        return seconds, seconds
-    return seconds, seconds * (1 - constants.hidden_sharded)
+        if hidden.seconds:
+            windows[hidden.passes] = windows.get(hidden.passes, 0.0) + hidden.seconds
+    hideable = tuple(Hideable(behind, passes) for passes, behind in windows.items())
+    return OnceSeconds(seconds, seconds - sum(windows.values()), hideable)
+
+
+def _hideable(
+    work: Workload, strategy: Strategy, constants: TimeConstants, message: Message, took: float, bare: float
+) -> Hideable:
+    """Return what compute can hide of messages that take so long, `bare` of it their bytes alone."""
+    times = strategy.gradient_accumulation_steps
+    if strategy.zero_stage >= 2:
+        seconds = constants.hidden_sharded * took
+        if message.group == "replicate" or (message.kind == "reduce_scatter" and _reduces_once(strategy)):
+            return Hideable(seconds, LAST_BACKWARD)
+        return Hideable(seconds, times)
+    if not work.native:  # some of these stacks overlap, some do not
+        return Hideable(constants.hidden * bare, 1.0)
+    if message.kind == "all_gather":  # when the optimizer has stepped; the next pass waits for its parameters
+        return Hideable(0.0, 0.0)
+    behind = max(0.0, 1 - BUCKET_BYTES / message.num_bytes)
+    return Hideable(constants.hidden_sharded * behind * bare, LAST_BACKWARD)
 
 
 def _copy_rate(cluster: Cluster) -> float:
@@ -320,10 +346,10 @@ class Zero(Room):
         bucket_bytes = BUCKET_BYTES if question.work.native else roof.links.constants.bucket_bytes
         sizes = {"split": shape.split, "element": question.element, "bucket_bytes": bucket_bytes}
         sent = messages(question.work, strategy, share, **sizes)  # type: ignore[arg-type]
-        seconds, exposed_s = data_parallel_s(strategy, roof.links, sent)
+        found = data_parallel_s(question.work, strategy, roof.links, sent)
         world = roof.links.ring(strategy.num_gpus, 1, strategy.num_gpus)
         norm = sum(all_reduce_s(world, message.num_bytes) for message in norm_message(strategy))
-        return OnceSeconds(seconds + norm, exposed_s + norm, within_compute=strategy.zero_stage >= 2)
+        return found._replace(seconds=found.seconds + norm, exposed_s=found.exposed_s + norm)
 
     def update_s(self, roof: Roofline, strategy: Strategy, states: ModelStates) -> Mapping[str, float]:
         return {"optimizer_s": step_parameters_s(roof, strategy, states)}

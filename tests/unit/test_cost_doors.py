@@ -20,10 +20,11 @@ from strategies.pipeline.cost import messages as pipeline_messages
 from strategies.pipeline.in_flight import PLAYED, in_flight, kept_sends, states
 from strategies.pipeline.schedules import orders, received, stage_rank
 from strategies.pipeline.stages import cut
+from strategies.pipeline.timeline import timeline
 from strategies.price.memory import price_memory
 from strategies.price.messages import ledger
 from strategies.price.step_time import price, price_time
-from strategies.rank import ModelStates
+from strategies.rank import ModelStates, OnceSeconds
 from strategies.shares import shares
 from strategies.strategy import Offload, Strategy
 from strategies.tensor.cost import gradient_message
@@ -216,6 +217,26 @@ def test_a_split_backward_fills_two_thirds_of_the_bubble_and_takes_longer_itself
     assert bubble_s(split, once_s=4.0, slowest_s=1.0) == pytest.approx(1.0 + 0.01 * 16)
 
 
+@pytest.mark.parametrize("schedule", ["interleaved_zero_bubble", "zbv"])
+@pytest.mark.parametrize(("again", "part"), [(0.0, 1 / 3), (1.0, 1 / 2)])
+def test_recomputing_leaves_a_split_backward_half_of_the_bubble_and_stalls_zbv(schedule, again, part):
+    """As the schedule played through has it: forward, repeated forward, inputs' and weights' passes of equal length."""
+    virtual, pass_s, times = 2, 3 + again, 16
+    split = replace(
+        strategy(pipeline=4, gradient_accumulation_steps=times), pipeline_schedule=schedule, num_virtual_stages=virtual
+    )
+    stages = cut(16, pipeline=4, virtual=virtual, v_shaped=schedule == "zbv", head_layers=0, checkpointed=0)
+    bars = timeline(replace(split, stages=stages), num_micro_batches=times, recompute=again)
+    idle = max(bar.end for bar in bars) - times * pass_s
+    priced = bubble_s(split, once_s=4 * pass_s, slowest_s=pass_s, again_s=again, constants=replace(TIME, split_s=0.0))
+    if schedule == "zbv" and again:
+        assert idle > 2 * (times - 4)
+        assert priced == pytest.approx(idle, rel=0.2)
+    else:
+        assert idle == pytest.approx(part * 3 / virtual * pass_s)
+        assert priced == pytest.approx(idle)
+
+
 def test_activations_hide_behind_the_phase_they_cross_in():
     assert exposed_s(1.8, forward_s=1.0, backward_s=2.0) == 0
     assert exposed_s(3.0, forward_s=1.0, backward_s=2.0) == pytest.approx(1.5 - 0.9)
@@ -348,7 +369,7 @@ def test_no_message_without_a_neighbour(states):
     split = Strategy(states=states)
     sent = zero_messages(WORK, split, shares(strategy()).by_rank[0], split=1, element=2, bucket_bytes=1)
     assert sent == norm_message(split) == ()
-    assert data_parallel_s(split, Links(CLUSTER, TIME), sent) == (0, 0)
+    assert data_parallel_s(WORK, split, Links(CLUSTER, TIME), sent) == OnceSeconds()
 
 
 STRATEGIES = [
