@@ -191,9 +191,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Messages priced against messages sent, rank by rank.")
     parser.add_argument("--slice", type=int, help="only so many rows, drawn with --seed")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", metavar="WORDS", help="rows whose name holds these words alone")
     args = parser.parse_args()
     # What the planner draws for small models under memory budgets.
     chosen = rows() + [run for run in drawn(NUM_DRAWN) if run.world_size > 1]
+    chosen = [run for run in chosen if args.only in str(run)]
     if args.slice:
         chosen = random.Random(args.seed).sample(chosen, args.slice)
     began, equal = time.perf_counter(), 0

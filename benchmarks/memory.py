@@ -216,6 +216,15 @@ def rooms() -> Iterator[Case]:
         ({"data": 2, "zero": 3, "group": 2, "offload": SHARDS}, 2, "fp32"),
         ({"data": 2, "zero": 3, "group": 2, "offload": ALL, "recompute": "full"}, 2, "bf16"),
         ({"pipeline": 2, "tensor": 2, "offload": ALL}, 4, "fp32"),
+        ({"context": 2}, 2, "fp32"),
+        ({"context": 2}, 2, "bf16"),
+        ({"context": 4, "zero": 1, "group": 4, "recompute": "full"}, 2, "bf16"),
+        ({"context": 2, "tensor": 2, "sequence_parallel": True, "recompute": "selective"}, 2, "fp32"),
+        ({"context": 2, "data": 2, "zero": 3, "group": 4}, 2, "fp32"),
+        ({"context": 2, "data": 2, "zero": 2, "group": 2}, 2, "bf16"),
+        ({"context": 2, "pipeline": 2, "schedule": "zbv", "virtual": 2}, 4, "fp32"),
+        ({"context": 2, "pipeline": 2, "recompute": "full", "zero": 1, "group": 2}, 4, "bf16"),
+        ({"context": 2, "zero": 3, "group": 2, "offload": ALL, "recompute": "full"}, 2, "fp32"),
     ]
     for fields, accumulation, precision in together:
         yield _case(fields, accumulation, precision)

@@ -123,25 +123,27 @@ def zero_and_recompute(models: str, ranks: str) -> Iterator[Case]:
         yield Case(name, CATALOG[name], choice)
 
 
-def rooms(count: int, seed: int) -> Iterator[Case]:
+def rooms(count: int, seed: int, contexts: tuple[int, ...] = (1,)) -> Iterator[Case]:
     """Compositions drawn at random, the same for the same seed."""
-    rng = random.Random(seed)
+    rng, split = random.Random(seed), random.Random(seed)
     made = 0
     while made < count:
         tensor, pipeline, data = rng.choice([1, 2, 4]), rng.choice([1, 2, 4]), rng.choice([1, 2, 8])
         schedule, virtual = rng.choice(SCHEDULES) if pipeline > 1 else ("1f1b", 1)
-        stage = rng.randrange(4) if data > 1 else 0
+        context = split.choice(contexts)
+        stage = rng.randrange(4) if data * context > 1 else 0
         often = ("per_micro_batch", "per_step")
         choice = Choice(
             tensor=tensor,
             pipeline=pipeline,
             data=data,
+            context=context,
             sequence_parallel=tensor > 1 and rng.random() < 0.5,
             schedule=schedule,
             virtual=virtual,
             micro=rng.choice([1, 2]),
             zero=stage,
-            group=data if stage else 1,
+            group=data * context if stage else 1,
             gather=rng.choice(often) if stage >= 2 else often[0],
             reduce=often[1] if stage >= 2 and pipeline > 1 else rng.choice(often) if stage >= 2 else often[0],
             recompute=rng.choice(["none", "selective", "full"]),
@@ -277,6 +279,7 @@ def main() -> int:
     parser.add_argument("--ranks", default="1,8,64")
     parser.add_argument("--rooms", type=int, metavar="N", help="N compositions of all rooms instead")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--context", action="store_true", help="sequences split over 2 or 4 ranks in the compositions")
     parser.add_argument(
         "--lora", action="store_true", help="the same with adapters on attention, and on every linear layer"
     )
@@ -288,10 +291,11 @@ def main() -> int:
     warnings.filterwarnings("ignore")
     began, ratios, within = time.perf_counter(), [], 0
     print(f"{'plan MiB':>10} {'trace MiB':>10} {'ratio':>6} {'s':>5}")
+    contexts = (2, 4) if args.context else (1,)
     if args.families:
         chosen = families(args.families, args.tasks)
     else:
-        chosen = rooms(args.rooms, args.seed) if args.rooms else zero_and_recompute(args.models, args.ranks)
+        chosen = rooms(args.rooms, args.seed, contexts) if args.rooms else zero_and_recompute(args.models, args.ranks)
     if args.lora:
         chosen = (replace(case, lora=lora) for case in list(chosen) for lora in (ATTENTION, EVERYWHERE))
     for case in chosen:
