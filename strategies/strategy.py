@@ -95,6 +95,11 @@ class Strategy:
         return self.data_parallel_degree * self.context_parallel_degree
 
     @property
+    def shards_gradients(self) -> bool:
+        """Return whether a rank keeps a shard of the gradients alone: ZeRO 2 and 3."""
+        return self.zero_stage >= 2
+
+    @property
     def num_shards(self) -> int:
         """Return how many ranks one copy of the optimizer states is dealt to."""
         return self.zero_group_size if self.zero_stage else 1

@@ -36,6 +36,22 @@ def wide(element: int) -> int:
     return max(4, element)
 
 
+def ring_backward_bytes(size: int, queries: float, keys: float, element: int) -> float:
+    """Return the most bytes alive in a layer's backward pass around the ring: keys and values that are here and that arrive,
+    their gradients and the queries', and what one step's kernel returned.
+
+    Args:
+        size: ranks of the ring.
+        queries, keys: elements of this rank's queries, and of its keys.
+    """
+    pair, gradients, of_queries = 2 * keys * element, 2 * keys * wide(element), queries * wide(element)
+    first = 2 * pair + gradients + (queries + 2 * keys) * element
+    # Halves of the queries over all keys, or all queries over halves of the keys; the gradients are on their way meanwhile.
+    step = max(queries + keys, queries / 2 + 2 * keys) * element
+    later = (2 * pair if size > 2 else pair) + 2 * gradients + step
+    return max(first, later) + of_queries
+
+
 def messages(
     work: Workload, strategy: Strategy, share: Share, *, split: int, tokens: int, element: int
 ) -> tuple[Message, ...]:
@@ -77,7 +93,7 @@ class Context(Room):
             "activation_checkpointing",
             "attention",
             "micro_batch_size",
-            "zero_stage",
+            "shards_gradients",
         ),
         "messages": (
             *("context_parallel_degree", "activation_checkpointing", "micro_batch_size"),
@@ -122,17 +138,20 @@ class Context(Room):
         steps = (c - 1) * (queries * element + partition) + written * (partition - scores / 2)
         held = 2 * keys * element
         forward = 2 * held + queries * (2 * wide(element) + element) + 2 * partition
-        # Two pairs of keys and values, two of their gradients, the queries' gradient, one step's three.
-        backward = 2 * held + (4 * keys + queries) * wide(element) + (3 * queries + micro.hidden / element) * element
+        # Query heads that share keys and values get copies of them.
+        copies = 2 * queries * element if keys < queries else 0.0
+        forward += copies
+        backward = ring_backward_bytes(c, queries, keys, element) + copies + micro.hidden + 3 * partition
         table = scores / c * (4 if written else 0) * wide(element) / element
         ffn = tokens * (work.ffn_size // shape.split) * element
-        if (
-            strategy.zero_stage >= 2
-        ):  # gradients of the unit that are there when attention goes backward, beside one matrix
+        if strategy.shards_gradients:
+            # Gradients of the unit that are there when attention goes backward, beside one matrix.
             products = [
                 matmul.inputs * matmul.outputs * matmul.count for matmul in work.matmuls if matmul.name != "qkv"
             ]
             backward += (sum(products) - max(products)) / shape.split * element
+            # A block that is made again holds more where its gradients wait (measured: benchmarks.trace --rooms).
+            backward += 1.5 * micro.hidden if kind == "full" else 0.0
         return micro._replace(
             layer=micro.layer + kept,
             checkpointed=micro.checkpointed + (kept if kind == "none" else steps if kind == "selective" else 0.0),

@@ -170,8 +170,10 @@ def _backward(
         of_q[:, :, queries] += parts[0]
         if homeward is not None:  # what the ranks before have added to the gradients of the keys that are here now
             of_held = homeward.wait()
+            homeward = None  # and with it what this rank sent
         for of_one, of_part in zip(of_held, parts[1:], strict=True):
             of_one[:, :, taken] += _grouped(of_part.to(of_q.dtype), group)
+        del parts  # before there is another tensor for what arrives
         homeward = ring.pass_on(of_held) if ring.size > 1 else None
         held = passing.wait() if passing else held
     of_held = homeward.wait() if homeward else of_held

@@ -172,6 +172,7 @@ class NativeSession:
         mine = list(self._mine(micro_batches))
         self.states.share = self._share(mine, num_targets)
         total = self.runner.train(mine, (self.scale or 1.0) / num_targets / self.states.share)
+        del mine  # a part of each sequence is a copy of it
         self.states.reduce()
         self._add_parts()
         told, norm = self._totals(total / num_targets)
