@@ -38,15 +38,33 @@ PINNED = {
 }
 
 
-def job(model: str, cluster: str, sequences: int, strategy: dict[str, Any]) -> dict[str, Any]:
-    batch = {"global_batch_size": sequences, "sequence_length": 2048}
+LONG = {
+    "family": "llama", "num_layers": 96, "hidden_size": 12288, "num_heads": 96, "ffn_size": 32768, "vocab_size": 50272,
+    "max_position": 8192,
+}  # fmt: skip
+"""As large as opt-175b; its sequences are long enough for the search to split them."""
+WITHOUT = {"context_parallel_degree": 1}
+LONG_QUESTIONS = (
+    ("a100-80gb-8x8", 256, WITHOUT),
+    ("a100-80gb-8x8", 256, {}),
+    ("h100-80gb-2048x8", 1024, WITHOUT),
+    ("h100-80gb-2048x8", 1024, {}),
+)
+
+
+def job(
+    model: str | dict[str, Any], cluster: str, sequences: int, strategy: dict[str, Any], tokens: int = 2048
+) -> dict[str, Any]:
+    batch = {"global_batch_size": sequences, "sequence_length": tokens}
     return {"version": 1, "name": "bench", "model": model, "batch": batch, "cluster": cluster, "strategy": strategy}
 
 
 def searches() -> None:
     print(f"{'model':10} {'cluster':17} {'candidates':>12} {'priced':>8} {'best s':>7} {'CPU s':>7} {'+20 s':>7}  best")
-    for model, cluster, sequences, strategy in QUESTIONS:
-        parsed = parse_job(job(model, cluster, sequences, strategy))
+    asked = [(question[0], job(*question)) for question in QUESTIONS]
+    asked += [("8k 175B", job(LONG, *question, tokens=8192)) for question in LONG_QUESTIONS]
+    for model, mapping in asked:
+        parsed, cluster = parse_job(mapping), mapping["cluster"]
         before = time.process_time()
         made = plan(parsed, top=0)
         cpu = time.process_time() - before
