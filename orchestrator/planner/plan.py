@@ -13,6 +13,7 @@ from orchestrator.planner.reasons.nearest import NOTHING_NEAR, Nearest, nearest
 from orchestrator.planner.reasons.notes import notes
 from orchestrator.planner.reasons.sensitivity import sensitivity
 from orchestrator.planner.reasons.targets import judged_with_hints, wanted_of
+from orchestrator.planner.rlhf import BUILT, Rlhf, RlhfPrice, best, under
 from orchestrator.planner.search.result import SearchResult
 from orchestrator.planner.search.solve import Refused, Solution, ask
 from orchestrator.planner.show import json
@@ -45,6 +46,8 @@ class Plan:
     change."""
     left_out: Plan | None = None
     """A faster plan that the engine is not built to run yet."""
+    ppo: RlhfPrice | None = None
+    """Of task ppo, a step with all four models; the rest of the plan is the training of the actor."""
     trace: dict[str, Any] | None = None
     """The answer of a step played on fake devices (trace/child.py), where it was asked for."""
 
@@ -66,7 +69,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.solution.fits
+        return self.solution.fits and (self.ppo is None or self.ppo.fits)
 
     @property
     def exit_code(self) -> int:
@@ -99,7 +102,7 @@ class Plan:
     @property
     def cost(self) -> dict[str, float | None]:
         """Return GPU-hours, dollars and wall seconds of the whole job, of the GPUs that the plan uses."""
-        return cost_of(self.job, self.solution)
+        return cost_of(self.job, self.solution, None if self.ppo is None else self.ppo.step_s)
 
     @property
     def targets_met(self) -> bool:
@@ -141,18 +144,26 @@ class Plan:
             "targets": self.targets,
             "search": json.search_dict(self.search, fits=self.fits),
             "notes": self.notes,
+            **(
+                {}
+                if self.ppo is None
+                else {"roles": [dict(role) for role in self.ppo.roles], "ppo": self.ppo.to_dict()}
+            ),
             "nearest": json.with_strategies(self.nearest),
             "nearest_refused": self.nearest_refused,
             **({} if self.trace is None else {"trace": self.trace}),
         }
 
 
-def cost_of(job: Job, solution: Solution) -> dict[str, float | None]:
-    """Return GPU-hours, dollars and wall seconds of a whole job; None where its length or the price is unknown."""
+def cost_of(job: Job, solution: Solution, step_s: float | None = None) -> dict[str, float | None]:
+    """Return GPU-hours, dollars and wall seconds of a whole job; None where its length or the price is unknown.
+
+    Args:
+        step_s: of a step that is more than the training of one model."""
     steps, price = job.num_steps, solution.problem.cluster.usd_per_gpu_hour
     if not steps:
         return {"gpu_hours": None, "usd": None, "wall_s": None}
-    wall_s = steps * solution.price.time.step_s
+    wall_s = steps * (step_s or solution.price.time.step_s)
     gpu_hours = wall_s * solution.strategy.num_gpus / 3600
     return {"gpu_hours": gpu_hours, "usd": None if price is None else gpu_hours * price, "wall_s": wall_s}
 
@@ -169,6 +180,8 @@ def plan(job: Job, *, cluster: Cluster | None = None, built_only: bool = False, 
     problem = problem_of(job, cluster=cluster, built_only=built_only)
     wanted = wanted_of(job, problem.cluster.usd_per_gpu_hour)
     solution = choose(problem, wanted=wanted, near=True)
+    if job.ppo is not None:
+        return _of_ppo(job, solution, top)
     made = _explained(job, solution, top)
     if not built_only or solution.search is None or not problem.engine.plans_ahead:
         return made
@@ -177,6 +190,56 @@ def plan(job: Job, *, cluster: Cluster | None = None, built_only: bool = False, 
         return made
     faster = everything.price.time.step_s < solution.price.time.step_s
     return replace(made, left_out=_explained(job, everything, 0)) if faster or not made.fits else made
+
+
+def rlhf_of(job: Job, *, eight_bit: bool = False) -> Rlhf:
+    """Return a job's step of PPO."""
+    spec, length = job.ppo, job.batch.sequence_length
+    assert spec is not None, "a job of task ppo has its section"
+    response = spec.response_tokens(length)
+    return Rlhf(
+        actor=job.architecture,
+        critic=job.architecture_of(spec.of_critic),
+        reference=job.architecture if spec.reference is None else job.architecture_of(spec.reference),
+        reward=job.architecture_of(spec.reward),
+        prompt_tokens=length - response,
+        response_tokens=response,
+        rollouts=job.batch.global_batch_size,
+        epochs=spec.epochs,
+        minibatches=spec.minibatches,
+        lora=job.lora,
+        eight_bit=eight_bit,
+        shares_reference=job.lora is not None and spec.reference is None,
+    )
+
+
+PINNED_OF_PPO = ("tensor_parallel_degree", "zero_stage", "activation_checkpointing", "micro_batch_size", "offload")
+
+
+def _of_ppo(job: Job, solution: Solution, top: int) -> Plan:
+    """Return the plan of a step with four models: as `run` holds them under the actor's best strategy, or where that does not
+    fit, under the fastest layout that does."""
+    problem = solution.problem
+    rlhf = rlhf_of(job, eight_bit=problem.eight_bit)
+    price = under(rlhf, problem, solution.strategy)
+    told = []
+    if not price.fits:
+        pins = {key: problem.pins[key] for key in PINNED_OF_PPO if key in problem.pins}
+        other = best(
+            rlhf, problem.cluster, precision=problem.precision, pins={**pins, **(BUILT if problem.built_only else {})}
+        )
+        if other.fits:
+            strategy = problem.strategy(other.layout.choice)
+            solution = Solution(problem=problem, strategy=strategy, price=problem.price(strategy))
+            price = other
+            built = other.layout.frozen == "whole" and other.layout.generation == 1
+            told = (
+                []
+                if built
+                else [f"{other.told()}: priced; `run` keeps frozen models whole and writes on each GPU alone"]
+            )
+    made = _explained(job, solution, top if solution.search is not None else 0)
+    return replace(made, ppo=price, notes=[*made.notes, *told])
 
 
 def _explained(job: Job, solution: Solution, top: int) -> Plan:

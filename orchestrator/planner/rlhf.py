@@ -56,6 +56,8 @@ class Rlhf:
     """Optimizer steps of an epoch."""
     lora: Lora | None = None
     """Adapters that actor and critic train in the place of their weights."""
+    eight_bit: bool = False
+    """The optimizer's moments take 8 bits."""
     shares_reference: bool = False
     """The actor without its adapters is the reference."""
 
@@ -72,6 +74,7 @@ class Rlhf:
             sequence_length=self.sequence_length,
             precision=precision,
             lora=self.lora,
+            eight_bit=self.eight_bit,
             task="reward" if role == "critic" else "pretrain",
         )
 
@@ -331,6 +334,30 @@ def _forward_s(roof: Roofline, arch: Architecture, tokens: int, length: int, gro
     """Return the seconds of a forward pass of so many tokens."""
     layer = roof.layer(Strategy(), Shape(split=group, whole_split=1), tokens, length).forward_s
     return arch.num_layers * layer + roof.head(tokens, group) / 3
+
+
+BUILT: Mapping[str, Any] = {"frozen": ("whole",), "generation": 1, "rows": SCORED_ROWS}
+"""What `run` does of all this: each GPU writes 16 responses at once, beside whole frozen models."""
+
+
+def under(rlhf: Rlhf, problem: Problem, strategy: Strategy) -> RlhfPrice:
+    """Return a step as `run` carries it out, actor and critic trained under one strategy."""
+    recomputed = [stage.num_checkpointed_layers for stage in strategy.stages]
+    choice = Choice(
+        tensor=strategy.tensor_parallel_degree,
+        data=strategy.data_parallel_degree,
+        sequence_parallel=strategy.sequence_parallel,
+        micro=strategy.micro_batch_size,
+        zero=strategy.zero_stage,
+        group=strategy.zero_group_size,
+        gather=strategy.gather,
+        reduce=strategy.reduce,
+        offload=strategy.offload,
+        recompute=strategy.activation_checkpointing,
+        layers=None if recomputed == [stage.num_layers for stage in strategy.stages] else max(recomputed, default=0),
+    )
+    pricer = Pricer(rlhf, problem.cluster, problem.precision)
+    return pricer.price(Layout(choice, "whole", 1, min(SCORED_ROWS, rlhf.rollouts)))
 
 
 def layouts(pricer: Pricer, pins: Mapping[str, Any]) -> Iterator[Layout]:

@@ -353,13 +353,7 @@ def refuse_unbuilt(job: Job) -> None:
 
 def notes(job: Job) -> list[str]:
     """Return a sentence for a plan's reader for each of unbuilt(job)."""
-    told = [f"{entry['message']}; `run` refuses it ({place(entry)})" for entry in unbuilt(job)]
-    if job.task == "ppo":
-        told.append(
-            "of ppo only the actor's training is priced: critic, reference, reward model and the writing of responses are not in "
-            "these bytes and seconds"
-        )
-    return told
+    return [f"{entry['message']}; `run` refuses it ({place(entry)})" for entry in unbuilt(job)]
 
 
 def _faults(job: Job) -> Iterator[Fault]:

@@ -40,6 +40,7 @@ def render(plan: Plan, *, width: int = 88, sensitivity: bool = False) -> str:
         _headline(plan),
         _section("strategy", _strategy(plan)),
         _section("memory", _memory(plan, width)),
+        _section("models", _models(plan)),
         _section("trace", _trace(plan)),
         _section("step", _time(plan, width)),
         _section("speed", _speed(plan)),
@@ -96,6 +97,20 @@ def _strategy(plan: Plan) -> Iterator[str]:
         f"replica{'s' * (s.degrees.data > 1)} "
         f"= {problem.global_batch_size:,} sequences of {problem.sequence_length:,}"
     )
+
+
+def _models(plan: Plan) -> Iterator[str]:
+    """Yield what each model of task ppo is, and what a step with all of them holds and takes."""
+    if plan.ppo is None:
+        return
+    for role in plan.ppo.roles:
+        yield f"{role['role']:<10} {role['model']:<16} {bytes_told(role['bytes']):>11}  {role['strategy']}"
+    over = plan.ppo.peak_bytes - plan.ppo.usable_bytes
+    phase = max(plan.ppo.phases, key=lambda name: plan.ppo.phases[name] if plan.ppo else 0).replace("_", " ")
+    verdict = painted(f"{bytes_told(over)} over", RED) if over > 0 else f"{bytes_told(-over)} free"
+    yield f"together {bytes_told(plan.ppo.peak_bytes)} a GPU, in {phase}; {verdict}"
+    parts = ", ".join(f"{name.replace('_', ' ')} {seconds_told(s)}" for name, s in plan.ppo.seconds.items() if s)
+    yield f"a step takes {seconds_told(plan.ppo.step_s)}: {parts}"
 
 
 def _memory(plan: Plan, width: int) -> Iterator[str]:
