@@ -58,8 +58,8 @@ def sized(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.group("export")
 def command() -> None:
-    """Writes what starts a job on one node of a cluster, with the resources of its plan. `run` trains on one machine today, so
-    that a job of several nodes is refused."""
+    """Writes what starts a job on one node of a cluster, with the resources of its plan. A job of several
+    nodes is refused."""
 
 
 @command.command("slurm")

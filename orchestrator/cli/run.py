@@ -1,4 +1,4 @@
-"""`shardwise run JOB`: train here and now, under a plan, on an embedded Ray."""
+"""`shardwise run JOB`: train now, under a plan, on an embedded Ray or on the nodes of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -31,9 +31,14 @@ if TYPE_CHECKING:
 @click.option(
     "--metrics-port", type=click.IntRange(0, 65535), default=0, help="Prometheus port on loopback; 0: any [default: 0]."
 )
+@click.option(
+    "--address",
+    metavar="HOST:PORT",
+    help="Ray cluster to train on, with token authentication [default: this machine alone].",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; the progress goes to standard error.")
-def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_json: bool) -> int:
-    """Trains JOB on this machine, or goes on where it stopped. Ctrl-C: checkpoint and stop; twice: stop now.
+def command(job: str, fresh: bool, directory: str | None, metrics_port: int, address: str | None, as_json: bool) -> int:
+    """Trains JOB on this machine or on a Ray cluster, or goes on where it stopped. Ctrl-C: checkpoint and stop; twice: stop now.
 
     Exit codes: 0 the last step is done; 1 the job failed; 2 it was refused before anything started; 3 the plan does not fit this
     machine; 4 Ray was lost for good; 5 it was stopped (the same command goes on)."""
@@ -43,8 +48,14 @@ def command(job: str, fresh: bool, directory: str | None, metrics_port: int, as_
     if isinstance(loaded, Chain):
         from orchestrator.cli.chain import run_chain
 
+        if address is not None:
+            raise CommandError(
+                f"{loaded.name} is a chain, and chains are run on one machine", "leave --address out", where="--address"
+            )
         return run_chain(loaded, fresh=fresh, metrics_port=metrics_port, as_json=as_json)
-    told = run_one(loaded, directory=directory, fresh=fresh, metrics_port=metrics_port, to_stderr=as_json)
+    told = run_one(
+        loaded, directory=directory, fresh=fresh, metrics_port=metrics_port, address=address, to_stderr=as_json
+    )
     try:
         if as_json:
             click.echo(json.dumps(told, indent=1))
@@ -63,6 +74,7 @@ def run_one(
     fresh: bool,
     metrics_port: int | None,
     to_stderr: bool,
+    address: str | None = None,
     began_s: float | None = None,
 ) -> dict[str, Any]:
     """Run a job with its screen; the result as summary() has it. Raises CommandError where it is refused."""
@@ -85,6 +97,7 @@ def run_one(
                 directory=directory,
                 fresh=fresh,
                 metrics_port=metrics_port,
+                address=address,
                 began_s=process_began() if began_s is None else began_s,
             )
     except RunRefused as error:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.telemetry.records import Event, StepReport
 
 TOLD = {
+    "placed": "",
     "restart": "yellow",
     "schedule_changed": "yellow",
     "checkpoint_failed": "red",

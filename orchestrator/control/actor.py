@@ -46,12 +46,19 @@ class TrainingWorker:
             os.dup2(file, descriptor)
         os.close(file)
 
-    def about(self) -> dict[str, int]:
-        """The process, and the port of the rendezvous if this rank opens it: its socket is bound and stays so."""
+    def about(self, address: str) -> dict[str, Any]:
+        """Tell the process, its node, the cores that it may use, and the port of the rendezvous if this rank opens it at that
+        address: its socket is bound and stays so."""
+        import ray
+
         if self._rank == 0 and self._listener is None:
-            self._listener = socket.create_server(("127.0.0.1", 0))
-        port = 0 if self._listener is None else int(self._listener.getsockname()[1])
-        return {"pid": os.getpid(), "port": port}
+            self._listener = socket.create_server((address, 0))
+        return {
+            "pid": os.getpid(),
+            "node_id": ray.get_runtime_context().get_node_id(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+            "port": 0 if self._listener is None else int(self._listener.getsockname()[1]),
+        }
 
     def train(self, assignment: str) -> str:
         """JSON in, JSON out: {"outcome": {...}} or {"error", "peer", "out_of_memory"}."""

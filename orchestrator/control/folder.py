@@ -36,6 +36,8 @@ class RunFolder:
     """runs/NAME/{job.yaml, plan.json, events.jsonl, metrics.jsonl, report.html, checkpoints/, logs/}"""
 
     path: Path
+    tokens: Path | None = None
+    """Folder of prepared tokens; None: the user's cache, which other machines do not see."""
 
     @property
     def job(self) -> Path:

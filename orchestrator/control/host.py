@@ -48,15 +48,20 @@ def held_back(signals: Iterable[signal.Signals]) -> Iterator[None]:
 
 
 class RayHost:
-    """`python -m orchestrator.control.ray_runtime` in a session of its own: the terminal's Ctrl-C is for `run` alone."""
+    """`python -m orchestrator.control.ray_runtime` in a session of its own: the terminal's Ctrl-C is for `run` alone. `address`:
+    of the Ray cluster that it joins; None: it starts a Ray of its own."""
 
     def __init__(
-        self, run_directory: Path, *, program: Sequence[str] = ("-m", "orchestrator.control.ray_runtime")
+        self,
+        run_directory: Path,
+        *,
+        address: str | None = None,
+        program: Sequence[str] = ("-m", "orchestrator.control.ray_runtime"),
     ) -> None:
         self.mark, self.session = str(run_directory.resolve()), session_folder(run_directory)
         logs = run_directory.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, *program, str(logs), str(self.session)]
+        command = [sys.executable, *program, str(logs), str(self.session), *([address] if address else [])]
         with (logs / "ray.log").open("a") as log, held_back(ENDING_SIGNALS):
             self.process = subprocess.Popen(
                 command,

@@ -61,7 +61,7 @@ def record_of(job: Job, plan: Plan) -> Path | None:
         return None
     if not is_machine(job):
         return job.directory / Path(str(job.cluster)).expanduser()
-    if plan.cluster.accelerator.kind != "cpu":
+    if plan.cluster.accelerator.kind != "cpu" or plan.cluster.num_nodes > 1:
         return None
     from clusters.calibration.measure import machine_record
     from clusters.inventory.local import available_cores

@@ -14,6 +14,9 @@ from pathlib import Path
 import psutil
 
 MARK = "SHARDWISE_RUN"
+GROUP_MARK = "SHARDWISE_GROUP"
+"""Mark of the workers on a Ray cluster. It is another than MARK: where several nodes are one machine, what ends the workers of
+one must not end the process that holds Ray."""
 
 
 def marked_environment(mark: str) -> dict[str, str]:
@@ -22,12 +25,12 @@ def marked_environment(mark: str) -> dict[str, str]:
     return {**os.environ, MARK: mark, "SPT_NOENV": "1"}
 
 
-def marked(mark: str) -> list[psutil.Process]:
+def marked(mark: str, *, name: str = MARK) -> list[psutil.Process]:
     """Live processes with this mark, this one left out."""
     found = []
     for process in psutil.process_iter():
         try:
-            mine = process.pid != os.getpid() and process.environ().get(MARK) == mark
+            mine = process.pid != os.getpid() and process.environ().get(name) == mark
             if mine and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
         except (psutil.Error, OSError):
@@ -35,11 +38,11 @@ def marked(mark: str) -> list[psutil.Process]:
     return found
 
 
-def end_marked(mark: str, *, within_s: float = 10.0) -> list[int]:
+def end_marked(mark: str, *, within_s: float = 10.0, name: str = MARK) -> list[int]:
     """Kills them all and waits until they are gone; the ids of those that are not by then. The kernel keeps a process for as
     long as it waits for a disk; what it had still to run of its own program, it does not run any more."""
     deadline = time.monotonic() + within_s
-    while found := marked(mark):
+    while found := marked(mark, name=name):
         if time.monotonic() > deadline:
             return [process.pid for process in found]
         for process in found:

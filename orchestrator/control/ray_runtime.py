@@ -1,9 +1,10 @@
-"""The process that holds Ray: an embedded cluster of this machine, a placement group, one actor a worker.
+"""The process that holds Ray: a placement group, one actor a worker, in a Ray of this run alone or in a cluster at an address.
 
 It is a child of `run`, apart from it, because a Ray driver dies or hangs with its raylet: `run` outlives both and starts
 another. It decides nothing. Commands come as JSON lines on standard input, answers leave on standard output:
 
-    {"do": "begin", "num_workers", "num_gpus", "limits"}  -> {"kind": "ready", "port", "pids", "phases"} or failed
+    {"do": "begin", "num_workers", "num_gpus", "per_node", "seen", "limits"}
+                                                       -> {"kind": "ready", "address", "port", "workers", "phases"} or failed
     {"do": "train", "assignments": [...]}              -> {"kind": "outcome", ...} or {"kind": "failed", "failure", "cause"}
     {"do": "stop", "cause": "Ctrl-C"}                     an outcome follows
                                                        -> {"kind": "signs", "signs": {rank: what it is doing}}, now and then
@@ -13,61 +14,38 @@ The end of standard input ends everything: the parent has gone, or wants it so.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
-import secrets
-import shutil
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clusters.calibration.measure import WORKER_ENVIRONMENT
-from orchestrator.control import ray_private
+from clusters.inventory.ray import Node, Unit
 from orchestrator.control.actor import TrainingWorker
-from orchestrator.control.processes import MARK, end, end_marked, gone, is_stopped
+from orchestrator.control.placement import node_of, workers_of
+from orchestrator.control.processes import MARK, end_marked
+from orchestrator.control.ray_home import LOOPBACK, Embedded, Failed, Home, Joined, first_line, log
 from orchestrator.training.limits import Limits
 
 LOOK_S = 1.0
 """Between two looks at what the workers are doing."""
-LEAVE_S = 2.0
-"""Seconds for a worker that Ray was told to end; a healthy one takes milliseconds. Then it is killed."""
-OBJECT_STORE_BYTES = 80 * 2**20
-"""Nothing travels through Ray's object store; this is about the least that Ray takes."""
-QUIET = {
-    # Only loopback, on every system: the switch that Ray throws on macOS and Windows.
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
-    **WORKER_ENVIRONMENT,
-}
-"""Environment of this process, inherited by raylet and workers: a runtime_env would cost a process start each."""
-
-OF_AN_OUTER_RAY = ("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_ADDRESS")
-"""Variables that Ray gives to the command of a job, as KubeRay submits one, and that must not reach the Ray that is embedded
-here: by the first every worker would see all GPUs, and take the same one."""
-
-
-class Failed(Exception):
-    def __init__(self, failure: str, cause: str) -> None:
-        super().__init__(cause)
-        self.failure, self.cause = failure, cause
 
 
 class Runtime:
     """The worker group. All methods run on the main thread; the watch thread only ends the process."""
 
-    def __init__(self, *, logs: Path, session: Path, tell: Any) -> None:
-        self.logs, self.session, self.tell = logs, session, tell
+    def __init__(self, *, home: Home, logs: Path, tell: Any) -> None:
+        self.home, self.logs, self.tell = home, logs, tell
         self.ray: Any = None
         self.group: Any = None
+        self.nodes: list[Node] = []
+        """Nodes of the group, as the plan's placement counts them."""
+        self.per_node = 1
         self.limits = Limits()
         self.actors: list[Any] = []
         self.pids: list[int] = []
@@ -79,102 +57,78 @@ class Runtime:
 
     # Start ------------------------------------------------------------------------------------------------------------
 
-    def begin(self, *, num_workers: int, num_gpus: int, limits: Mapping[str, float]) -> None:
-        self.limits = Limits(**limits)
+    def begin(
+        self, *, num_workers: int, num_gpus: int, per_node: int, seen: Sequence[str], limits: Mapping[str, float]
+    ) -> None:
+        """Starts a group. `seen`: paths that every node must see."""
+        self.limits, self.per_node = Limits(**limits), per_node
         phases: dict[str, float] = {}
-        started = time.perf_counter()
-        if self.ray is None:
-            self._start_ray(num_workers, num_gpus)
-            phases["ray_s"] = time.perf_counter() - started
-            mark = time.perf_counter()
-            self._place(num_workers, num_gpus)
-            phases["placement_s"] = time.perf_counter() - mark
-        elif stopped := [kind for kind, process in ray_private.processes() if is_stopped(process.pid)]:
-            # Training goes on without them; a new group would wait for them until its limit.
-            raise Failed(
-                "ray_lost", f"Ray's {' and '.join(stopped)} is stopped (SIGSTOP), so that no worker can be started"
-            )
         mark = time.perf_counter()
-        port = self._start_workers(num_workers, num_gpus)
+        if self.ray is None:
+            self.ray = self.home.start(num_workers, num_gpus)
+            phases["ray_s"] = time.perf_counter() - mark
+        elif trouble := self.home.trouble():
+            raise Failed("ray_lost", trouble)
+        mark = time.perf_counter()
+        if self.group is None or self.home.lost(self.nodes):
+            self._place(num_workers, num_gpus)
+            self.home.examine(self.nodes, seen)
+            phases["placement_s"] = time.perf_counter() - mark
+        mark = time.perf_counter()
+        address = LOOPBACK if len(self.nodes) == 1 else self.nodes[0].address
+        about = self._start_workers(num_workers, num_gpus, address)
         phases["workers_s"] = time.perf_counter() - mark
-        self.tell(kind="ready", port=port, pids=self.pids, phases=phases)
+        workers = [
+            {"node": node_of(rank, per_node), "name": self._node_of(rank).name, "cores": worker["cores"]}
+            for rank, worker in enumerate(about)
+        ]
+        self.tell(kind="ready", address=address, port=about[0]["port"], workers=workers, phases=phases)
 
-    def _start_ray(self, num_workers: int, num_gpus: int) -> None:
-        shutil.rmtree(self.session, ignore_errors=True)
-        import ray
-
-        if missing := ray_private.missing():
-            raise Failed("user_error", missing)
-        ray_private.leave_out_what_is_not_used()
-        try:
-            ray.init(
-                address="local",
-                num_cpus=num_workers,
-                num_gpus=num_gpus,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="ERROR",
-                namespace="shardwise",
-                _node_ip_address="127.0.0.1",
-                _temp_dir=str(self.session),
-                # Workers wait in stock with torch imported before an actor asks for one.
-                _system_config={"preload_python_modules": ["orchestrator.training.worker"]},
-            )
-        except Exception as error:
-            raise Failed("no_start", f"Ray did not start: {_first_line(error)}") from None
-        self.ray = ray
-        threading.Thread(target=self._watch, args=(ray_private.processes(),), daemon=True).start()
-
-    def _watch(self, processes: list[tuple[str, Any]]) -> None:
-        """A driver may hang where its raylet died: this thread does not depend on it."""
-        while True:
-            for kind, process in processes:
-                if process.poll() is not None and kind in ("raylet", "gcs_server"):
-                    self._keep_ray_logs()
-                    self.tell(kind="failed", failure="ray_lost", cause=f"Ray's {kind} died (exit {process.returncode})")
-                    end_marked(os.environ[MARK])
-                    os._exit(1)
-            time.sleep(0.1)
-
-    def _keep_ray_logs(self) -> None:
-        kept = self.logs / "ray"
-        try:
-            kept.mkdir(exist_ok=True)
-            for name in ("raylet.out", "raylet.err", "gcs_server.out", "gcs_server.err"):
-                if (file := self.session / "session_latest" / "logs" / name).exists():
-                    shutil.copy(file, kept / name)
-        except OSError as error:
-            _log(f"Ray's logs could not be kept: {error}")
+    def _node_of(self, rank: int) -> Node:
+        return self.nodes[node_of(rank, self.per_node)]
 
     def _place(self, num_workers: int, num_gpus: int) -> None:
-        from ray.util.placement_group import placement_group
+        """One placement group, all or nothing: a bundle a node, each held to its node."""
+        from ray.util.placement_group import placement_group, remove_placement_group
 
-        bundle = {"CPU": 1.0, **({"GPU": 1.0} if num_gpus else {})}
-        self.group = placement_group([bundle] * num_workers, strategy="STRICT_PACK")
-        limit_s = self.limits.ray_s
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
+        counts, unit, limit_s = workers_of(num_workers, self.per_node), _unit(num_gpus), self.limits.ray_s
+        self.nodes = self.home.nodes(num_nodes=len(counts), per_node=max(counts), unit=unit, within_s=limit_s)
+        self.group = placement_group(
+            [{"CPU": float(count), **({"GPU": float(count)} if num_gpus else {})} for count in counts],
+            strategy="PACK",
+            bundle_label_selector=[{"ray.io/node-id": node.node_id} for node in self.nodes],
+        )
         if not self.group.wait(limit_s):
             raise Failed("no_start", f"Ray found no place for {num_workers} workers in {limit_s:.0f} s")
 
-    def _start_workers(self, num_workers: int, num_gpus: int) -> int:
+    def _start_workers(self, num_workers: int, num_gpus: int, address: str) -> list[dict[str, Any]]:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         ray = self.ray
-        actor = ray.remote(num_cpus=1, num_gpus=1 if num_gpus else 0, max_concurrency=2, max_restarts=0)(TrainingWorker)
+        settings: dict[str, Any] = {"num_cpus": 1, "num_gpus": 1 if num_gpus else 0}
+        if self.home.worker_environment:
+            settings["runtime_env"] = {"env_vars": dict(self.home.worker_environment)}
+        actor = ray.remote(max_concurrency=2, max_restarts=0, **settings)(TrainingWorker)
         self.actors = [
             actor.options(
                 scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    placement_group=self.group, placement_group_bundle_index=rank
+                    placement_group=self.group, placement_group_bundle_index=node_of(rank, self.per_node)
                 )
             ).remote(str(self.logs), rank)
             for rank in range(num_workers)
         ]
         try:
-            about = ray.get([worker.about.remote() for worker in self.actors], timeout=self.limits.ray_s)
+            about = ray.get([worker.about.remote(address) for worker in self.actors], timeout=self.limits.ray_s)
         except Exception as error:
-            raise Failed("no_start", f"the workers did not start: {_first_line(error)}") from None
+            raise Failed("no_start", f"the workers did not start: {first_line(error)}") from None
         self.pids = [worker["pid"] for worker in about]
-        return int(about[0]["port"])
+        for rank, worker in enumerate(about):
+            if worker["node_id"] != self._node_of(rank).node_id:
+                raise Failed("no_start", f"rank {rank} is not on {self._node_of(rank).name}, where the plan places it")
+        return list(about)
 
     # Training ---------------------------------------------------------------------------------------------------------
 
@@ -227,6 +181,11 @@ class Runtime:
                 break
         self.running = {}
         message = judged(answers, num_workers=len(self.actors))
+        if any(answer.get("died") for answer in answers.values()) and (lost := self.home.lost(self.nodes)):
+            names = ", ".join(node.name for node in lost)
+            ranks = [rank for rank in range(len(self.actors)) if self._node_of(rank) in lost]
+            told = f"node {names} is gone, with rank {', '.join(map(str, ranks))} of {len(self.actors)}"
+            message = {"kind": "failed", "failure": "node_lost", "cause": told}
         self.end_workers()
         self.tell(**message)
 
@@ -235,18 +194,21 @@ class Runtime:
             return dict(json.loads(self.ray.get(future)))
         except Exception as error:
             memory = type(error).__name__ == "OutOfMemoryError"
-            return {"error": _first_line(error), "died": not memory, "out_of_memory": memory}
+            return {"error": first_line(error), "died": not memory, "out_of_memory": memory}
 
     def end_workers(self) -> None:
         for worker in self.actors:
             try:
                 self.ray.kill(worker, no_restart=True)
             except Exception as error:
-                _log(f"ray.kill: {error}")
-        # Workers that Ray ends at its own word are no deaths that it reports, at length, into ray.log.
-        gone(self.pids, within_s=LEAVE_S)
-        end(self.pids)
+                log(f"ray.kill: {error}")
+        if self.actors:
+            self.home.end_workers(self.nodes, self.pids)
         self.actors, self.pids, self.running, self.asked = [], [], {}, {}
+
+
+def _unit(num_gpus: int) -> Unit:
+    return "GPU" if num_gpus else "CPU"
 
 
 def judged(answers: Mapping[int, Mapping[str, Any]], *, num_workers: int) -> dict[str, Any]:
@@ -270,17 +232,6 @@ def judged(answers: Mapping[int, Mapping[str, Any]], *, num_workers: int) -> dic
     return {"kind": "failed", "failure": failure, "cause": cause, "rank": rank}
 
 
-def _log(text: str) -> None:
-    """A line into ray.log; a disk that refuses it is no reason to end."""
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
-
-
 def _tell(file: Any, lock: threading.Lock, **message: Any) -> None:
     with lock:
         file.write(json.dumps(message) + "\n")
@@ -299,24 +250,20 @@ def _listen(commands: queue.Queue[dict[str, Any]]) -> None:
     os._exit(1)
 
 
-def embedded_environment(outer: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the embedded Ray and its workers, from that of `run`."""
-    kept = {name: value for name, value in outer.items() if name not in OF_AN_OUTER_RAY}
-    # A token of this Ray alone. Without it, Ray would write one into the user's home folder.
-    return {**kept, **QUIET, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-
-
-def serve(logs: Path, session: Path) -> None:
+def serve(logs: Path, session: Path, address: str | None = None) -> None:
     tell = partial(_tell, os.fdopen(os.dup(1), "w"), threading.Lock())
     os.dup2(2, 1)  # Ray prints now and then; our answers have a descriptor of their own
-    environment = embedded_environment(os.environ)
+    environment = Embedded.environment(os.environ) if address is None else Joined.environment(os.environ)
     os.environ.clear()
     os.environ.update(environment)
     commands: queue.Queue[dict[str, Any]] = queue.Queue()
     threading.Thread(target=_listen, args=(commands,), daemon=True).start()
     import ray  # noqa: F401  while `run` still plans
 
-    runtime = Runtime(logs=logs, session=session, tell=tell)
+    home: Home = Embedded(logs=logs, session=session, tell=tell)
+    if address is not None:
+        home = Joined(address, folder=logs.parent)
+    runtime = Runtime(home=home, logs=logs, tell=tell)
     while True:
         try:
             command = commands.get(timeout=0.05)
@@ -338,4 +285,4 @@ def serve(logs: Path, session: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), Path(sys.argv[2]))
+    serve(Path(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:])

@@ -16,6 +16,8 @@ class FailureKind(StrEnum):
     """A worker's process died."""
     WORKER_ERROR = "worker_error"
     """A worker raised."""
+    NODE_LOST = "node_lost"
+    """A node of the Ray cluster died, with its workers."""
     OUT_OF_MEMORY = "out_of_memory"
     RAY_LOST = "ray_lost"
     """The raylet, the GCS or the process that holds them died."""

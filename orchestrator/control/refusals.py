@@ -3,6 +3,7 @@ GPUs that are not here, memory that does not suffice."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from orchestrator.control.folder import RunRefused
@@ -12,10 +13,14 @@ from strategies.zero.eight_bit import BLOCK, misaligned
 
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
+    from clusters.inventory.ray import Node
     from orchestrator.planner.plan import Plan
     from orchestrator.spec import Job
 
-ELSEWHERE = "cluster: auto trains on what this machine has; `shardwise plan` prices any other"
+ELSEWHERE = (
+    "cluster: auto trains on what this machine has; --address HOST:PORT on the nodes of a Ray cluster; `shardwise plan` prices "
+    "any other"
+)
 
 
 class DoesNotFit(Exception):
@@ -36,13 +41,49 @@ def refuse_incomplete(job: Job) -> None:
         raise RunRefused("the job has no data", where=job.file, fix="add data: {train: [corpus/*.txt]}")
 
 
-def planned_for(job: Job, cluster: Cluster) -> Plan:
-    """The plan that runs here: of what is built, on GPUs that are here, and it fits."""
+def nodes_at(address: str) -> list[Node]:
+    """Return the live nodes of the Ray cluster at an address, of which this machine is one. Raises RunRefused."""
+    from clusters.inventory.ray import ask, is_of_this_machine
+
+    try:
+        nodes = ask(address)
+    except ValueError as error:
+        raise refused_cluster(error, address) from None
+    if nodes and not any(is_of_this_machine(node) for node in nodes):
+        raise RunRefused(
+            f"this machine is no node of the Ray cluster at {address}",
+            where=f"--address {address}",
+            fix="type the command on one of its nodes, its head say",
+        )
+    return nodes
+
+
+def refused_cluster(error: ValueError, address: str) -> RunRefused:
+    """Return what the inventory says of a Ray cluster that cannot serve, as a refusal."""
+    told, _, fix = str(error).partition("\n  to fix: ")
+    return RunRefused(told, where=f"--address {address}", fix=fix or f"ray status --address {address}")
+
+
+def cluster_at(nodes: Sequence[Node], address: str) -> Cluster:
+    """Return the largest equal block of what the nodes have free. RunRefused where they have none."""
+    from clusters.inventory.ray import cluster_of_nodes
+
+    try:
+        return cluster_of_nodes(nodes, address=address)
+    except ValueError as error:
+        raise refused_cluster(error, address) from None
+
+
+def planned_for(job: Job, cluster: Cluster, nodes: Sequence[Node] | None = None) -> Plan:
+    """The plan that runs: of what is built, on GPUs of this machine or of a Ray cluster's nodes, and it fits."""
     from orchestrator.planner.plan import plan
 
     planned = plan(job, cluster=cluster, built_only=True)
     refuse_uninstalled(planned.strategy.engine, job)
-    refuse_elsewhere(cluster, planned.strategy.num_gpus, job)
+    if nodes is None:
+        refuse_elsewhere(cluster, planned.strategy.num_gpus, job)
+    else:
+        refuse_no_room(planned, nodes)
     refuse_priced(planned)
     if not planned.fits:
         raise DoesNotFit(planned)
@@ -89,7 +130,7 @@ def discovered() -> Cluster:
 def refuse_nodes(cluster: Cluster, job: Job, *, fix: str = ELSEWHERE) -> None:
     """RunRefused where a cluster has several nodes: `run` trains on one machine."""
     if cluster.num_nodes > 1:
-        told = f"{cluster.name} is {cluster.num_nodes} nodes and `run` trains on one"
+        told = f"{cluster.name} is {cluster.num_nodes} nodes and `run` without --address trains on one"
         raise RunRefused(told, where=_where(job), fix=fix)
 
 
@@ -105,6 +146,22 @@ def refuse_elsewhere(cluster: Cluster, num_gpus: int, job: Job) -> None:
         found = f"{here} GPUs" if here else "no GPU"
         told = f"the plan is for {num_gpus} GPUs ({cluster.name}) and this machine has {found}"
         raise RunRefused(told, where=_where(job), fix=ELSEWHERE)
+
+
+def refuse_no_room(planned: Plan, nodes: Sequence[Node]) -> None:
+    """RunRefused where a Ray cluster has no room for a plan's workers now."""
+    from clusters.inventory.ray import Unit
+    from orchestrator.control.placement import choose, shortage, workers_of
+
+    unit: Unit = "CPU" if planned.cluster.accelerator.kind == "cpu" else "GPU"
+    counts = workers_of(planned.strategy.num_gpus, planned.cluster.gpus_per_node)
+    if choose(nodes, num_nodes=len(counts), per_node=max(counts), unit=unit) is None:
+        short = shortage(nodes, num_nodes=len(counts), per_node=max(counts), unit=unit)
+        raise RunRefused(
+            f"the Ray cluster has no room for the plan: {short}",
+            where=_where(planned.job),
+            fix="cluster: auto takes the largest equal block that is free",
+        )
 
 
 def _where(job: Job) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +15,11 @@ from orchestrator.control import lessons
 from orchestrator.control.disk import room_told
 from orchestrator.control.folder import RunFolder, RunRefused, held, named
 from orchestrator.control.host import Early, Host, RayHost
+from orchestrator.control.placement import node_of, workers_of
 from orchestrator.control.processes import end_marked
 from orchestrator.control.recovery import Policy
-from orchestrator.control.refusals import discovered, planned_for, refuse_incomplete
-from orchestrator.control.supervisor import Ending, Stop, Supervisor, Watcher
+from orchestrator.control.refusals import cluster_at, discovered, nodes_at, planned_for, refuse_incomplete
+from orchestrator.control.supervisor import Ending, Meeting, Stop, Supervisor, Watcher
 from orchestrator.control.watch import Pace
 from orchestrator.spec import acting
 from orchestrator.telemetry import report
@@ -68,11 +69,13 @@ def run_job(
     fresh: bool = False,
     metrics_port: int | None = 0,
     began_s: float | None = None,
-    start_host: Callable[[Path], Host] = RayHost,
+    address: str | None = None,
+    start_host: Callable[[Path], Host] | None = None,
 ) -> RunResult:
-    """Runs a job here and now, or goes on with it.
+    """Runs a job now, or goes on with it: on this machine, or on a Ray cluster.
 
     Args:
+        address: HOST:PORT of a Ray cluster whose node this machine is; None: this machine alone.
         directory: parent of the run folder; by default the job's checkpoint.directory.
         fresh: start over; what is there is moved aside.
         began_s: when the user's command began, on the monotonic clock; by default now.
@@ -83,10 +86,14 @@ def run_job(
     acting.refuse_unbuilt(job)
     clock = Clock(time.monotonic() if began_s is None else began_s)
     refuse_incomplete(job)
-    cluster = job.resolved_cluster or discovered()
-    planned = planned_for(job, cluster)
+    nodes = None if address is None else nodes_at(address)
+    here = job.resolved_cluster
+    cluster = here or (discovered() if nodes is None or address is None else cluster_at(nodes, address))
+    planned = planned_for(job, cluster, nodes)
     clock.lap("plan_s")
-    folder = RunFolder(Path(directory or job.checkpoint.directory).resolve() / job.name)
+    parent = Path(directory or job.checkpoint.directory).resolve()
+    folder = RunFolder(parent / job.name, tokens=None if address is None else parent / ".tokens")
+    start_host = start_host or partial(RayHost, address=address)
     with named(folder.path), held(folder):
         if left := end_marked(str(folder.path)):  # what a killed `run` left: it may still write
             raise RunRefused(
@@ -199,7 +206,11 @@ def _supervisor(
         folder=folder,
         num_workers=num_gpus,
         num_gpus=num_gpus if on_gpus else 0,
-        assign=lambda port, resume_from: (),
+        assign=lambda meeting, resume_from: (),
+        per_node=min(num_gpus, planned.cluster.gpus_per_node),
+        seen=[
+            str(job.directory.resolve() / path) for path in (job.model.path, job.model.checkpoint) if path is not None
+        ],
         policy=Policy(max_restarts=job.recovery.max_restarts),
         start_host=early.start,
         stop=stop,
@@ -227,12 +238,14 @@ def served(metrics: Metrics, port: int) -> str:
 
 def assigner(
     job: Job, plan: Plan, folder: RunFolder, data_directory: str, limits: Limits, *, on_gpus: bool
-) -> Callable[[int, str | None], Sequence[dict[str, Any]]]:
+) -> Callable[[Meeting, str | None], Sequence[dict[str, Any]]]:
     """One assignment a rank, whenever a group starts."""
     peak = plan.cluster.accelerator.peak_flops.get(job.training.precision)
     world = plan.strategy.num_gpus
+    per_node = min(world, plan.cluster.gpus_per_node)
+    on_node = workers_of(world, per_node)
 
-    def assign(port: int, resume_from: str | None) -> list[dict[str, Any]]:
+    def assign(meeting: Meeting, resume_from: str | None) -> list[dict[str, Any]]:
         return [
             Assignment(
                 job=job.to_mapping(),
@@ -240,16 +253,17 @@ def assigner(
                 strategy=plan.strategy,
                 rank=rank,
                 world_size=world,
-                local_rank=rank,
+                local_rank=rank % per_node,
                 run_directory=str(folder.path),
                 data_directory=data_directory,
                 device="cuda:0" if on_gpus else "cpu",  # Ray shows each worker its own GPU alone
-                master_port=port,
+                master_address=meeting.address,
+                master_port=meeting.port,
                 resume_from=resume_from,
                 peak_flops=peak,
                 limits=limits,
                 # A host optimizer wants the cores that no other worker needs; workers on cores have one each.
-                num_threads=max(1, len(os.sched_getaffinity(0)) // world) if on_gpus else 1,
+                num_threads=max(1, meeting.cores[rank] // on_node[node_of(rank, per_node)]) if on_gpus else 1,
             ).to_mapping()
             for rank in range(world)
         ]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from orchestrator.control import placement
 from orchestrator.control.disk import DiskWatch
 from orchestrator.control.folder import RunFolder
 from orchestrator.control.host import Host
@@ -25,8 +26,24 @@ from orchestrator.training.pulse import Sign
 
 TICK_S = 0.1
 
-Assign = Callable[[int, str | None], Sequence[Mapping[str, Any]]]
-"""(port of the rendezvous, checkpoint to go on from) -> one assignment per rank, as mappings."""
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Meeting:
+    """Where the ranks of a group are and meet."""
+
+    address: str
+    port: int
+    cores: tuple[int, ...]
+    """Cores that the process of each rank may use, on its node."""
+
+    @classmethod
+    def of(cls, ready: Mapping[str, Any]) -> Meeting:
+        cores = tuple(int(worker["cores"]) for worker in ready["workers"])
+        return cls(address=ready["address"], port=ready["port"], cores=cores)
+
+
+Assign = Callable[[Meeting, str | None], Sequence[Mapping[str, Any]]]
+"""(where the ranks meet, checkpoint to go on from) -> one assignment per rank, as mappings."""
 
 
 class Watcher(Protocol):
@@ -75,6 +92,10 @@ class Supervisor:
     policy: Policy
     start_host: Callable[[], Host]
     stop: Stop
+    per_node: int | None = None
+    """Workers on each node, the last one's less where they do not divide; None: all on one."""
+    seen: Sequence[str] = ()
+    """Paths that all nodes must see."""
     watchers: Sequence[Watcher] = ()
     limits: Limits = field(default_factory=Limits)
     pace: Pace = field(default_factory=Pace)
@@ -104,7 +125,14 @@ class Supervisor:
             self._host = host
         elif self._host is None:
             self._host = self.start_host()
-        self._host.tell(do="begin", num_workers=self.num_workers, num_gpus=self.num_gpus, limits=asdict(self.limits))
+        self._host.tell(
+            do="begin",
+            num_workers=self.num_workers,
+            num_gpus=self.num_gpus,
+            per_node=self.per_node or self.num_workers,
+            seen=list(self.seen),
+            limits=asdict(self.limits),
+        )
 
     def run(self) -> Ending:
         """Run from the newest whole checkpoint to the end, through failures. `begin` was called once before."""
@@ -160,9 +188,18 @@ class Supervisor:
             return ready
         self.phases |= ready["phases"]
         checkpoint = None if resume is None else str(resume.path)
+        self._tell_of_places(ready["workers"])
         assert self._host is not None
-        self._host.tell(do="train", assignments=self.assign(ready["port"], checkpoint))
+        self._host.tell(do="train", assignments=self.assign(Meeting.of(ready), checkpoint))
         return self._train()
+
+    def _tell_of_places(self, workers: Sequence[Mapping[str, Any]]) -> None:
+        """Writes down which ranks are on which node, where there are several."""
+        names = list(dict.fromkeys(worker["name"] for worker in workers))
+        if self.per_node is None or len(names) == 1:
+            return
+        nodes = [worker["node"] for worker in workers]
+        self._write("placed", placement.told(names, len(nodes), self.per_node), {"nodes": nodes, "names": names})
 
     def _hear_until_ready(self) -> dict[str, Any] | Ending | Failure:
         deadline = time.monotonic() + self.limits.begin_s

@@ -53,7 +53,7 @@ def text_of(
 
 
 def _decided(job: Job, folder: RunFolder, resume: CheckpointRef | None) -> Text:
-    request = request_of(job)
+    request = request_of(job, folder.tokens)
     pinned = read_pinned(folder) or _found(request, resume)
     if pinned is None or not (resume or has_stepped(folder)):
         files_of(request)
@@ -84,7 +84,7 @@ def prepared(
 
     Raises RunRefused where they are not the checkpoint's."""
     index = text.index or _prepared(job, folder, resume, progress)
-    for line in notes(request_of(job), index):
+    for line in notes(request_of(job, folder.tokens), index):
         note(f"tokens    {line}")
     return index
 
@@ -92,10 +92,10 @@ def prepared(
 def _prepared(job: Job, folder: RunFolder, resume: CheckpointRef | None, progress: Progress) -> DataIndex:
     from orchestrator.training.prepare import prepare_job
 
-    index = prepare_job(job, progress=progress)
+    index = prepare_job(job, progress=progress, cache=folder.tokens)
     if resume is not None and resume.manifest["data"].get("tokens") != index.fingerprint:
         pinned = read_pinned(folder)
-        changed = few(changes(request_of(job), pinned)) if pinned else ""
+        changed = few(changes(request_of(job, folder.tokens), pinned)) if pinned else ""
         raise _refused(job, folder, changed or "which file changed is not on record")
     write_pinned(folder, index)
     return index

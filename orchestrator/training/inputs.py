@@ -44,12 +44,14 @@ class Request:
     on_bad: Policy = "stop"
     blank_filling: bool = False
     """The model's family needs the special tokens of blanks (blanks.py)."""
+    cache: Path | None = None
+    """Folder of all prepared tokens; None: in the user's cache, which other machines do not see."""
 
     @property
     def directory(self) -> Path:
-        """Return where the tokens of this request are kept: in the user's cache, under a name that the request decides. Each
+        """Return where the tokens of this request are kept: in the cache, under a name that the request decides. Each
         state of its files has a folder of its own, whose name goes on with a hyphen and the fingerprint of the tokens."""
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shardwise" / "data"
         validation = self.validation if isinstance(self.validation, float | int) else list(self.validation)
         decides: list[object] = [str(self.base.resolve()), list(self.train), validation, self.tokenizer]
         if self.task != "pretrain":
@@ -57,7 +59,7 @@ class Request:
         if self.task == "ppo":
             decides.append(self.response_length)
         key = json.dumps(decides)
-        return cache / "shardwise" / "data" / hashlib.sha256(key.encode()).hexdigest()[:16]
+        return (self.cache or users) / hashlib.sha256(key.encode()).hexdigest()[:16]
 
     @property
     def fraction(self) -> float:
@@ -65,8 +67,8 @@ class Request:
         return float(self.validation) if isinstance(self.validation, float | int) else 0.0
 
 
-def request_of(job: Job) -> Request:
-    """DataError where the job has no data."""
+def request_of(job: Job, cache: Path | None = None) -> Request:
+    """Return what a job asks to be prepared, into a cache, by default the user's. DataError where the job has no data."""
     if job.data is None:
         raise DataError(f"job {job.name} has no data: add `data: {{train: [corpus/*.txt]}}`")
     validation = job.data.validation
@@ -87,6 +89,7 @@ def request_of(job: Job) -> Request:
         template=job.data.template,
         on_bad=job.data.on_bad,
         blank_filling=job.architecture.traits.blank_filling,
+        cache=cache,
     )
 
 

@@ -46,9 +46,9 @@ _PARALLEL_BYTES = 1 << 25
 """Below, processes cost more than they bring."""
 
 
-def prepare_job(job: Job, *, progress: Progress | None = None) -> DataIndex:
-    """The job's tokens, made now unless they are there already."""
-    return prepare(request_of(job), progress=progress)
+def prepare_job(job: Job, *, progress: Progress | None = None, cache: Path | None = None) -> DataIndex:
+    """The job's tokens, made now unless they are there already, in a cache, by default the user's."""
+    return prepare(request_of(job, cache), progress=progress)
 
 
 def prepare(

@@ -41,6 +41,7 @@ from orchestrator.training.checkpoint import CheckpointInfo, Saver
 from orchestrator.training.data import DataIndex, Dataset, open_datasets
 from orchestrator.training.first_weights import check_tokenizers, marks, said_by_weights
 from orchestrator.training.loop import Groups, Loop, Reporter, Settings
+from orchestrator.training.network import interface_towards
 from orchestrator.training.ppo.loop import PpoLoop, learner_of
 from orchestrator.training.pulse import Pulse
 from orchestrator.training.rank_log import LOG, Logged
@@ -195,6 +196,10 @@ def join(assignment: Assignment, device: torch.device, listener: socket.socket |
         # A world on one machine is for that machine alone, whatever the environment says of others; nccl opens its first
         # connection like gloo, on an interface of its own choice.
         os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    elif assignment.world_size > 1:  # several nodes: the others reach this one where it reaches rank 0
+        name = interface_towards(assignment.master_address, assignment.master_port)
+        os.environ.update(GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=f"={name}")
+        LOG.info("ranks talk through interface %s, rank 0 is at %s", name, assignment.master_address)
     store: Store = HashStore() if assignment.world_size == 1 else rendezvous(assignment, listener)
     dist.init_process_group(
         backend, store=store, rank=assignment.rank, world_size=assignment.world_size, timeout=patience

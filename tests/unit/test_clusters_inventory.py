@@ -8,7 +8,7 @@ import pytest
 
 from clusters.inventory import local
 from clusters.inventory.local import Device, cluster_of_devices, describe_cpu, nvml_devices
-from clusters.inventory.ray import cluster_of_nodes, reachable
+from clusters.inventory.ray import blocks, cluster_of_nodes, node_of, reachable
 from tests.unit.test_clusters import CPU_RATES
 
 GIB = 2**30
@@ -143,11 +143,12 @@ def test_gpus_of_different_kinds_are_refused():
         cluster_of_devices(devices)
 
 
-def node(gpus=8, kind="A100-80G", cores=96, memory_gib=900, alive=True):
+def node(gpus=8, kind="A100-80G", cores=96, memory_gib=900, free=None):
     resources = {"CPU": cores, "memory": memory_gib * GIB, "object_store_memory": 100 * GIB}
     if gpus:
         resources |= {"GPU": gpus} | ({f"accelerator_type:{kind}": 1} if kind else {})
-    return {"Alive": alive, "Resources": resources}
+    available = {} if free is None else {"Available": resources | {"GPU" if gpus else "CPU": free}}
+    return node_of({"Resources": resources, **available})
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,15 @@ def node(gpus=8, kind="A100-80G", cores=96, memory_gib=900, alive=True):
     [
         ([node()] * 8, None, "a100-80gb-8x8", ""),
         ([node(0), node(), node()], None, "a100-80gb-2x8", ""),  # a head node without GPUs does not count
-        ([node(), node(alive=False)], None, "a100-80gb-1x8", ""),
+        (
+            [node(), node(gpus=4)],
+            None,
+            "a100-80gb-1x8",
+            "4 free GPUs are left out: the plan takes equal blocks, 1 nodes of 8",
+        ),
+        ([node(), node(free=3), node(free=5)], None, "a100-80gb-2x5", "6 free GPUs are left out"),
+        ([node(free=0), node(free=8)], None, "a100-80gb-1x8", ""),
+        ([node(cores=6)], None, "a100-80gb-1x6", ""),  # each worker takes a CPU of Ray's beside its GPU
         ([node(kind="A100")] * 2, None, "a100-40gb-2x8", "planned as a100-40gb, the smallest of that name"),
         ([node(kind="A100")] * 2, "a100-80gb", "a100-80gb-2x8", ""),
         ([node(gpus=4, kind="T4")], None, "t4-1x4", ""),
@@ -165,7 +174,7 @@ def node(gpus=8, kind="A100-80G", cores=96, memory_gib=900, alive=True):
 def test_a_ray_cluster_is_a_cluster(nodes, gpu, name, note):
     cluster = cluster_of_nodes(nodes, gpu=gpu)
     assert cluster.name == name
-    assert cluster.host.num_cores == 96
+    assert cluster.host.num_cores == min(node.num_cores for node in nodes)
     assert note in "".join(cluster.notes)
     assert bool(cluster.notes) == bool(note)
 
@@ -178,15 +187,14 @@ def test_the_smallest_node_bounds_the_host():
     ("nodes", "message"),
     [
         ([], "has no live node"),
-        ([node(alive=False)], "has no live node"),
-        ([node(), node(gpus=4)], "1 node with 4 x A100-80G, 96 cores, about 1000 GiB; 1 node with 8 x A100-80G"),
+        ([node(free=0), node(free=0)], "2 nodes with 16 x A100-80G, 0 of them free"),
         (
             [node(), node(), node(kind="H100")],
-            "2 nodes with 8 x A100-80G, 96 cores, about 1000 GiB; 1 node with 8 x H100",
+            "2 nodes with 16 x A100-80G, 16 of them free (each takes a CPU of Ray's too); 1 node with 8 x H100",
         ),
         ([node(kind="")], "Ray does not say which GPU its nodes have"),
         ([node(kind="TPU-V4")], "Ray calls its GPU 'TPU-V4', which is not in the catalog"),
-        ([node(gpus=0, cores=2), node(gpus=0, cores=4)], "1 x 2 cores; 1 x 4 cores"),
+        ([node(gpus=0, cores=2, free=0)], "1 nodes with 2 CPUs, no CPU of them free"),
     ],
 )
 def test_a_ray_cluster_that_is_no_cluster_names_the_difference(nodes, message):
@@ -194,6 +202,20 @@ def test_a_ray_cluster_that_is_no_cluster_names_the_difference(nodes, message):
         cluster_of_nodes(nodes, address="127.0.0.1:6379")
     assert message in str(caught.value)
     assert "127.0.0.1:6379" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted"),
+    [
+        ([8, 8, 8, 8], [(4, 8)]),
+        ([8, 7, 4], [(2, 7), (3, 4), (1, 8)]),
+        ([4, 2], [(1, 4), (2, 2)]),  # as many on fewer nodes come first
+        ([0, 1], [(1, 1)]),
+        ([0, 0], []),
+    ],
+)
+def test_what_is_free_is_offered_in_equal_blocks_the_largest_first(free, wanted):
+    assert blocks(free) == wanted
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:99999999"])

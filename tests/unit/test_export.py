@@ -275,7 +275,12 @@ def test_only_a_run_that_the_time_limit_stopped_asks_for_another_turn(tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "exit_code", "what", "fix"),
     [
-        ({"cluster": "a100-80gb-8x8"}, 2, "is 8 nodes and `run` trains on one", "cluster: a100-80gb-1x8"),
+        (
+            {"cluster": "a100-80gb-8x8"},
+            2,
+            "is 8 nodes and `run` without --address trains on one",
+            "cluster: a100-80gb-1x8",
+        ),
         ({"cluster": "auto"}, 2, "cluster: auto is the machine on which `run` starts", "cluster: a100-80gb-1x8"),
         ({"training": {}}, 2, "the job says no length", "training.steps"),
         ({"data": None}, 2, "the job has no data", "add data"),
@@ -330,10 +335,10 @@ def test_options_that_make_no_sense_are_refused(arguments, what, tmp_path, capsy
 
 
 def test_a_job_of_another_ray_hands_no_variables_of_its_own_to_the_embedded_one():
-    from orchestrator.control.ray_runtime import embedded_environment
+    from orchestrator.control.ray_home import Embedded
 
     outer = {"RAY_ADDRESS": "10.0.0.1:6379", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1", "HOME": "/root"}
-    inner = embedded_environment(outer)
+    inner = Embedded.environment(outer)
     assert inner["HOME"] == "/root"
     assert not set(inner) & {"RAY_ADDRESS", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"}
     assert inner["RAY_AUTH_MODE"] == "token"

@@ -185,7 +185,7 @@ def test_processes_are_found_by_their_mark_and_ended():
 
 @pytest.mark.parametrize(
     ("cluster", "told"),
-    [("a100-80gb-2x8", "is 2 nodes and `run` trains on one"), ("a100-80gb", "is for 1 GPUs")],
+    [("a100-80gb-2x8", "is 2 nodes and `run` without --address trains on one"), ("a100-80gb", "is for 1 GPUs")],
 )
 def test_a_cluster_that_is_not_this_machine_is_refused(cluster, told, monkeypatch):
     monkeypatch.setattr("clusters.inventory.local.nvml_devices", list)

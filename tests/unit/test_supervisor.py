@@ -19,7 +19,8 @@ from orchestrator.training import manifest
 from orchestrator.training.limits import Limits
 from orchestrator.training.pulse import Sign
 
-READY = {"kind": "ready", "port": 1234, "pids": [1], "phases": {"ray_s": 0.1}}
+WORKERS = [{"node": 0, "name": "host-0 (10.0.0.1)", "cores": 2}, {"node": 1, "name": "host-1 (10.0.0.2)", "cores": 2}]
+READY = {"kind": "ready", "address": "127.0.0.1", "port": 1234, "workers": WORKERS, "phases": {"ray_s": 0.1}}
 LOST = {"kind": "failed", "failure": "worker_lost", "cause": "the process of rank 1 of 2 died"}
 GONE = {"kind": "gone"}
 
@@ -77,7 +78,7 @@ def supervise(tmp_path):
             folder=folder,
             num_workers=2,
             num_gpus=0,
-            assign=lambda port, resume_from: [],
+            assign=lambda meeting, resume_from: [],
             policy=policy or Policy(first_wait_s=0.0),
             start_host=lambda: waiting.pop(0),
             stop=stop or Stop(),
@@ -101,6 +102,15 @@ def test_a_run_without_a_failure(supervise):
     assert supervisor.run() == Ending(kind="finished", step=1)
     assert host.told == ["begin", "train"]
     assert kinds(supervise.folder) == ["started", "finished"]
+
+
+def test_ranks_on_several_nodes_are_told_with_their_nodes_before_training(supervise):
+    supervisor, _ = supervise([READY, outcome("finished", 1)])
+    supervisor.per_node = 1
+    assert supervisor.run().kind == "finished"
+    event = next(read(supervise.folder.events, Event))
+    assert (event.kind, event.cause) == ("placed", "rank 0 on host-0 (10.0.0.1), rank 1 on host-1 (10.0.0.2)")
+    assert event.details["nodes"] == [0, 1]
 
 
 def test_the_time_to_the_first_step_does_not_follow_a_wall_clock_that_is_set(supervise, monkeypatch):

@@ -89,7 +89,7 @@ def manifests(job: Job, job_text: str, node: Node, options: Options, *, ray_vers
 
 
 def _pod(job: Job, config: str, file: str, node: Node, options: Options, runs: PurePosixPath) -> dict[str, Any]:
-    """Return the head pod: the only one, since `run` trains on one machine."""
+    """Return the head pod: the only one, since an export is for one node."""
     volumes: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("workspace", {"persistentVolumeClaim": {"claimName": options.claim}}, {"mountPath": str(WORKSPACE)}),
         ("job", {"configMap": {"name": config}}, {"mountPath": str(WORKSPACE / file), "subPath": file}),

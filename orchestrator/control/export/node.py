@@ -63,7 +63,9 @@ def planned(job: Job) -> Plan:
             where=job.place("cluster"),
             fix="name the node in the job: cluster: a100-80gb-1x8, or {gpu: cpu, gpus_per_node: 4} for four cores",
         )
-    refuse_nodes(cluster, job, fix="name one node, such as cluster: a100-80gb-1x8; training over nodes is not built")
+    refuse_nodes(
+        cluster, job, fix="name one node, such as cluster: a100-80gb-1x8; an export of several nodes is not built"
+    )
     made = plan(job, cluster=cluster, built_only=True, top=0)
     refuse_priced(made)
     if not made.fits:
