@@ -21,10 +21,14 @@ from typing import Any
 import pytest
 
 from clusters.inventory.local import nvml_devices
+from orchestrator.models.decoder import Decoder
 from orchestrator.planner.plan import plan
 from orchestrator.spec import parse_job
+from orchestrator.spec.chain import Chain, load
+from orchestrator.spec.hugging_face import read_architecture
 from orchestrator.spec.source import parse_document
 from tests.completion_server import serving
+from tests.speakers import kept_run
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path.relative_to(DOCS) for path in DOCS.rglob("*.md"))
@@ -67,7 +71,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     from tokenizers import ByteLevelBPETokenizer
 
     from orchestrator.models.architecture import make_architecture
-    from orchestrator.models.decoder import Decoder, initial_weights
+    from orchestrator.models.decoder import initial_weights
     from orchestrator.models.weights import write_folder
 
     folder = tmp_path_factory.mktemp("docs")
@@ -131,9 +135,21 @@ def as_pattern(output: str) -> re.Pattern[str]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=str)
 def test_every_job_in_the_pages_is_planned(page: Path, workspace: Path) -> None:
     for text in blocks(page, "yaml"):
+        for named in set(re.findall(r"checkpoint: runs/(sft|reward)", text)):
+            if not (workspace / "runs" / named).exists():
+                model = Decoder(read_architecture(workspace / "hf"), values=named == "reward")
+                kept_run(workspace / "runs" / named, model, job={"task": named})
         mapping = parse_document(text).value
-        job = parse_job(mapping if "version" in mapping else SMALL | mapping, directory=workspace)
-        assert plan(job, top=0).strategy.num_gpus >= 1, text
+        if "chain" in mapping:
+            (workspace / "chain.yaml").write_text(text)
+            chain = load(workspace / "chain.yaml", directory=workspace / "runs")
+            (workspace / "chain.yaml").unlink()
+            jobs = chain.links if isinstance(chain, Chain) else ()
+        else:
+            jobs = (parse_job(mapping if "version" in mapping else SMALL | mapping, directory=workspace),)
+        assert jobs, text
+        for job in jobs:
+            assert plan(job, top=0).strategy.num_gpus >= 1, text
 
 
 def try_page(page: Path, folder: Path) -> None:
