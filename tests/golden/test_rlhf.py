@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.rlhf import ADAPTERS, PROMPTS, largest, opt_175b, rows, spearman
+from benchmarks.rlhf import ADAPTERS, PROMPTS, alpaca, largest, llama_65b, opt_175b, rows, spearman
 from clusters.catalog import load_cluster
 from orchestrator.models.architecture import CATALOG
 from orchestrator.planner.problem import Choice, PlanError
@@ -59,6 +59,20 @@ def test_opt_175b_takes_64_gpus_in_less_than_half_the_time_of_32():
     assert on_32.fits
     assert on_64.fits
     assert on_32.step_s > 2 * on_64.step_s, "twice the GPUs leave memory to write more responses at once"
+
+
+def test_llama_65b_on_2048_gpus_is_within_a_tenth_of_what_its_paper_tells():
+    made = llama_65b()
+    assert made.fits
+    assert made.tokens_per_second_per_gpu == pytest.approx(380, rel=0.1)
+
+
+def test_alpaca_padded_to_512_tokens_would_take_a_third_of_the_three_hours_that_were_told():
+    made = alpaca()
+    assert made.fits
+    assert 0.7 <= made.cost["wall_s"] / 3600 <= 1.0
+    told_mfu = made.throughput["mfu"] * made.cost["wall_s"] / (3 * 3600)
+    assert told_mfu == pytest.approx(0.12, abs=0.01), "what three hours mean, of the GPUs' peak"
 
 
 def test_roles_say_what_each_model_is_and_where():
