@@ -11,7 +11,6 @@ Every loss and every number of a step that was ever reported, those done again i
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import statistics
 import subprocess
@@ -131,14 +130,14 @@ def seeds(file: Path, chain: Chain, directory: Path, log: Path, wanted: list[int
         mapping: dict[str, Any] = link.to_mapping()
         mapping["name"] = f"{link.name}-{seed}"
         mapping["training"]["seed"] = seed
-        copy = file.resolve().with_name(f".{file.stem}-{os.getpid()}-{seed}.yaml")
+        for word in ("train", "validation"):
+            if isinstance(paths := mapping["data"].get(word), list):
+                mapping["data"][word] = [str(file.resolve().parent / path) for path in paths]
+        copy = directory / f"{mapping['name']}.yaml"
         copy.write_text(yaml.safe_dump(mapping), encoding="utf-8")
-        try:
-            run = start(copy, chain.runs, log)
-            if run.wait(timeout=LIMIT_S) != 0:
-                raise RuntimeError(f"seed {seed} ended with exit code {run.returncode}; see {log}")
-        finally:
-            copy.unlink()
+        run = start(copy, chain.runs, log)
+        if run.wait(timeout=LIMIT_S) != 0:
+            raise RuntimeError(f"seed {seed} ended with exit code {run.returncode}; see {log}")
         row = {"seed": float(seed), **evaluated(chain.runs / mapping["name"])}
         rows.append(row)
         print(
