@@ -243,6 +243,7 @@ CASES = tuple(
         ({"context": 4, "tensor": 2, "sequence_parallel": True}, 1, "bf16"),
         ({"context": 2, "data": 2, "zero": 3, "group": 4}, 4, "fp32"),
         ({"context": 2, "pipeline": 2, "zero": 1, "group": 2, "recompute": "full"}, 4, "bf16"),
+        ({"context": 4, "zero": 3, "group": 4, "recompute": "full"}, 2, "fp32"),
     )
 )
 """What CI plays."""

@@ -18,6 +18,7 @@ FEW = (
     "fp32 world 1 ZeRO 0 none 2x2 activations on host",
     "fp32 world 2 ZeRO 3 none 2x2",
     "bf16 world 2 tensor 2 sequence ZeRO 0 none 2x2",
+    "fp32 world 2 context 2 ZeRO 0 none 2x2",
     "fp32 world 2 pipeline 2x2 interleaved_1f1b ZeRO 0 none 4x2",
     "fp32 world 1 ZeRO 0 none 2x2 optimizer on nvme parameters on nvme",
     "bf16 world 2 ZeRO 2 none 2x2 lora q_proj v_proj",
