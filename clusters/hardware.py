@@ -87,6 +87,8 @@ class Calibration:
     throughput_error: float | None = None
     memory_error: float | None = None
     """Relative errors that finished runs showed."""
+    throughput_ratio: float | None = None
+    """Measured over predicted tokens per second of finished runs, their geometric mean."""
     num_runs: int = 0
     source: str = ""
 

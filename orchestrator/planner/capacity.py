@@ -10,10 +10,11 @@ from typing import Any
 from clusters.cluster import Cluster
 from orchestrator.models.architecture import Architecture
 from orchestrator.planner.problem import Problem
-from orchestrator.planner.reasons.confidence import choose, error_of, without_offload
+from orchestrator.planner.reasons.choice import without_offload
+from orchestrator.planner.reasons.confidence import error_of
 from orchestrator.planner.reasons.targets import limits
 from orchestrator.planner.search.result import Wanted
-from orchestrator.planner.search.solve import Refused, Solution, ask
+from orchestrator.planner.search.solve import Refused, Solution, ask, solve
 from orchestrator.planner.show.json import strategy_dict
 from orchestrator.planner.show.words import LONG_S, RED, length_told, painted, strategy_told, wrapped
 
@@ -237,11 +238,11 @@ def price_cell(arch: Architecture, cluster: Cluster, question: Question) -> Cell
         sequence_length=question.sequence_length,
         precision=question.precision,
     )
-    best = ask(choose, problem, wanted=question.wanted(cluster.usd_per_gpu_hour))
+    best = ask(solve, problem, wanted=question.wanted(cluster.usd_per_gpu_hour))
     found = None if isinstance(best, Refused) or not best.fits else best
     plain = found
     if found is not None and found.strategy.offload.any:
-        plain = found.passed_over or without_offload(found)
+        plain = without_offload(found)
     refused = best if isinstance(best, Refused) else None
     return Cell(model=arch.name, num_gpus=cluster.num_gpus, question=question, best=found, plain=plain, refused=refused)
 

@@ -8,9 +8,10 @@ from typing import Any
 from clusters.cluster import Cluster
 from orchestrator.planner.problem import PlanError, Problem
 from orchestrator.planner.reasons.alternatives import Alternative, alternatives
-from orchestrator.planner.reasons.confidence import choose, confidence
+from orchestrator.planner.reasons.choice import choose
+from orchestrator.planner.reasons.confidence import confidence
 from orchestrator.planner.reasons.nearest import NOTHING_NEAR, Nearest, nearest
-from orchestrator.planner.reasons.notes import notes
+from orchestrator.planner.reasons.notes import notes, tight_notes
 from orchestrator.planner.reasons.sensitivity import sensitivity
 from orchestrator.planner.reasons.targets import judged_with_hints, wanted_of
 from orchestrator.planner.rlhf import BUILT, Rlhf, RlhfPrice, best, under
@@ -110,8 +111,8 @@ class Plan:
 
     @property
     def confidence(self) -> dict[str, Any]:
-        """Return {source, throughput_error, memory_error}: where the constants come from, and how wrong they have been."""
-        return asdict(confidence(self.solution.problem, self.strategy))
+        """Return the interval of the speed, the probability to fit, and what both rest on (reasons/confidence.py)."""
+        return asdict(confidence(self.solution))
 
     @property
     def nearest(self) -> list[dict[str, Any]]:
@@ -246,14 +247,15 @@ def _explained(job: Job, solution: Solution, top: int) -> Plan:
     """Return a solution with its reasons."""
     searched = solution.search is not None and solution.search.best is not None
     wanted = wanted_of(job, solution.problem.cluster.usd_per_gpu_hour)
+    others = alternatives(solution, limit=top)
     return Plan(
         job=job,
         solution=solution,
-        alternatives=alternatives(solution, limit=top),
+        alternatives=others,
         sensitivity=sensitivity(solution, wanted=wanted) if searched else [],
         near=NOTHING_NEAR if solution.fits else nearest(solution),
         targets=judged_with_hints(job, solution, cost_of(job, solution)),
-        notes=[*acting.notes(job), *notes(solution)],
+        notes=[*acting.notes(job), *notes(solution), *tight_notes(solution, others)],
     )
 
 

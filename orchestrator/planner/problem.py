@@ -73,6 +73,8 @@ class Problem:
     task: str = "pretrain"
     objective: str = "fastest"
     built_only: bool = False
+    bold: bool = False
+    """Take every predicted gain as it is, also of choices that no published run anchors (search/anchors.py)."""
     max_gpus: int | None = None
     """Use at most so many of the cluster's GPUs."""
 

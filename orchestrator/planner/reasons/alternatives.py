@@ -23,6 +23,7 @@ from orchestrator.planner.search.candidates import (
 )
 from orchestrator.planner.search.result import Fits
 from orchestrator.planner.search.solve import Solution
+from orchestrator.planner.show.words import all_degrees_told, choices_told
 from strategies.offload.cost import offload_words
 from strategies.price.step_time import Price
 from strategies.strategy import Offload, Schedule, Strategy
@@ -82,7 +83,7 @@ def alternatives(solution: Solution, *, limit: int) -> list[Alternative]:
             made.append(_alternative(solution, change, choice, best))
     other = solution.passed_over
     if other is not None and other.fits:
-        made.append(_other_offload(solution, other))
+        made.append(_passed_over(solution, other))
     fast = sorted((one for one in made if one.fits), key=lambda one: -one.tokens_per_second_per_gpu)
     large = sorted((one for one in made if not one.fits), key=lambda one: excess(one.price.memory))
     fast, large = _one_of_each(fast), _one_of_each(large)[: max(1, limit // TOO_LARGE_PART)]
@@ -268,13 +269,13 @@ def _alternative(solution: Solution, change: Change, choice: Choice, best: Choic
     )
 
 
-def _other_offload(solution: Solution, other: Solution) -> Alternative:
-    """Return the best strategy that differs in offload, which was searched for the choice between the two."""
-    words, gain = offload_words(other.strategy.offload) or "no offload", solution.price.time.step_s
-    faster = gain / other.price.time.step_s - 1
+def _passed_over(solution: Solution, other: Solution) -> Alternative:
+    """Return the strategy that the choice passed over, which was searched for it."""
+    field, words = difference(solution, other)
+    faster = solution.price.time.step_s / other.price.time.step_s - 1
     speed = f"{faster:.1%} faster, and less certain by more than that" if faster > 0 else f"{-faster:.1%} slower"
     return Alternative(
-        changed="offload",
+        changed=field,
         strategy=other.strategy,
         price=other.price,
         peak_bytes=other.price.memory.peak_bytes,
@@ -322,3 +323,14 @@ def _grown(chosen: Price, price: Price, choice: Choice) -> str:
         return ""
     micro = f"micro batch {choice.micro}, " if name == "compute_s" else ""
     return f"; {micro}{_PARTS[name]} {share:.0%} of the step"
+
+
+def difference(solution: Solution, other: Solution) -> tuple[str, str]:
+    """(the field, words) in which another solution differs most tellingly: offload, then schedule, then sharding."""
+    ours, theirs = solution.strategy, other.strategy
+    if ours.offload != theirs.offload:
+        return "offload", offload_words(theirs.offload) or "no offload"
+    words = choices_told(theirs)
+    if (ours.pipeline_schedule, ours.num_virtual_stages) != (theirs.pipeline_schedule, theirs.num_virtual_stages):
+        return "pipeline_schedule", words["schedule"]
+    return "zero_stage", f"ZeRO {theirs.zero_stage} with {all_degrees_told(theirs)}"

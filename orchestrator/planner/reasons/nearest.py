@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.planner.problem import Problem
-from orchestrator.planner.reasons.confidence import choose
-from orchestrator.planner.search.solve import Refused, Solution, ask
+from orchestrator.planner.search.solve import Refused, Solution, ask, solve
 
 MOST_GPUS = 16384
 SHORTEST = 128
@@ -57,7 +56,7 @@ def _first_fit(changes: Iterable[tuple[str, Problem]]) -> Nearest:
     """Return the first change under which the job fits, or else why the first that was refused was."""
     refused: list[str] = []
     for change, problem in changes:
-        found = ask(choose, problem)
+        found = ask(solve, problem)
         if isinstance(found, Refused):
             refused = refused or [f"{change}: {found.reason}"]
         elif found.fits:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from orchestrator.planner.problem import Problem
-from orchestrator.planner.reasons.confidence import error_of, wider_by
+from orchestrator.planner.reasons.alternatives import Alternative, difference
+from orchestrator.planner.reasons.choice import demanded, gain, minutes_to_tell
+from orchestrator.planner.reasons.confidence import error_of
+from orchestrator.planner.search.anchors import unanchored
+from orchestrator.planner.search.likely import fits_probability
 from orchestrator.planner.search.solve import Solution
-from strategies.offload.cost import offload_words
+from orchestrator.planner.show.words import probability_told
 from strategies.rooms import without_effect
 from strategies.strategy import Strategy
 from strategies.zero.eight_bit import fraction
+
+FULL, SURE = 0.97, 0.99
+"""Part of the usable memory from which on, and probability to fit below which, a plan is tight."""
+STEP_DOWN = 0.97
+"""Part of a tight plan's peak that a step down holds at most."""
 
 
 def notes(solution: Solution) -> list[str]:
@@ -65,23 +74,39 @@ def _notes(solution: Solution) -> Iterator[str]:
     for rule in without_effect(strategy):
         yield rule.formatted(strategy)
     if solution.passed_over is not None:
-        yield from _other_offload(solution, solution.passed_over)
+        yield from _passed_over(solution, solution.passed_over)
 
 
-def _other_offload(solution: Solution, other: Solution) -> Iterator[str]:
-    """Yield what another choice of offload would change, and how much of that the stated errors cover."""
-    ratio = other.tokens_per_second_per_gpu / solution.tokens_per_second_per_gpu
-    if other.strategy.offload.any:
+def _passed_over(solution: Solution, other: Solution) -> Iterator[str]:
+    """Yield what a bolder strategy would gain if it holds, and what would settle it; or what it costs to offload nothing."""
+    _, words = difference(solution, other)
+    if (faster := gain(solution, other)) > 0:
+        lacking = ", ".join(unanchored(other.strategy))
+        minutes = minutes_to_tell(solution, other)
         yield (
-            f"{offload_words(other.strategy.offload)} is predicted {ratio - 1:.1%} faster, which is inside the "
-            f"{wider_by(other, solution):.0%} by which plans with offload are less certain, since no published run anchors them; "
-            "it is taken where `offload:` pins it"
+            f"{words} is predicted {faster:.1%} better; no published run anchors its {lacking}, so it is taken from a gain of "
+            f"{demanded(solution, other):.0%} on; runs of both for {minutes} minutes would settle it, pins take it"
         )
-    elif 1 - ratio <= error_of(solution):
+    elif -faster <= error_of(solution):
         yield (
             f"without offload, which no published run anchors: {other.tokens_per_second_per_gpu:,.0f} tokens/s/GPU "
-            f"± {error_of(other):.0%}, {1 - ratio:.1%} slower; `offload: none` asks for it"
+            f"± {error_of(other):.0%}, {-faster:.1%} slower; `offload: none` asks for it"
         )
+
+
+def tight_notes(solution: Solution, others: Sequence[Alternative]) -> list[str]:
+    """Return the note that a plan is tight, with the first step down: the fastest alternative that leaves more room."""
+    memory = solution.price.memory
+    probability, source = fits_probability(solution.problem, memory)
+    if not memory.fits or (probability >= SURE and memory.peak_bytes <= FULL * memory.usable_bytes):
+        return []
+    roomy = [one for one in others if one.fits and one.peak_bytes <= STEP_DOWN * memory.peak_bytes]
+    down = max(roomy, key=lambda one: one.tokens_per_second_per_gpu, default=None)
+    told = f"; first step down: {down.because}" if down else ""
+    return [
+        f"tight: {memory.peak_bytes / memory.usable_bytes:.0%} of the usable memory, fits in {probability_told(probability)} "
+        f"cases by {source}{told}"
+    ]
 
 
 def _why_idle(problem: Problem, strategy: Strategy) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from clusters.cluster import weaker_links
 from orchestrator.planner.problem import Choice, Problem
+from orchestrator.planner.search.anchors import key_of
 from orchestrator.planner.search.candidates import simplicity
 from orchestrator.planner.search.result import Wanted
 from orchestrator.planner.search.solve import SLOWER, Solution
@@ -26,7 +27,7 @@ def sensitivity(solution: Solution, *, wanted: Wanted | None = None) -> list[dic
         def rank(choice: Choice, asked: Problem = asked) -> tuple[Any, ...]:
             step_s = asked.time(asked.strategy(choice)).step_s
             missed = not wanted.met(step_s, choice.num_gpus)
-            return missed, asked.key(step_s, choice.num_gpus), simplicity(choice), step_s
+            return missed, key_of(asked, choice, step_s), simplicity(choice), step_s
 
         kept, chosen = rank(found.best.choice), found.best.choice
         pick = (

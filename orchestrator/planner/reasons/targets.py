@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from orchestrator.planner.reasons.confidence import choose
 from orchestrator.planner.search.result import Wanted
-from orchestrator.planner.search.solve import Refused, Solution, ask
+from orchestrator.planner.search.solve import Refused, Solution, ask, solve
 from orchestrator.spec import Job
 
 
@@ -86,7 +85,7 @@ def would_meet(
         pins = free.pins
         if other.num_gpus < pins.get("tensor_parallel_degree", 1) * pins.get("pipeline_parallel_degree", 1):
             continue
-        found = ask(choose, free.changed(cluster=other), wanted=wanted)
+        found = ask(solve, free.changed(cluster=other), wanted=wanted)
         if isinstance(found, Refused):
             continue
         step_s, num_gpus = found.price.time.step_s, found.strategy.num_gpus

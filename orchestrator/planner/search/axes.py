@@ -44,8 +44,8 @@ class Space:
         self._recomputes: dict[tuple[int, int], tuple[list[str], list[int | None]]] = {}
 
     def is_alike(self, other: Space) -> bool:
-        """Return whether another space differs at most in what may be offloaded."""
-        ours, theirs = self.problem.without_pins("offload"), other.problem.without_pins("offload")
+        """Return whether another space differs at most in what may be offloaded, and in how bold its choice is."""
+        ours, theirs = (one.problem.without_pins("offload").changed(bold=False) for one in (self, other))
         return ours == theirs and self.every_size == other.every_size
 
     def _is_built(self, field: str, **choices: Any) -> bool:

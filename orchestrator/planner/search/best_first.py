@@ -18,6 +18,7 @@ from itertools import count
 from typing import Any
 
 from orchestrator.planner.problem import Choice, Problem
+from orchestrator.planner.search.anchors import key_of, lacks_schedule, lacks_sharding, margin
 from orchestrator.planner.search.axes import Space
 from orchestrator.planner.search.bounds import SLACK, Bounds
 from orchestrator.planner.search.candidates import (
@@ -43,7 +44,8 @@ def search(
     after: SearchResult | None = None,
     near_s: Callable[[Choice], float] | None = None,
 ) -> SearchResult:
-    """Return the best strategy under the problem's objective.
+    """Return the best strategy under the objective, of those that are likely to fit (likely.py), or else of all that are
+    priced to fit.
 
     Args:
         after: an earlier search for the same job on the same GPUs, whose bytes need no pricing again, and where only what may be
@@ -56,7 +58,10 @@ def search(
     collects = gc.isenabled()
     gc.disable()  # a search makes values without cycles, and looking for them took a sixth of its time
     try:
-        result = _Search(space, wanted, after, near_s).run(started)
+        tight = after is not None and after.fits.tight
+        result = _Search(space, wanted, after, near_s, tight=tight).run(started)
+        if result.best is None and result.closest is not None and result.closest.memory.fits and not tight:
+            result = _Search(space, wanted, result, near_s, tight=True).run(started)
     finally:
         if collects:
             gc.enable()
@@ -71,10 +76,12 @@ class _Search:
         wanted: Wanted,
         after: SearchResult | None,
         near_s: Callable[[Choice], float] | None,
+        *,
+        tight: bool,
     ) -> None:
         self.space, self.problem, self.wanted, self.near_s = space, space.problem, wanted, near_s
         self.bounds = after.bounds if after and after.bounds.space.is_alike(space) else Bounds(space)
-        self.fits = after.fits if after else Fits(self.problem)
+        self.fits = after.fits if after and after.fits.tight == tight else Fits(self.problem, tight=tight)
         self.result = SearchResult(fits=self.fits, bounds=self.bounds)
         self.near = 0.0
         """Key up to which all strategies are wanted."""
@@ -125,15 +132,19 @@ class _Search:
             return False
         return not self.wanted.met(step_s, shape.num_gpus)
 
-    def _push(self, step_s: float, shape: Shape, size: int, group: Any) -> None:
-        key = self.problem.key(step_s * SLACK, shape.num_gpus)
+    def _push(self, step_s: float, shape: Shape, size: int, group: Any, *, lacking: int = 0) -> None:
+        """Push a group of which every candidate has at least so many unanchored choices."""
+        key = self.problem.key(step_s * SLACK * self._margin(lacking), shape.num_gpus)
         heapq.heappush(self.heap, (key, 0, (), next(self.order), shape, size, step_s, group))
+
+    def _margin(self, lacking: int) -> float:
+        return 1.0 if self.problem.bold else margin(lacking)
 
     def _push_leaf(self, choice: Choice) -> None:
         self.result.num_feasible += 1
         step_s = self.problem.time(self.problem.strategy(choice)).step_s
         shape = Shape(choice.tensor, choice.pipeline, choice.data, choice.context)
-        key = self.problem.key(step_s, choice.num_gpus)
+        key = key_of(self.problem, choice, step_s)
         entry = key, 1, simplicity(choice), next(self.order), shape, 1, step_s, Found(choice, step_s)
         heapq.heappush(self.heap, entry)
 
@@ -152,7 +163,7 @@ class _Search:
         if result.best is None and (not self.wanted.any or self.wanted.met(found.step_s, found.choice.num_gpus)):
             result.best = found
             if self.near_s is not None:
-                self.near = self.problem.key(self.near_s(found.choice), found.choice.num_gpus)
+                self.near = key_of(self.problem, found.choice, self.near_s(found.choice))
 
     # Opening a group ------------------------------------------------------------------------------------------------
 
@@ -175,7 +186,9 @@ class _Search:
                         self._reject(shape, f"memory {zero}", group.batch.num_recomputes, f"ZeRO {zero}: {TOO_LARGE}")
                         continue
                     step_s = bounds.least_s(group, sharding, offload, least, floor_s=group.floor_s, idle=group.idle)
-                    self._push(step_s, shape, group.batch.num_recomputes, ShardingGroup(group, sharding, offload))
+                    lacking = offload.any + lacks_sharding(shape.tensor, shape.pipeline, zero)
+                    opened = ShardingGroup(group, sharding, offload)
+                    self._push(step_s, shape, group.batch.num_recomputes, opened, lacking=lacking)
 
     def _open_sharding(self, group: ShardingGroup) -> None:
         """Push each schedule, with its own bubble and micro batches in flight."""
@@ -192,7 +205,9 @@ class _Search:
             floor_s = self.bounds.floor_s(shape, micro.sequence_parallel, batch, idle)
             step_s = self.bounds.least_s(micro, sharding, offload, least, floor_s=floor_s, idle=idle)
             configuration = PipelineConfiguration(shape, micro.sequence_parallel, batch.micro, schedule, virtual)
-            self._push(step_s, shape, number, (configuration, group, least))
+            lacking = offload.any + lacks_sharding(shape.tensor, shape.pipeline, sharding.zero)
+            lacking += lacks_schedule(shape.pipeline, schedule, virtual)
+            self._push(step_s, shape, number, (configuration, group, least), lacking=lacking)
 
     def _open_configuration(
         self, configuration: PipelineConfiguration, group: ShardingGroup, least: MinimumRecompute

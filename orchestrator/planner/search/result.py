@@ -8,6 +8,7 @@ from typing import Any
 from orchestrator.planner.problem import Choice, Problem
 from orchestrator.planner.search.bounds import Bounds
 from orchestrator.planner.search.candidates import TooLarge
+from orchestrator.planner.search.likely import LIKELY, fits_probability
 from strategies.pipeline.in_flight import holds_like
 
 INFINITE = float("inf")
@@ -34,15 +35,17 @@ class Fits:
     """Answers of one job on the same GPUs. Neither a link's bandwidth nor what is pinned changes the bytes of a choice: searches
     whose links are slower, or that may offload less, share them."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, *, tight: bool = False) -> None:
+        """`tight`: what is priced to fit will do, however likely it is to run."""
+        self.problem, self.tight = problem, tight
         self._known: dict[tuple[Any, ...], bool] = {}
 
     def __call__(self, choice: Choice) -> bool:
-        """Return whether a choice fits."""
+        """Return whether a choice fits, and is likely to."""
         key = (*choice[:5], holds_like(choice.schedule, choice.virtual), *choice[6:])
         if key not in self._known:
-            self._known[key] = self.problem.memory(self.problem.strategy(choice)).fits
+            memory = self.problem.memory(self.problem.strategy(choice))
+            self._known[key] = memory.fits and (self.tight or fits_probability(self.problem, memory)[0] >= LIKELY)
         return self._known[key]
 
 

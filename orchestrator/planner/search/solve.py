@@ -28,8 +28,8 @@ class Solution:
     price: Price
     search: SearchResult | None = None
     passed_over: Solution | None = None
-    """The best that differs in offload, where there is one: without offload where this one offloads, or a faster one that
-    offloads and whose wider error covers its gain (confidence.choose)."""
+    """A bolder strategy, predicted faster by less than what no published run anchors in it may be wrong; or else, where this one
+    offloads, the best without (reasons/choice.py)."""
 
     @property
     def fits(self) -> bool:
@@ -71,12 +71,8 @@ def solve(
     if problem.built_only:
         _check_built(problem)
     require_candidates(space)
-    found = search(
-        problem,
-        wanted=wanted,
-        after=after,
-        near_s=(lambda choice: _on_slower_links_s(problem, choice)) if near else None,
-    )
+    near_s = (lambda choice: _on_slower_links_s(problem, choice)) if near else None
+    found = search(problem, wanted=wanted, after=after, near_s=near_s)
     choice = found.best.choice if found.best else found.closest.choice if found.closest else None
     assert choice is not None, "a space with candidates has a best or a closest one"
     strategy = problem.strategy(choice)

@@ -60,13 +60,7 @@ def _asked(table: Capacity) -> str:
         )
     if price is not None:
         numbers.append(number(f"${price:,.2f}", "a GPU and hour", "dollars are GPU-hours x this price, used GPUs only"))
-    errors = sorted(
-        {
-            (error_of(cell.best), confidence(cell.best.problem, cell.best.strategy).source)
-            for cell in table.cells
-            if cell.best
-        }
-    )
+    errors = sorted({(error_of(cell.best), confidence(cell.best).source) for cell in table.cells if cell.best})
     if errors:
         low, high = errors[0][0], errors[-1][0]
         span = f"± {low:.0%}" if low == high else f"± {low:.0%} to {high:.0%}"

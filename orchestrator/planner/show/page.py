@@ -13,9 +13,12 @@ from orchestrator.planner.show.words import (
     COMPONENTS,
     TIMES,
     all_degrees_told,
+    between_told,
     bytes_told,
+    cases_told,
     choices_told,
     met_by,
+    probability_told,
     rate_told,
     seconds_told,
     sensitivity_told,
@@ -80,12 +83,17 @@ def page(plan: Plan) -> str:
 
 def _summary(plan: Plan) -> str:
     rates, cost, formulas, s = plan.throughput, plan.cost, headline_formulas(plan), plan.strategy
-    peak = plan.price.memory.peak_bytes
+    peak, known = plan.price.memory.peak_bytes, plan.confidence
     numbers = [
         number(rate_told(rates["tokens_per_second_per_gpu"]), "tokens/s/GPU", formulas["speed"]),
-        number(f"± {plan.confidence['throughput_error']:.0%}", "stated error", formulas["error"]),
+        number(
+            between_told(known["tokens_per_second_per_gpu_low"], known["tokens_per_second_per_gpu_high"]),
+            f"tokens/s/GPU in {cases_told(known['coverage'])}",
+            formulas["error"],
+        ),
         number(f"{rates['mfu']:.1%}", "MFU", formulas["mfu"]),
         number(bytes_told(peak), f"of {bytes_told(plan.price.memory.usable_bytes)} a GPU", formulas["peak"]),
+        number(probability_told(known["fits_probability"]), "cases fit", f"rests on {known['fits_source']}"),
     ]
     if rates["hfu"] > rates["mfu"]:
         numbers.insert(3, number(f"{rates['hfu']:.1%}", "HFU", formulas["hfu"]))

@@ -18,10 +18,13 @@ from orchestrator.planner.show.words import (
     YELLOW,
     all_degrees_told,
     bar,
+    between_told,
     bytes_told,
+    cases_told,
     choices_told,
     met_by,
     painted,
+    probability_told,
     rate_told,
     seconds_told,
     sensitivity_told,
@@ -121,6 +124,7 @@ def _memory(plan: Plan, width: int) -> Iterator[str]:
     over = stage.peak_bytes - budget
     verdict = painted(f"{bytes_told(over)} over", RED) if over > 0 else f"{bytes_told(-over)} free"
     yield f"{bytes_told(stage.peak_bytes)} of {bytes_told(budget)} a GPU{where}, in {stage.peak_phase}; {verdict}"
+    yield f"fits in {probability_told(plan.confidence['fits_probability'])} cases"
     columns = width - MARGIN - 2
     yield stacked([(getattr(stage, name), code) for name, code in COMPONENTS], budget, columns - (5 if over > 0 else 0))
     for name, code in COMPONENTS:
@@ -183,11 +187,14 @@ def _time(plan: Plan, width: int) -> Iterator[str]:
 
 
 def _speed(plan: Plan) -> Iterator[str]:
-    rates = plan.throughput
-    error = plan.confidence["throughput_error"]
+    rates, known = plan.throughput, plan.confidence
+    ends = (known[f"tokens_per_second_per_gpu_{end}"] for end in ("low", "high"))
     yield (
         painted(f"{rate_told(rates['tokens_per_second_per_gpu'])} tokens/s/GPU", BOLD)
-        + f" ± {error:.0%}, {rate_told(rates['tokens_per_second'])} tokens/s, MFU {rates['mfu']:.1%}"
+        + f", {between_told(*ends)} in {cases_told(known['coverage'])}"
+    )
+    yield (
+        f"{rate_told(rates['tokens_per_second'])} tokens/s, MFU {rates['mfu']:.1%}"
         + (f", HFU {rates['hfu']:.1%}" if rates["hfu"] > rates["mfu"] else "")
     )
 

@@ -110,6 +110,28 @@ def rate_told(per_second: float) -> str:
     return f"{per_second:,.0f}" if per_second >= 10 or per_second == 0 else f"{per_second:.2g}"
 
 
+def between_told(low: float, high: float) -> str:
+    """Return "1,600 to 2,200": the ends of an interval to two digits, or three where two would be the same."""
+    digits = 2 if f"{low:.1e}" != f"{high:.1e}" else 3
+
+    def rounded(value: float) -> str:
+        return rate_told(float(f"{value:.{digits - 1}e}"))
+
+    return f"{rounded(low)} to {rounded(high)}"
+
+
+def probability_told(probability: float) -> str:
+    """Return "97 of 100", "over 99 of 100", "under 1 of 100"."""
+    if probability > 0.99:
+        return "over 99 of 100"
+    return "under 1 of 100" if probability < 0.01 else f"{100 * probability:.0f} of 100"
+
+
+def cases_told(coverage: float) -> str:
+    """Return "four of five cases" for 0.8."""
+    return "four of five cases" if coverage == 0.8 else f"{100 * coverage:.0f} of 100 cases"
+
+
 def degrees_told(strategy: Strategy) -> str:
     """Return "tensor 8 x pipeline 4 x data 2", or "one GPU"."""
     degrees = strategy.degrees
