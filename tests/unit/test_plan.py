@@ -481,14 +481,14 @@ def test_a_gain_that_nothing_anchors_is_taken_from_a_multiple_of_the_paired_erro
     taken = planned(**ASKED, objective=objective, strategy={"offload": {"optimizer": "host"}})
     assert not got.strategy.offload.any
     assert unanchored(got.strategy) == ()
-    gain = taken.tokens_per_second / got.tokens_per_second - 1
+    gain = taken.tokens_per_second_per_gpu / got.tokens_per_second_per_gpu - 1
     assert 0 < gain < MULTIPLE * PAIR
     (note,) = [note for note in got.notes if "is predicted" in note]
     assert "no published run anchors" in note
     assert re.search(r"runs of both for \d+ minutes would settle it", note)
     (first, *_) = [one for one in got.alternatives if one.fits]
     assert first.tokens_per_second_per_gpu > got.tokens_per_second_per_gpu
-    assert "faster, and less certain" in first.because
+    assert "less certain by more than that" in first.because
 
 
 def test_offload_is_taken_where_a_target_needs_it() -> None:
@@ -509,7 +509,7 @@ def test_a_gain_of_offload_beyond_the_margin_is_taken_and_the_plan_without_is_to
 
 
 def test_a_tight_plan_says_so_and_names_the_first_step_down() -> None:
-    got = planned(**ASKED | {"model": "opt-13b"})
+    got = planned(**ASKED)
     assert got.price.memory.peak_bytes > 0.97 * got.price.memory.usable_bytes
     (note,) = [note for note in got.notes if note.startswith("tight")]
     assert "of 100 cases" in note

@@ -82,7 +82,7 @@ def alternatives(solution: Solution, *, limit: int) -> list[Alternative]:
             seen.add(choice)
             made.append(_alternative(solution, change, choice, best))
     other = solution.passed_over
-    if other is not None and other.fits:
+    if other is not None and other.fits and other.strategy.offload != solution.strategy.offload:
         made.append(_passed_over(solution, other))
     fast = sorted((one for one in made if one.fits), key=lambda one: -one.tokens_per_second_per_gpu)
     large = sorted((one for one in made if not one.fits), key=lambda one: excess(one.price.memory))
@@ -272,8 +272,12 @@ def _alternative(solution: Solution, change: Change, choice: Choice, best: Choic
 def _passed_over(solution: Solution, other: Solution) -> Alternative:
     """Return the strategy that the choice passed over, which was searched for it."""
     field, words = difference(solution, other)
-    faster = solution.price.time.step_s / other.price.time.step_s - 1
-    speed = f"{faster:.1%} faster, and less certain by more than that" if faster > 0 else f"{-faster:.1%} slower"
+    problem = solution.problem
+    ours, theirs = (problem.key(one.price.time.step_s, one.strategy.num_gpus) for one in (solution, other))
+    gain, better, worse = ours / theirs - 1, "faster", "slower"
+    if problem.objective == "cheapest":
+        better, worse = "cheaper", "dearer"
+    speed = f"{gain:.1%} {better}, and less certain by more than that" if gain > 0 else f"{-gain:.1%} {worse}"
     return Alternative(
         changed=field,
         strategy=other.strategy,
