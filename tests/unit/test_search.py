@@ -55,6 +55,7 @@ def demanded(choice: Choice) -> float:
         choice.pipeline > 1 and choice.virtual > shown.get(choice.schedule, 0),
         choice.zero >= 2 and choice.tensor * choice.pipeline > 1,
         choice.offload != NO_OFFLOAD,
+        choice.context > 1,
     )
     return 1 + MULTIPLE * PAIR * sum(lacks) ** 0.5
 

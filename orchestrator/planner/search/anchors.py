@@ -19,13 +19,14 @@ and told on the others: python -m benchmarks.regret."""
 
 
 def unanchored(choice: Choice | Strategy) -> tuple[str, ...]:
-    """Return which of schedule, sharding and offload no published run shows: what the error bar is widened for."""
+    """Return which of schedule, sharding, offload and context no published run shows: what the error bar is widened for."""
     if isinstance(choice, Strategy):
         choice = as_choice(choice)
     found = {
         "schedule": lacks_schedule(choice.pipeline, choice.schedule, choice.virtual),
         "sharding": lacks_sharding(choice.tensor, choice.pipeline, choice.zero),
         "offload": choice.offload.any,
+        "context": choice.context > 1,
     }
     return tuple(name for name, lacks in found.items() if lacks)
 
@@ -49,6 +50,7 @@ def as_choice(strategy: Strategy) -> Choice:
         schedule=strategy.pipeline_schedule,
         virtual=strategy.num_virtual_stages,
         zero=strategy.zero_stage,
+        context=strategy.context_parallel_degree,
         offload=strategy.offload,
     )
 

@@ -186,7 +186,7 @@ class _Search:
                         self._reject(shape, f"memory {zero}", group.batch.num_recomputes, f"ZeRO {zero}: {TOO_LARGE}")
                         continue
                     step_s = bounds.least_s(group, sharding, offload, least, floor_s=group.floor_s, idle=group.idle)
-                    lacking = offload.any + lacks_sharding(shape.tensor, shape.pipeline, zero)
+                    lacking = offload.any + (shape.context > 1) + lacks_sharding(shape.tensor, shape.pipeline, zero)
                     opened = ShardingGroup(group, sharding, offload)
                     self._push(step_s, shape, group.batch.num_recomputes, opened, lacking=lacking)
 
@@ -205,7 +205,7 @@ class _Search:
             floor_s = self.bounds.floor_s(shape, micro.sequence_parallel, batch, idle)
             step_s = self.bounds.least_s(micro, sharding, offload, least, floor_s=floor_s, idle=idle)
             configuration = PipelineConfiguration(shape, micro.sequence_parallel, batch.micro, schedule, virtual)
-            lacking = offload.any + lacks_sharding(shape.tensor, shape.pipeline, sharding.zero)
+            lacking = offload.any + (shape.context > 1) + lacks_sharding(shape.tensor, shape.pipeline, sharding.zero)
             lacking += lacks_schedule(shape.pipeline, schedule, virtual)
             self._push(step_s, shape, number, (configuration, group, least), lacking=lacking)
 
