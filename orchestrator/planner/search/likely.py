@@ -1,7 +1,7 @@
 """How likely a plan is to fit, from its priced bytes. Pure.
 
-For families built here the traced step says what tensors a rank holds, and what is beside them lies in the range of the reserve's
-constants; no run on a GPU has measured it yet. For others it is what one published source's verdicts show."""
+For what is built here the traced step says what tensors a rank holds, and what is beside them lies in the range of the reserve's
+constants; no run on a GPU has measured it yet. For other stacks it is what one published source's verdicts show."""
 
 from __future__ import annotations
 
