@@ -283,7 +283,11 @@ def main(argv: Sequence[str] | None = None, say: Callable[[str], None] = print) 
         names = ", ".join(f'"{name}"' for name in lacking)
         write(
             {name: f"{value:.3f}" for name, value in numbers.items()}
-            | {"NUM_STACKS": str(known.num_stacks), "ROW": f"{{{row}}}", "UNANCHORED": f"({names})"}
+            | {
+                "NUM_STACKS": str(known.num_stacks),
+                "ROW": f"{{{row}}}",
+                "UNANCHORED": f"({names})  # fmt: skip  # noqa: E501",
+            }
             | {"FIT_CENTER, FIT_SPREAD": f"{center:.3f}, {width:.3f}"}
         )
     if options.plot:
