@@ -499,7 +499,7 @@ def test_offload_is_taken_where_a_target_needs_it() -> None:
 
 
 def test_a_gain_of_offload_beyond_the_margin_is_taken_and_the_plan_without_is_told() -> None:
-    asked = ASKED | {"model": "opt-13b"}
+    asked = ASKED | {"model": "opt-30b", "cluster": "a100-80gb-1x8"}
     got, plain = planned(**asked), planned(**asked, strategy={"offload": "none"})
     assert got.strategy.offload.any
     assert got.tokens_per_second / plain.tokens_per_second - 1 > MULTIPLE * PAIR
