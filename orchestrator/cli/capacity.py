@@ -13,6 +13,7 @@ from orchestrator.cli.errors import CommandError, ExitCode
 if TYPE_CHECKING:
     from clusters.cluster import Cluster
     from orchestrator.models.architecture import Architecture
+    from orchestrator.planner.capacity import Question
 
 _RANGE = re.compile(r"([1-9][0-9]*)\.\.([1-9][0-9]*)")
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -42,6 +43,9 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 @click.option("--target", type=float, metavar="TOKENS/S/GPU", help="Mark what is as fast as this.")
 @click.option("--finish-within", metavar="DURATION", help="Mark what is done in time: 30d.")
 @click.option("--budget-usd", type=float, metavar="USD", help="Mark what costs no more.")
+@click.option(
+    "--rlhf", metavar="CRITIC", help="Plan PPO in place of pretraining, with this model as critic and reward model."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print {cells[], smallest{}}.")
 @click.option("--html", metavar="FILE", help="Write a heat map as one self-contained page.")
 def command(
@@ -58,6 +62,7 @@ def command(
     target: float | None,
     finish_within: str | None,
     budget_usd: float | None,
+    rlhf: str | None,
     as_json: bool,
     html: str | None,
 ) -> int:
@@ -82,6 +87,11 @@ def command(
         )
     sizes, between = _sizes(gpus or f"1..{base.num_gpus if cluster else 64}", base.gpus_per_node)
     archs = [_architecture(name) for name in models]
+    if rlhf is not None:
+        if tokens or target or html:
+            raise CommandError("--rlhf prices one step of PPO", "leave out --tokens, --target and --html")
+        critic = _architecture(rlhf)
+        return _rlhf(archs, critic, [_sized(base, size) for size in sizes], question, as_json)
     table = capacity(archs, sizes, cluster_of=partial(_sized, base), question=question, between=between)
     refused = [cell.refused for cell in table.cells]
     if refused[0] is not None and all(refused):
@@ -98,6 +108,38 @@ def command(
         click.echo("\n".join(told(table)))
     good = [cell.meets if question.has_target else cell.fits for cell in table.cells]
     return ExitCode.DONE if any(good) else ExitCode.DOES_NOT_FIT
+
+
+def _rlhf(
+    archs: list[Architecture], critic: Architecture, clusters: list[Cluster], question: Question, as_json: bool
+) -> int:
+    """Print of each actor and cluster whether a step of PPO fits; half of a sequence is prompt, half response."""
+    from orchestrator.planner.rlhf import Rlhf, best
+
+    half, cells = question.sequence_length // 2, []
+    for arch in archs:
+        rlhf = Rlhf(
+            actor=arch,
+            critic=critic,
+            reference=arch,
+            reward=critic,
+            prompt_tokens=question.sequence_length - half,
+            response_tokens=half,
+            rollouts=question.global_batch_size,
+        )
+        for cluster in clusters:
+            price = best(rlhf, cluster, precision=question.precision)
+            cells.append({"model": arch.name, "num_gpus": cluster.num_gpus, "told": price.told(), **price.to_dict()})
+    if as_json:
+        import json
+
+        click.echo(json.dumps({"version": 1, "critic": critic.name, "cells": cells}, indent=1))
+    else:
+        for cell in cells:
+            verdict = f"{cell['step_s']:,.0f} s a step" if cell["fits"] else "does not fit"
+            size = f"{cell['peak_bytes'] / 2**30:.1f} GiB"
+            click.echo(f"{cell['model']:<12} {cell['num_gpus']:>5} {size:>11} {verdict:>16}  {cell['told']}")
+    return ExitCode.DONE if any(cell["fits"] for cell in cells) else ExitCode.DOES_NOT_FIT
 
 
 def _base(gpu: str | None, cluster: str | None, gpus_per_node: int | None, usd_per_gpu_hour: float | None) -> Cluster:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from orchestrator.cli import main
 from orchestrator.planner.plan import plan
 from orchestrator.planner.show.text import render
 from orchestrator.spec import SpecError, parse_job
@@ -62,3 +65,10 @@ def test_what_cannot_fit_does_not():
 def test_pipelines_are_refused_with_the_reason():
     with pytest.raises(SpecError, match="token by token"):
         made(strategy={"pipeline_parallel_degree": 2})
+
+
+def test_capacity_tells_which_actor_fits_ppo_on_how_many_gpus(capsys):
+    asked = ["capacity", "--model", "opt-13b", "--gpu", "a100-40gb", "--gpus", "1,8", "--sequence-length", "512"]
+    assert main([*asked, "--rlhf", "opt-350m", "--json"]) == 0
+    cells = json.loads(capsys.readouterr().out)["cells"]
+    assert [(cell["num_gpus"], cell["fits"]) for cell in cells] == [(1, False), (8, True)]
