@@ -9,6 +9,7 @@ import pytest
 from benchmarks.fitting import fills, predict
 from benchmarks.oracle import scored
 from benchmarks.published import Case, cases, headline
+from orchestrator.planner import spread
 from strategies.constants import MEMORY, TIME, MemoryConstants, TimeConstants, fitted_names, table
 from strategies.price.roofline import roofline
 from strategies.price.step_time import price_time
@@ -145,3 +146,9 @@ def test_a_row_is_priced_as_its_job_is_planned(case: Case):
 def test_a_roofline_is_kept_for_the_same_model_and_cluster():
     case = cases()[0]
     assert roofline(case.work, case.cluster, case.precision) is roofline(case.work, case.cluster, case.precision)
+
+
+def test_the_table_of_unanchored_constants_is_what_no_published_run_rests_on() -> None:
+    from benchmarks.coverage import unanchored
+
+    assert unanchored() == spread.UNANCHORED, "run python -m benchmarks.coverage --write"

@@ -14,8 +14,8 @@ from strategies.strategy import Strategy
 VIRTUAL_STAGES_SHOWN = 6
 """Most stages a rank of a published run under interleaved_1f1b."""
 MULTIPLE = 1.5
-"""Paired deviations (spread.PAIR) by which an unanchored choice must be faster to be taken. Tuned on half of the published groups
-and told on the others: python -m benchmarks.regret."""
+"""Paired deviations (spread.PAIR) by which an unanchored choice must be faster to be taken. Assumed: no simulation of what other
+multiples earn has tuned it yet."""
 
 
 def unanchored(choice: Choice | Strategy) -> tuple[str, ...]:
