@@ -25,9 +25,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "service.sqlite")
         insert = (
-            "INSERT INTO jobs (name, user, text, digest, state, cause, priority, preemptible, submitted_s, since_s,"
+            "INSERT INTO jobs (name, user, text, digest, folder, state, cause, priority, preemptible, submitted_s, since_s,"
             " queued_s, num_gpus, num_nodes, wall_s, wall_error)"
-            " VALUES (?, ?, ?, ?, 'planned', '', ?, 1, 0, 0, ?, 4, 1, 9e3, 0.2)"
+            " VALUES (?, ?, ?, ?, '', 'planned', '', ?, 1, 0, 0, ?, 4, 1, 9e3, 0.2)"
         )
         store._db.execute("BEGIN")
         text = "name: job\n" * 50

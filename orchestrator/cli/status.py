@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from orchestrator.cli.chain import rows_of
-from orchestrator.cli.errors import ExitCode
+from orchestrator.cli.errors import CommandError, ExitCode
+from orchestrator.cli.remote import asked_server, server_option, service, show_job
 from orchestrator.cli.runs import chain_folder, chain_folders, directory_option, run_folder, run_folders
 
 if TYPE_CHECKING:
@@ -24,9 +25,17 @@ WIDE = 200
 @click.command("status")
 @click.argument("run", required=False)
 @directory_option
+@server_option
 @click.option("--json", "as_json", is_flag=True, help="Print a list of {name, state, step, steps, loss, ...}.")
-def command(run: str | None, directory: str, as_json: bool) -> int:
-    """Shows how far RUN is, a name or a run folder, or how far each link of a chain is; without it, all runs of the directory."""
+def command(run: str | None, directory: str, server: str | None, as_json: bool) -> int:
+    """Shows how far RUN is, a name or a run folder, or how far each link of a chain is; without it, all runs of the directory.
+    With a service: a job of it."""
+    if (url := asked_server(server)) is not None:
+        if run is None:
+            raise CommandError("status of a service is that of one job", "name it; `shardwise list` shows all")
+        with service(url) as client:
+            show_job(client.job(run), as_json=as_json)
+        return ExitCode.DONE
     chain = None if run is None else chain_folder(run, directory)
     if chain is not None:
         rows = rows_of(chain)

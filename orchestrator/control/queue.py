@@ -80,6 +80,8 @@ class Start(NamedTuple):
     gpus: tuple[Gpu, ...]
     backfilled: bool
     cause: str
+    ends_s: float | None
+    """Latest end by the plan and its stated error."""
 
 
 class Preemption(NamedTuple):
@@ -251,8 +253,8 @@ class _Pass:
     def _start(self, job: Waiting, gpus: tuple[Gpu, ...], *, backfilled: bool, cause: str) -> None:
         self.free = without(self.free, gpus)
         self.in_use[job.user] += job.num_gpus
-        self.starts.append(Start(job.name, gpus, backfilled, cause))
         ends_s = None if job.bound_s is None else self.now + job.bound_s
+        self.starts.append(Start(job.name, gpus, backfilled, cause, ends_s))
         self.running.append(Running(job.name, job.user, gpus, job.priority, ends_s, preemptible=False))
 
     def _never(self, job: Waiting) -> str | None:

@@ -86,6 +86,8 @@ def run_job(
     acting.refuse_unbuilt(job)
     clock = Clock(time.monotonic() if began_s is None else began_s)
     refuse_incomplete(job)
+    if asked := ", ".join(sorted(job.queue.model_fields_set)):
+        view.note(f"queue     {asked}: acts under `shardwise serve` alone; this run starts at once")
     nodes = None if address is None else nodes_at(address)
     here = job.resolved_cluster
     cluster = here or (discovered() if nodes is None or address is None else cluster_at(nodes, address))

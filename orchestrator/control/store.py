@@ -20,12 +20,12 @@ from orchestrator.control.lifecycle import DRIVEN, ENDED, MOVES, STOPPED_AS, WAI
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
   id INTEGER PRIMARY KEY AUTOINCREMENT,
-  name TEXT NOT NULL UNIQUE, user TEXT NOT NULL, text TEXT NOT NULL, digest TEXT NOT NULL,
+  name TEXT NOT NULL UNIQUE, user TEXT NOT NULL, text TEXT NOT NULL, digest TEXT NOT NULL, folder TEXT NOT NULL,
   state TEXT NOT NULL, cause TEXT NOT NULL, asked TEXT,
   priority INTEGER NOT NULL, preemptible INTEGER NOT NULL, max_wait_s REAL,
   submitted_s REAL NOT NULL, since_s REAL NOT NULL, queued_s REAL NOT NULL,
   offer TEXT, num_gpus INTEGER, num_nodes INTEGER, wall_s REAL, wall_error REAL,
-  token INTEGER NOT NULL DEFAULT 0, lease_s REAL, holder TEXT, started_s REAL, backfilled INTEGER NOT NULL DEFAULT 0,
+  token INTEGER NOT NULL DEFAULT 0, lease_s REAL, holder TEXT, started_s REAL, ends_s REAL, backfilled INTEGER NOT NULL DEFAULT 0,
   num_lost INTEGER NOT NULL DEFAULT 0,
   step INTEGER NOT NULL DEFAULT 0, num_steps INTEGER, loss REAL, tokens_per_second_per_gpu REAL, saved_s REAL
 );
@@ -57,6 +57,8 @@ class Row(NamedTuple):
     name: str
     user: str
     digest: str
+    folder: str
+    """The run's folder."""
     state: str
     cause: str
     """Cause of the last transition, one sentence."""
@@ -84,6 +86,8 @@ class Row(NamedTuple):
     holder: str | None
     """The supervisor, as `process:start time`."""
     started_s: float | None
+    ends_s: float | None
+    """Latest end by the plan and its stated error, as of the start."""
     backfilled: int
     num_lost: int
     """Supervisors lost since the job last trained."""
@@ -234,6 +238,7 @@ class Store:
         text: str,
         digest: str,
         now: float,
+        folder: str = "",
         priority: int = 0,
         preemptible: bool = True,
         max_wait_s: float | None = None,
@@ -261,9 +266,9 @@ class Store:
                         fix="cancel some, or wait until they end",
                     )
             cursor = db.execute(
-                "INSERT INTO jobs (name, user, text, digest, state, cause, priority, preemptible, max_wait_s, submitted_s,"
-                " since_s, queued_s, num_steps) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (name, user, text, digest, State.QUEUED, "submitted", priority, preemptible, max_wait_s, now, now, now,
+                "INSERT INTO jobs (name, user, text, digest, folder, state, cause, priority, preemptible, max_wait_s,"
+                " submitted_s, since_s, queued_s, num_steps) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (name, user, text, digest, folder, State.QUEUED, "submitted", priority, preemptible, max_wait_s, now, now, now,
                  num_steps),
             )  # fmt: skip
             _event(db, int(cursor.lastrowid or 0), now, State.QUEUED, "submitted", {"user": user})
@@ -327,6 +332,7 @@ class Store:
         now: float,
         *,
         lease_s: float,
+        ends_s: float | None = None,
         backfilled: bool = False,
     ) -> int:
         """Give a planned job its GPUs and return the token of its new supervisor. Fenced where job or GPUs are gone."""
@@ -342,17 +348,18 @@ class Store:
             token = job.token + 1
             _moved(
                 db, job, State.PLACING, cause, now, details={"gpus": taken, "token": token},
-                token=token, lease_s=now + lease_s, started_s=now, backfilled=backfilled,
+                token=token, lease_s=now + lease_s, started_s=now, ends_s=ends_s, backfilled=backfilled,
             )  # fmt: skip
         return token
 
-    def lost(self, name: str, token: int, to: State, cause: str, now: float) -> None:
-        """Take a job whose lease ran out away from its supervisor, which is fenced from then on. Fenced where it was renewed."""
+    def lost(self, name: str, token: int, to: State, cause: str, now: float, *, is_dead: bool = False) -> None:
+        """Take a job away from a supervisor that is known to be dead or whose lease ran out, and which is fenced from then on.
+        Fenced where the lease was renewed."""
         with self._transaction() as db:
             job = self._driven(name, token)
-            if job.lease_s is None or job.lease_s > now:
+            if not is_dead and (job.lease_s is None or job.lease_s > now):
                 raise Fenced(f"the lease of {name} was renewed")
-            if job.asked is not None and to is State.QUEUED:
+            if job.asked is not None:
                 to = STOPPED_AS[Ask(job.asked)]
             _moved(db, job, to, cause, now, token=token + 1, num_lost=job.num_lost + 1)
 
@@ -402,7 +409,7 @@ def _moved(
         (held,) = db.execute("SELECT count(*) FROM gpus WHERE job = ?", (job.id,)).fetchone()
         _charge(db, job.user, held * max(0.0, now - (job.started_s or now)), now)
         db.execute("DELETE FROM gpus WHERE job = ?", (job.id,))
-        changes |= {"asked": None, "lease_s": None, "holder": None, "started_s": None, "backfilled": 0}
+        changes |= {"asked": None, "lease_s": None, "holder": None, "started_s": None, "ends_s": None, "backfilled": 0}
     _update(db, job.id, changes)
     _event(db, job.id, now, to, cause, {"from": job.state, **(details or {})})
 

@@ -117,6 +117,7 @@ ACTS: Mapping[str, str] = {
     "checkpoint.keep": "orchestrator.training.worker:settings_of",
     "recovery.max_restarts": "orchestrator.control.recovery:on_failure",
     "recovery.on_oom": "orchestrator.control.recovery:on_failure",
+    **{f"queue.{word}": "orchestrator.control.controller:submit" for word in ("priority", "preemptible", "max_wait")},
 }
 """Field, dotted -> the function or class that acts on it in a run, `module:name`; its source speaks of the field."""
 

@@ -19,6 +19,7 @@ from orchestrator.spec.sections import (
     ClusterSpec,
     DataSpec,
     ModelSpec,
+    QueueSpec,
     RecoverySpec,
     Section,
     StrategySpec,
@@ -70,6 +71,8 @@ class Job(Section):
     """When and where the state is saved."""
     recovery: RecoverySpec = Field(default_factory=DEFAULTS, validate_default=True, examples=[{"max_restarts": 10}])
     """What is done about a failure."""
+    queue: QueueSpec = Field(default_factory=DEFAULTS, validate_default=True, examples=[{"priority": 10}])
+    """How the job waits where many share a cluster."""
 
     _directory: Path = PrivateAttr(default=Path())
     _file: str = PrivateAttr(default=MAPPING)
@@ -199,7 +202,7 @@ class Job(Section):
 
     def trajectory_difference(self, other: Job) -> list[str]:
         """The keys that keep one job from going on where the other stopped, dotted. Strategy, cluster, targets,
-        checkpoint, recovery and the length of the training may differ."""
+        checkpoint, recovery, queue and the length of the training may differ."""
         mine, theirs = _flat(_trajectory(self)), _flat(_trajectory(other))
         return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 

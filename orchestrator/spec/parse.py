@@ -26,15 +26,19 @@ def load_job(path: str | os.PathLike[str]) -> Job:
     """The job in a YAML file. SpecError holds every fault with its line and column."""
     from orchestrator.spec.source import read_document
 
-    document = read_document(Path(path))
+    return job_of(read_document(Path(path)), directory=Path(path).parent, name=str(path))
+
+
+def job_of(document: Document, *, directory: Path, name: str) -> Job:
+    """The job in a document that was read already; its relative paths start at `directory`, and faults are told under `name`."""
     if "chain" in document.value:
         told = "`chain` makes this file a chain of jobs, and one job is wanted here"
         fault = Fault(path=("chain",), message=told, fix="validate, plan, run and status read chains", of_key=True)
-        raise SpecError(located([fault], document, str(path)))
-    job, faults = _job(document.value, Path(path).parent, document.faults)
+        raise SpecError(located([fault], document, name))
+    job, faults = _job(document.value, directory, document.faults)
     if job is not None and not faults:
-        return _from(job, _file=str(path), _spots=document.value_spots)
-    raise SpecError(located(faults, document, str(path)))
+        return _from(job, _file=name, _spots=document.value_spots)
+    raise SpecError(located(faults, document, name))
 
 
 def located(faults: Iterable[Fault], document: Document, file: str) -> list[ErrorEntry]:

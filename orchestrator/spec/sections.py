@@ -379,3 +379,14 @@ class RecoverySpec(Section):
     on_loss_spike: Literal["stop", "rollback"] | None = Field(default=None, examples=["rollback"])
     """The loss jumped: give up, or go back and pass over the batches. Neither is built. Absent: a loss that is not finite stops
     the run, any other goes on."""
+
+
+class QueueSpec(Section):
+    """How the job waits where many share a cluster. Acts under `shardwise serve`; `run` starts at once, and says so."""
+
+    priority: Annotated[int, Field(ge=-100, le=100)] = Field(default=0, examples=[10])
+    """Jobs of a higher priority come first, and preempt those of a lower one; -100 to 100."""
+    preemptible: bool = Field(default=True, examples=[False])
+    """Whether it may be stopped, after a checkpoint, to make room for a job that comes first; it then waits again."""
+    max_wait: Seconds | None = Field(default=None, examples=["2d"])
+    """Longest wait for its first start; after it the job fails. Absent: it waits as long as it takes."""

@@ -65,19 +65,20 @@ def read_document(path: Path) -> Document:
     try:
         return parse_document(_text_of(path))
     except _Stop as stop:
-        fault = stop.fault
-        whole_file = not path.is_file()
-        raise SpecError(
-            [
-                {
-                    "file": str(path),
-                    "line": None if whole_file else fault.line,
-                    "column": None if whole_file else fault.column,
-                    "message": fault.message,
-                    "fix": fault.fix,
-                }
-            ]
-        ) from None
+        raise _refused(stop.fault, str(path), whole_file=not path.is_file()) from None
+
+
+def document_of(data: bytes, name: str) -> Document:
+    """The YAML mapping in bytes that came under a name; SpecError says what is wrong with them as such."""
+    try:
+        return parse_document(_decoded(data))
+    except _Stop as stop:
+        raise _refused(stop.fault, name) from None
+
+
+def _refused(fault: Fault, name: str, *, whole_file: bool = False) -> SpecError:
+    line, column = (None, None) if whole_file else (fault.line, fault.column)
+    return SpecError([{"file": name, "line": line, "column": column, "message": fault.message, "fix": fault.fix}])
 
 
 def _text_of(path: Path) -> str:
@@ -92,6 +93,10 @@ def _text_of(path: Path) -> str:
         raise _Stop("there is no such job", _known_files(path)) from None
     except OSError as error:
         raise _Stop(f"it cannot be read: {error.strerror}", "check the path and its permissions") from None
+    return _decoded(data)
+
+
+def _decoded(data: bytes) -> str:
     if len(data) > MAX_BYTES:
         raise _Stop(
             f"the file is larger than {MAX_BYTES // 1024} KiB, so it is not a job",

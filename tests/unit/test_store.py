@@ -280,8 +280,8 @@ def test_a_page_and_a_submission_do_not_grow_with_the_number_of_jobs(store):
         return page, by_state, steps(lambda: submit(store, f"new-{number}", most_waiting=None))
 
     insert = (
-        "INSERT INTO jobs (name, user, text, digest, state, cause, priority, preemptible, submitted_s, since_s, queued_s)"
-        " VALUES (?, 'ada', '', '', 'queued', 'submitted', 0, 1, 0, 0, 0)"
+        "INSERT INTO jobs (name, user, text, digest, folder, state, cause, priority, preemptible, submitted_s, since_s, queued_s)"
+        " VALUES (?, 'ada', '', '', '', 'queued', 'submitted', 0, 1, 0, 0, 0)"
     )
     store._db.executemany(insert, [(f"job-{number}",) for number in range(300)])
     few = measure(1)
