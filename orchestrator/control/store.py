@@ -70,7 +70,7 @@ class Row(NamedTuple):
     since_s: float
     """Time of the last transition."""
     queued_s: float
-    """Time at which the job last entered the queue."""
+    """Time from which the job's place in the queue counts: submitted, or resumed."""
     offer: str | None
     """The GPUs that the plan was made for."""
     num_gpus: int | None
@@ -401,7 +401,7 @@ def _moved(
 ) -> None:
     """The transition and its event, inside the caller's transaction."""
     changes = {"state": to, "cause": cause, "since_s": now} | changes
-    if to in WAITING and State(job.state) not in WAITING:
+    if to in WAITING and State(job.state) not in WAITING | DRIVEN:  # what was preempted or lost keeps its place
         changes["queued_s"] = now
     if to is State.QUEUED:
         changes |= {"offer": None}

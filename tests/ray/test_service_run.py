@@ -75,7 +75,7 @@ def service(tmp_path):
     made.end()
 
 
-def until(what: Callable[[], bool], within_s: float = 120.0) -> None:
+def until(what: Callable[[], bool], within_s: float = 240.0) -> None:
     deadline = time.monotonic() + within_s
     while not what():
         assert time.monotonic() < deadline, "it did not come to that"

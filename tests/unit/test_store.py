@@ -101,6 +101,7 @@ def test_two_never_drive_one_job(store, tmp_path):
         store.lost("a", old, State.QUEUED, "silent", 11.0)
     store.lost("a", old, State.QUEUED, "silent", 12.5)
     assert store.gpus() == {}
+    assert store.job("a").queued_s == 1.0, "it keeps its place"
     store.move("a", State.PLANNED, "planned", 13.0)
     new = store.start("a", GPUS, "again", 13.0, lease_s=10.0)
     assert new > old
