@@ -126,7 +126,7 @@ def test_pause_resume_and_cancel_are_answered_with_the_job(client):
         (JOB + "colour: red\n", "colour"),
         (JOB.replace("steps: 30, ", ""), "no length"),
         (JOB.replace("corpus/*.txt", "nowhere.txt"), "nowhere.txt does not exist"),
-        (JOB + "task: ppo\n", "not built"),
+        (JOB + "recovery: {on_loss_spike: rollback}\n", "nothing looks for a jump"),
     ],
 )
 def test_a_job_with_faults_is_refused_with_where_and_what(client, text, told):
