@@ -166,7 +166,7 @@ def test_four_workers_on_four_hosts_have_the_losses_of_one_machine_bit_for_bit(s
 def test_a_ray_without_tokens_is_refused(shared):
     with Hosts(1, shared=shared) as hosts:
         ray = Ray(hosts, shared, cores=2, auth="disabled")
-        refused = ray.run(0, job(shared, "open", nodes=1, per_node=2))
+        refused = ray.run(0, job(shared, "open", nodes=1, per_node=4))
     assert refused.returncode == 2, refused.stderr
     assert "takes commands from anyone who reaches it" in refused.stderr
     assert not (shared / "runs").exists()
