@@ -1,4 +1,4 @@
-"""Chains on the command line: the plans of all links, their runs one after the other, how far each is."""
+"""Chains on the command line: the plans of all links, and their runs one after the other."""
 
 from __future__ import annotations
 
@@ -13,13 +13,9 @@ from orchestrator.cli.errors import ExitCode
 from orchestrator.planner.show.words import bytes_told, length_told, strategy_told
 
 if TYPE_CHECKING:
-    from orchestrator.control.folder import RunFolder
     from orchestrator.planner.plan import Plan
     from orchestrator.spec import Job
     from orchestrator.spec.chain import Chain
-
-CHAIN = "chain.json"
-"""File in the folder of a chain's runs: the links and their lengths, for who looks before they have begun."""
 
 
 def show_plans(chain: Chain, *, as_json: bool, top: int) -> int:
@@ -71,7 +67,8 @@ def _sum(values: list[float | None]) -> float | None:
 def run_chain(chain: Chain, *, fresh: bool, metrics_port: int | None, as_json: bool) -> int:
     """Run the links, or go on with the first that is not at its end. What is refused of any of them is refused before the first
     begins; a link that does not come to its end ends the chain, and the same command goes on with it."""
-    from orchestrator.cli.run import process_began, run_one, say
+    from orchestrator.cli.foreground import process_began, run_one, say
+    from orchestrator.cli.runs import write_links
     from orchestrator.control.refusals import refuse_incomplete
     from orchestrator.spec import acting
 
@@ -130,37 +127,3 @@ def is_done(job: Job, runs: Path) -> bool:
         return False
     _told_refusal(folder.check_continuation, job)
     return True
-
-
-def write_links(chain: Chain) -> None:
-    """Leave in the folder of the runs what links there will be."""
-    from clusters.files import write_atomically
-
-    chain.runs.mkdir(parents=True, exist_ok=True)
-    links = [{"name": job.name, "task": job.task, "steps": job.num_steps} for job in chain.links]
-    write_atomically(chain.runs / CHAIN, json.dumps({"chain": chain.name, "links": links}, indent=1))
-
-
-def links_of(folder: Path) -> list[tuple[str, int | None]]:
-    """(name, steps) of each link of the chain whose runs lie in a folder. Empty: it is no chain's."""
-    try:
-        told = json.loads((folder / CHAIN).read_text(encoding="utf-8"))
-        return [(str(link["name"]), link["steps"]) for link in told["links"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The status of each link of a chain, in their order; of one that has not begun, what is known."""
-    from orchestrator.cli.status import status
-    from orchestrator.control.folder import RunFolder
-
-    rows = []
-    for name, steps in links_of(folder):
-        run: RunFolder = RunFolder(folder / name)
-        begun = run.job.exists() or run.events.exists()
-        row = status(run) | {"name": f"{folder.name}/{name}"}
-        if not begun:
-            row |= {"state": "not begun", "steps": steps}
-        rows.append(row)
-    return rows

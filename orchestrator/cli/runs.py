@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from orchestrator.cli.chain import links_of
 from orchestrator.cli.errors import CommandError, ExitCode
 
 if TYPE_CHECKING:
     from orchestrator.control.folder import RunFolder
+    from orchestrator.spec.chain import Chain
+
+CHAIN = "chain.json"
+"""File in the folder of a chain's runs: the links and their lengths, for who looks before they have begun."""
+
 
 directory_option: Callable[[Any], Any] = click.option(
     "--directory", default="runs", show_default=True, metavar="FOLDER", help="Parent of the run folders."
@@ -52,3 +57,21 @@ def chain_folders(directory: str) -> list[Path]:
 def chain_folder(run: str, directory: str) -> Path | None:
     """The folder of a chain by its name or path; None where it is no chain's."""
     return next((path for path in (Path(directory) / run, Path(run)) if links_of(path)), None)
+
+
+def write_links(chain: Chain) -> None:
+    """Leave in the folder of the runs what links there will be."""
+    from clusters.files import write_atomically
+
+    chain.runs.mkdir(parents=True, exist_ok=True)
+    links = [{"name": job.name, "task": job.task, "steps": job.num_steps} for job in chain.links]
+    write_atomically(chain.runs / CHAIN, json.dumps({"chain": chain.name, "links": links}, indent=1))
+
+
+def links_of(folder: Path) -> list[tuple[str, int | None]]:
+    """(name, steps) of each link of the chain whose runs lie in a folder. Empty: it is no chain's."""
+    try:
+        told = json.loads((folder / CHAIN).read_text(encoding="utf-8"))
+        return [(str(link["name"]), link["steps"]) for link in told["links"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from orchestrator.cli.chain import rows_of
 from orchestrator.cli.errors import CommandError, ExitCode
 from orchestrator.cli.remote import asked_server, server_option, service, show_job
-from orchestrator.cli.runs import chain_folder, chain_folders, directory_option, run_folder, run_folders
+from orchestrator.cli.runs import chain_folder, chain_folders, directory_option, links_of, run_folder, run_folders
 
 if TYPE_CHECKING:
     from orchestrator.control.folder import RunFolder
@@ -113,3 +113,18 @@ def status(folder: RunFolder) -> dict[str, Any]:
         "on_cpu": plan.get("cluster", {}).get("gpu") == "cpu",
         "directory": str(folder.path.resolve()),
     }
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The status of each link of a chain, in their order; of one that has not begun, what is known."""
+    from orchestrator.control.folder import RunFolder
+
+    rows = []
+    for name, steps in links_of(folder):
+        run: RunFolder = RunFolder(folder / name)
+        begun = run.job.exists() or run.events.exists()
+        row = status(run) | {"name": f"{folder.name}/{name}"}
+        if not begun:
+            row |= {"state": "not begun", "steps": steps}
+        rows.append(row)
+    return rows

@@ -142,8 +142,8 @@ class Requests:
     shard_rank: int = 0
     shard_group: Any = None
     replica_group: Any = None
-    adam: Callable[..., Any] | None = None
-    """Makes the optimizer of offloaded states; None: all states stay on the device."""
+    adam: Callable[[Build, torch.device, torch.dtype], Any] | None = None
+    """Makes another optimizer than AdamW with 32-bit moments on the device, from a build, device and dtype of the states."""
     homes: Callable[[Build], Any] | None = None
     """Makes the streams of whole parameters that live on the host or in files; None: they stay on the device."""
     fsdp_offload: Any = None

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
+import torch
 from torch.distributed.fsdp import CPUOffloadPolicy
 
 from strategies.engines.engine import Build
@@ -54,13 +53,13 @@ def apply(build: Build) -> Build:
     elif offload.parameters != "none":
         requests = replace(requests, homes=homes(to_file=offload.parameters == "nvme"))
     if offload.optimizer == "nvme" or (offload.optimizer == "host" and not shards_on_host):
-        requests = replace(requests, adam=partial(_adam, build=build))
+        requests = replace(requests, adam=_adam)
     if offload.activations == "host":
         activations.move(build)
     return replace(build, requests=requests)
 
 
-def _adam(settings: Any, device: Any, dtype: Any, *, build: Build) -> Adam:
+def _adam(build: Build, device: torch.device, dtype: torch.dtype) -> Adam:
     sizes = {name: parameter.shape for name, parameter in build.module.named_parameters() if parameter.requires_grad}
     fraction = build.strategy.offload.optimizer_fraction
     # Every rank that holds a parameter, or the same part of one, must step it in the same place: two processors round
@@ -76,7 +75,7 @@ def _adam(settings: Any, device: Any, dtype: Any, *, build: Build) -> Adam:
         wide = max(4, DTYPES[build.precision].itemsize)
         rows = [-(-sizes[name][0] // shards) * (sizes[name].numel() // sizes[name][0]) for name in away]
         file = ScratchFile(sum(3 * padded(count * wide) for count in rows))
-    return OffloadedAdam(settings, device, dtype, away=away, file=file)
+    return OffloadedAdam(build.optimizer, device, dtype, away=away, file=file)
 
 
 def chosen(sizes: Mapping[str, int], fraction: float) -> frozenset[str]:

@@ -38,6 +38,7 @@ from dataclasses import replace
 
 from strategies.engines.engine import Build
 from strategies.rooms import impossible
+from strategies.zero.adam8 import BlockAdam
 from strategies.zero.buckets import BucketStates
 from strategies.zero.fsdp import FsdpStates
 
@@ -64,6 +65,7 @@ def apply(build: Build) -> Build:
     mesh = build.mesh
     requests = replace(
         build.requests,
+        adam=BlockAdam if build.optimizer.name == "adamw_8bit" else None,
         make_states=FsdpStates if strategy.zero_stage >= 2 else BucketStates,
         num_shards=mesh.sizes["shard"],
         num_replicas=mesh.sizes["replicate"],

@@ -201,14 +201,10 @@ class Adam:
 
 
 def make_adam(build: Build, device: torch.device, dtype: torch.dtype) -> Adam:
-    """Return the optimizer of a build, which an offload may have asked for."""
+    """Return the optimizer of a build: what a room asked for, or AdamW with 32-bit moments on the device."""
     if build.requests.adam is not None:
-        offloaded: Adam = build.requests.adam(build.optimizer, device, dtype)
-        return offloaded
-    if build.optimizer.name == "adamw_8bit":
-        from strategies.zero.adam8 import BlockAdam
-
-        return BlockAdam(build, device, dtype)
+        asked: Adam = build.requests.adam(build, device, dtype)
+        return asked
     return Adam(build.optimizer, device, dtype)
 
 

@@ -137,7 +137,7 @@ def test_run_refuses_a_later_link_before_the_first_begins(tmp_path, capsys, monk
 
 def test_status_shows_links_that_have_not_begun(tmp_path, capsys, monkeypatch):
     chain = load(written(tmp_path), directory=tmp_path / "runs")
-    monkeypatch.setattr("orchestrator.cli.run.run_one", lambda job, **_: {"exit_code": 1, "ending": "failed"})
+    monkeypatch.setattr("orchestrator.cli.foreground.run_one", lambda job, **_: {"exit_code": 1, "ending": "failed"})
     assert run_chain(chain, fresh=False, metrics_port=None, as_json=True) == 1
     capsys.readouterr()
     for arguments in (["status", "small-chat"], ["status"]):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.run import say, summary
+from orchestrator.cli.foreground import say, summary
 from orchestrator.cli.screen import Screen
 from orchestrator.control.folder import RunFolder
 from orchestrator.control.run import RunResult

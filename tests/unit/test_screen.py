@@ -12,8 +12,8 @@ import time
 import pytest
 
 from orchestrator.cli import main
+from orchestrator.cli.foreground import interrupts
 from orchestrator.cli.outlet import Outlet, silence
-from orchestrator.cli.run import interrupts
 from orchestrator.cli.screen import Screen
 from orchestrator.control.supervisor import Stop
 from orchestrator.spec import parse_job
