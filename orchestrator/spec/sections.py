@@ -327,7 +327,7 @@ class StrategySpec(Section):
     attention: Attention | None = Field(default=None, examples=["flash"])
     """Kernel of the attention. flash keeps no scores, math writes them out; fused_softmax is priced, not built."""
     fused_norm: bool | None = Field(default=None, examples=[False])
-    """One kernel for each norm. Priced, not built."""
+    """One kernel for each norm: priced, not built. A job that writes it is priced as the stacks of published runs are."""
     compile: bool | None = Field(default=None, examples=[False])
     """torch.compile of each block."""
 
