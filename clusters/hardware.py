@@ -89,6 +89,8 @@ class Calibration:
     """Relative errors that finished runs showed."""
     throughput_ratio: float | None = None
     """Measured over predicted tokens per second of finished runs, their geometric mean."""
+    throughput_deviation: float | None = None
+    """Standard deviation of the logarithm of that ratio between runs; absent with one run."""
     num_runs: int = 0
     source: str = ""
 

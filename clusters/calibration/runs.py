@@ -20,7 +20,7 @@ PRIOR_ERROR = {"tokens_per_second": 0.30, "peak_bytes": 0.05}
 PRIOR_RUNS = 3
 """How many runs the prior counts for: one lucky run does not make a model exact."""
 FIELDS = {"tokens_per_second": "throughput_error", "peak_bytes": "memory_error"}
-ERRORS = ("throughput_error", "memory_error", "throughput_ratio", "num_runs")
+ERRORS = ("throughput_error", "memory_error", "throughput_ratio", "throughput_deviation", "num_runs")
 """Fields of a calibration that the runs of its file decide."""
 KEPT_RUNS = 1000
 
@@ -53,7 +53,10 @@ def with_run(
         if errors:
             calibration[field] = round(stated_error(errors, prior=PRIOR_ERROR[name]), 4)
             if name == "tokens_per_second":
-                calibration["throughput_ratio"] = round(statistics.geometric_mean(1 + error for error in errors), 4)
+                ratios = [math.log(1 + error) for error in errors]
+                calibration["throughput_ratio"] = round(math.exp(statistics.fmean(ratios)), 4)
+                if len(ratios) > 1:
+                    calibration["throughput_deviation"] = round(statistics.stdev(ratios), 4)
     return {**mapping, "calibration": calibration, "runs": runs}
 
 

@@ -16,6 +16,7 @@ from orchestrator.control.folder import RunFolder
 from orchestrator.planner import spread
 from orchestrator.planner.plan import plan
 from orchestrator.planner.reasons.confidence import kind_of
+from orchestrator.planner.show.text import render
 from orchestrator.spec import parse_job
 from orchestrator.telemetry.records import Event, StepReport, append
 from tests.unit.test_clusters import CPU_RATES
@@ -89,6 +90,17 @@ def test_a_run_on_this_machine_moves_and_narrows_the_interval(tmp_path, machine)
     assert after["tokens_per_second_per_gpu_low"] < 0.7 * speed < after["tokens_per_second_per_gpu_high"] < speed
     assert after["memory_error"] == pytest.approx(stated_error([0.0], prior=0.05), abs=1e-4)
     assert "1 finished run here: -30.0% measured" in after["source"]
+
+
+def test_runs_that_differ_from_each_other_narrow_little_and_are_told(tmp_path, machine):
+    made = planned(tmp_path)
+    for part in (0.05, 0.06, 0.08):
+        lessons.record(made, ran(tmp_path / f"{part}", [part * made.tokens_per_second_per_gpu] * 7), 0)
+    after = planned(tmp_path)
+    low, high = (after.confidence[f"tokens_per_second_per_gpu_{end}"] for end in ("low", "high"))
+    assert high / low > 0.08 / 0.05  # the runs' own spread, not that of runs on a quiet machine
+    assert high < after.tokens_per_second_per_gpu
+    assert "the 3 finished runs here reached 6% of what was planned" in render(after)
 
 
 def test_runs_as_promised_narrow_the_error_to_that_of_one_run(tmp_path, machine):

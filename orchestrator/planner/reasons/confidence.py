@@ -95,6 +95,7 @@ def _belief(problem: Problem, strategy: Strategy) -> tuple[str, Belief]:
     origin = measured.source if measured is not None else f"catalog: {gpu.source}"
     if measured is not None and measured.throughput_ratio is not None:
         runs = f"{measured.num_runs} finished run{'' if measured.num_runs == 1 else 's'}"
+        own = max(own, measured.throughput_deviation or 0.0)  # a machine whose load changes tells less by each run
         belief = spread.after_runs(
             stack, own, spread.NUM_STACKS, mean=math.log(measured.throughput_ratio), num_runs=measured.num_runs
         )

@@ -188,11 +188,16 @@ def _time(plan: Plan, width: int) -> Iterator[str]:
 
 def _speed(plan: Plan) -> Iterator[str]:
     rates, known = plan.throughput, plan.confidence
-    ends = (known[f"tokens_per_second_per_gpu_{end}"] for end in ("low", "high"))
+    speed = rates["tokens_per_second_per_gpu"]
+    ends = [known[f"tokens_per_second_per_gpu_{end}"] for end in ("low", "high")]
     yield (
-        painted(f"{rate_told(rates['tokens_per_second_per_gpu'])} tokens/s/GPU", BOLD)
+        painted(f"{rate_told(speed)} tokens/s/GPU", BOLD)
         + f", {between_told(*ends)} in {cases_told(known['coverage'])}"
     )
+    learned = plan.cluster.calibration
+    if learned is not None and learned.throughput_ratio is not None and not ends[0] <= speed <= ends[1]:
+        runs = "the finished run" if learned.num_runs == 1 else f"the {learned.num_runs} finished runs"
+        yield f"{runs} here reached {learned.throughput_ratio:.0%} of what was planned, which moves those cases"
     yield (
         f"{rate_told(rates['tokens_per_second'])} tokens/s, MFU {rates['mfu']:.1%}"
         + (f", HFU {rates['hfu']:.1%}" if rates["hfu"] > rates["mfu"] else "")
