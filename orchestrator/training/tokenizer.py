@@ -108,6 +108,8 @@ class HuggingFaceTokenizer(Tokenizer):
         inner.no_padding()
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         digest = hashlib.sha256(f"{inner.to_str()}\n{end_of_text}".encode())
+        if template := self.config.get("chat_template"):  # it decides the tokens of conversations
+            digest.update(json.dumps(template, sort_keys=True).encode())
         self.fingerprint = digest.hexdigest()
         bos, pad = self._named("bos_token"), self._named("pad_token")
         # Where no token begins a text, the one that ended the text before it does.

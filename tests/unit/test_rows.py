@@ -17,7 +17,7 @@ from orchestrator.training.examples import Message
 from orchestrator.training.prepare import prepare_job
 from orchestrator.training.rows import open_rows
 from orchestrator.training.templates import PlainTemplate
-from orchestrator.training.tokenizer import load_saved
+from orchestrator.training.tokenizer import load_saved, train_bpe
 from tests.unit.test_training import JOB, run, strategy
 
 LENGTH = 600
@@ -116,6 +116,23 @@ def test_the_plain_template_writes_the_turns_alone():
         ("3", True),
         ("\nand 4?\n", False),
     ]
+
+
+def test_another_chat_template_makes_other_rows(tmp_path, monkeypatch):
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    train_bpe(iter(QUESTIONS * 20), 260).save(folder)
+    template = folder / "chat_template.jinja"
+    written = "{% for message in messages %}SPACE{{ message.content }}{% endfor %}"
+    mapping = job_of(tmp_path, "dpo", answers(), tokenizer="tokenizer")
+    texts = []
+    for space in (" ", "-"):
+        template.write_text(written.replace("SPACE", space))
+        index = prepared(tmp_path, mapping, monkeypatch)
+        inputs, _ = open_rows(index.directory, LENGTH)[0].sequences(np.array([0]))
+        texts.append(load_saved(index.directory, index.tokenizer).decode(inputs[0].tolist()))
+    assert "-add" in texts[1]
+    assert "-add" not in texts[0]
 
 
 @pytest.mark.parametrize("task", ["reward", "dpo"])
