@@ -223,6 +223,7 @@ def test_an_altered_folder_gives_a_tokenizer_or_an_error_in_a_sentence_and_runs_
     config = {"eos_token": {"content": "<|endoftext|>"}, "bos_token": "a", "chat_template": "{{ messages[0].content }}"}
     (whole / "tokenizer_config.json").write_text(json.dumps(config))
     (whole / "special_tokens_map.json").write_text(json.dumps({"pad_token": "b"}))
+    described = load_tokenizer(str(whole), whole).describe()
     rng = random.Random(count)
     outcomes = Counter()
     for _ in range(count):
@@ -235,7 +236,7 @@ def test_an_altered_folder_gives_a_tokenizer_or_an_error_in_a_sentence_and_runs_
             file.write_text(json.dumps(mutated(json.loads(file.read_text()), rng)))
         else:
             file.write_bytes(mutated_bytes(file.read_bytes(), rng))
-        for load in (lambda: load_tokenizer(str(altered), altered), lambda: load_saved(altered, bpe.describe())):
+        for load in (lambda: load_tokenizer(str(altered), altered), lambda: load_saved(altered, described)):
             try:
                 tokenizer = load()
                 tokenizer.decode(tokenizer.encode(TEXT))
