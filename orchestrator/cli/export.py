@@ -64,7 +64,12 @@ def command() -> None:
 
 @command.command("slurm")
 @sized
-@click.option("--time-limit", type=DURATION, metavar="24h", help="Of one turn. [the plan's length with its error]")
+@click.option(
+    "--time-limit",
+    type=DURATION,
+    metavar="24h",
+    help="Of one turn. [the plan's length at the slow end]",
+)
 @click.option("--partition", metavar="NAME")
 @click.option("--account", metavar="NAME")
 @click.option("--qos", metavar="NAME")

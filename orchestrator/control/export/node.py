@@ -48,7 +48,7 @@ class Node:
     grace_s: int
     """Time from the signal to the end: the step in flight and two checkpoints, of which one is being written already."""
     wall_s: int
-    """The plan's seconds with its error, a start and the grace."""
+    """The plan's seconds at the slow end of its interval, a start and the grace."""
 
 
 def planned(job: Job) -> Plan:
@@ -97,6 +97,7 @@ def node_of(
     grace = math.ceil(max(LEAST_GRACE_S, stop_s) if grace_s is None else grace_s)
     wall_s = made.cost["wall_s"]
     assert wall_s is not None, "a job without a length is refused"
+    slowest = made.tokens_per_second_per_gpu / float(made.confidence["tokens_per_second_per_gpu_low"])
     return Node(
         num_gpus=ranks if on_gpus else 0,
         num_cores=num_cores or cores,
@@ -104,7 +105,7 @@ def node_of(
         shared_bytes=shared,
         scratch_bytes=memory.nvme_bytes_per_node,
         grace_s=grace,
-        wall_s=math.ceil(wall_s * (1 + float(made.confidence["throughput_error"])) + START_S + grace),
+        wall_s=math.ceil(wall_s * slowest + START_S + grace),
     )
 
 

@@ -42,7 +42,7 @@ class Options:
     qos: str | None = None
     gpu_type: str | None = None
     time_limit_s: int | None = None
-    """None: the plan's length with its error."""
+    """None: the plan's length at the slow end of its interval."""
     setup: Sequence[str] = ()
     """Lines of shell before `run`, such as `module load cuda`."""
 
