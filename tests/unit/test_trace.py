@@ -76,7 +76,7 @@ def test_the_micro_batches_played_hold_as_much_as_those_of_a_long_step(schedule,
     )
     whole = orders(schedule, degree, virtual, 6 * degree)
     for rank in range(degree):
-        played = orders(schedule, degree, virtual, len(_batches(piped, 64, rank)))
+        played = orders(schedule, degree, virtual, len(_batches(ARCH, piped, 64, "pretrain", rank)))
         assert _most(whole[rank]) <= _held(played[rank])
 
 
