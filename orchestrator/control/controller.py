@@ -26,7 +26,7 @@ import psutil
 from orchestrator.control import queue
 from orchestrator.control.admission import User, admitted
 from orchestrator.control.folder import RunFolder, RunRefused
-from orchestrator.control.lifecycle import DRIVEN, Ask, State
+from orchestrator.control.lifecycle import DRIVEN, LEASE_S, Ask, State
 from orchestrator.control.processes import end_marked
 from orchestrator.control.refusals import DoesNotFit, planned_for, refuse_incomplete
 from orchestrator.control.store import Fenced, Refused, Row, Store
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from clusters.cluster import Cluster
     from orchestrator.spec import Job
 
-LEASE_S = 20.0
-"""Seconds of a job's first lease, until its supervisor renews it."""
 TICK_S = 0.5
 PLANNING_S = 1.0
 """Seconds of one tick for plans of new jobs; the rest are planned in the next ones."""

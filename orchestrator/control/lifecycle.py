@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import StrEnum
 
+LEASE_S = 20.0
+"""Seconds after which a supervisor that did not renew its lease counts as lost."""
+
 
 class State(StrEnum):
     QUEUED = "queued"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.control.admission import admitted
 from orchestrator.control.folder import RunFolder, RunRefused
-from orchestrator.control.lifecycle import STOPPED_AS, Ask, State
+from orchestrator.control.lifecycle import LEASE_S, STOPPED_AS, Ask, State
 from orchestrator.control.processes import end_marked
 from orchestrator.control.refusals import DoesNotFit
 from orchestrator.control.run import RunResult, View, run_job
@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from orchestrator.spec import Job
     from orchestrator.telemetry.records import Event, StepReport
 
-LEASE_S = 20.0
-"""Seconds after which a supervisor that did not renew its lease counts as lost."""
 RENEW_S = 0.5
 """Seconds between two renewals, which are also when it hears what is asked of the job."""
 

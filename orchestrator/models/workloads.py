@@ -47,26 +47,7 @@ def _adapted(work: Workload, arch: Architecture, lora: Lora) -> Workload:
     A frozen product keeps no input for a gradient of its weights: the norms' outputs go unless an adapter reads them, and so do
     the inputs of the feed-forward's last product, but of ReLU, which keeps its output for itself."""
     hidden, ffn, known, rank = arch.hidden_size, arch.ffn_size, sizes(arch), lora.rank
-    tensors: list[Tensor] = []
-    matmuls: list[Matmul] = []
-    for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
-        mine = [target for target in lora.targets if target in group]
-        if not mine:
-            continue
-        is_row = mine[0] in ROW_PARALLEL
-        splits: tuple[Split, Split] = ("row", "replicated_partial") if is_row else ("replicated_partial", "column")
-        for target in mine:
-            tensors += [Tensor(rank, known[target].inputs, splits[0]), Tensor(known[target].outputs, rank, splits[1])]
-            matmuls.append(
-                Matmul(
-                    name=f"{target} b",
-                    inputs=rank,
-                    outputs=known[target].outputs,
-                    split="whole" if is_row else "column",
-                )
-            )
-        first = "row" if is_row else "whole"
-        matmuls.append(Matmul(name="a", inputs=known[mine[0]].inputs, outputs=rank * len(mine), split=first))
+    tensors, matmuls = _adapters(arch, lora)
     read = [
         any(t in lora.targets for t in group) for group in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
     ]
@@ -105,6 +86,32 @@ def _adapted(work: Workload, arch: Architecture, lora: Lora) -> Workload:
         selective_split_elements=work.selective_split_elements + columns,
         num_kernels=work.num_kernels + 4 * len(lora.targets),
     )
+
+
+def _adapters(arch: Architecture, lora: Lora) -> tuple[list[Tensor], list[Matmul]]:
+    """Return the adapters' parameters in a block and their products."""
+    known, rank = sizes(arch), lora.rank
+    tensors: list[Tensor] = []
+    matmuls: list[Matmul] = []
+    for group in (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)):
+        mine = [target for target in lora.targets if target in group]
+        if not mine:
+            continue
+        is_row = mine[0] in ROW_PARALLEL
+        splits: tuple[Split, Split] = ("row", "replicated_partial") if is_row else ("replicated_partial", "column")
+        for target in mine:
+            tensors += [Tensor(rank, known[target].inputs, splits[0]), Tensor(known[target].outputs, rank, splits[1])]
+            matmuls.append(
+                Matmul(
+                    name=f"{target} b",
+                    inputs=rank,
+                    outputs=known[target].outputs,
+                    split="whole" if is_row else "column",
+                )
+            )
+        first = "row" if is_row else "whole"
+        matmuls.append(Matmul(name="a", inputs=known[mine[0]].inputs, outputs=rank * len(mine), split=first))
+    return tensors, matmuls
 
 
 def _whole(arch: Architecture, task: str, native: bool) -> Workload:

@@ -23,15 +23,21 @@ _TARGETS = "orchestrator.planner.reasons.targets:wanted_of"
 _PROBLEM, _STEPS = "orchestrator.planner.problem:Problem", "orchestrator.spec.job:Job"
 
 _LEARN = "orchestrator.training.ppo.session:PpoSession"
+_CHECKPOINT = "orchestrator.training.first_weights:named_checkpoint"
+_ROLES = ("reward", "critic", "reference")
+"""Models that a job of task ppo names beside the one that it trains."""
+_SHAPE_WORDS = (
+    "family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "vocab_size", "max_position",
+    "tied_embeddings", "variant",
+)  # fmt: skip
+"""Keys of a model that give its shape."""
 
 ACTS: Mapping[str, str] = {
     "version": _STEPS,
     "name": "orchestrator.control.run:run_job",
     "model.name": _MODEL,
     "model.path": _MODEL,
-    **{f"model.{word}": _SHAPE for word in ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads")},
-    **{f"model.{word}": _SHAPE for word in ("ffn_size", "vocab_size", "max_position", "tied_embeddings")},
-    "model.variant": _SHAPE,
+    **{f"model.{word}": _SHAPE for word in _SHAPE_WORDS},
     "model.initialize": _STEPS,
     "data.train": "orchestrator.training.prepare:request_of",
     "data.validation": "orchestrator.training.prepare:request_of",
@@ -39,23 +45,11 @@ ACTS: Mapping[str, str] = {
     "data.tokenizer.bpe": "orchestrator.training.prepare:request_of",
     "data.template": "orchestrator.training.inputs:request_of",
     "data.on_bad": "orchestrator.training.inputs:request_of",
-    "model.checkpoint": "orchestrator.training.first_weights:named_checkpoint",
-    **{
-        f"ppo.{role}.{word}": _SHAPE
-        for role in ("reward", "critic", "reference")
-        for word in ("family", "num_layers", "hidden_size", "num_heads", "num_kv_heads", "ffn_size", "vocab_size")
-    },
-    **{
-        f"ppo.{role}.{word}": _SHAPE
-        for role in ("reward", "critic", "reference")
-        for word in ("max_position", "tied_embeddings", "variant")
-    },
-    **{f"ppo.{role}.{word}": _MODEL for role in ("reward", "critic", "reference") for word in ("name", "path")},
-    **{
-        f"ppo.{role}.checkpoint": "orchestrator.training.first_weights:named_checkpoint"
-        for role in ("reward", "critic", "reference")
-    },
-    **{f"ppo.{role}.initialize": "orchestrator.spec.sections:ModelSpec" for role in ("reward", "critic", "reference")},
+    "model.checkpoint": _CHECKPOINT,
+    **{f"ppo.{role}.{word}": _SHAPE for role in _ROLES for word in _SHAPE_WORDS},
+    **{f"ppo.{role}.{word}": _MODEL for role in _ROLES for word in ("name", "path")},
+    **{f"ppo.{role}.checkpoint": _CHECKPOINT for role in _ROLES},
+    **{f"ppo.{role}.initialize": "orchestrator.spec.sections:ModelSpec" for role in _ROLES},
     "ppo.response_length": "orchestrator.spec.ppo_section:PpoSpec",
     **{f"ppo.{word}": _LEARN for word in ("epochs", "minibatches")},
     **{f"ppo.{word}": f"{_LEARN}.learn" for word in ("gamma", "lam", "normalize_rewards", "reward_clip")},
@@ -243,7 +237,7 @@ UNBUILT: tuple[Unbuilt, ...] = (
             told="dropout is not built",
             fix="dropout: 0, or leave it out",
         )
-        for role in ("reward", "critic", "reference")
+        for role in _ROLES
     ),
     Unbuilt(
         keys=("training", "compile"),
